@@ -1,0 +1,1 @@
+"""Client of the text-to-image gRPC service."""

@@ -1,0 +1,72 @@
+"""The words that the rooms of the server share: what is asked for, what is served, what was changed on the way.
+
+Plain data. No gRPC, no torch, no queue: contract.py fills these in, engine.py carries them, model.py acts on them.
+"""
+
+import enum
+from dataclasses import dataclass
+
+
+class Stage(enum.StrEnum):
+    """Where an image is on its way. BASE and REFINER are the two experts of the ensemble."""
+
+    ENCODE = "encode"
+    BASE = "base"
+    REFINER = "refiner"
+    DECODE = "decode"
+
+
+class Notice(enum.StrEnum):
+    """Why an answer is not to the letter of its request."""
+
+    PROMPT_TRUNCATED = "prompt_truncated"
+    SIZE_SNAPPED = "size_snapped"
+    IMAGE_RECODED = "image_recoded"
+    EXPERT_IDLE = "expert_idle"
+
+
+@dataclass(frozen=True)
+class Warning:
+    """One thing that was changed or dropped: `field` in the request's JSON names, `message` one sentence for people."""
+
+    notice: Notice
+    field: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A valid request, every default filled in.
+
+    `seeds` has one entry per image, each in 0 .. 2^32 - 1. `steps` counts both experts together; `high_noise_frac` in
+    (0, 1] is the base's share of the noise schedule, 1 for the base alone. `guidance_scale` of 1 or less means no
+    classifier-free guidance. `width` and `height` are pixels, multiples of `ModelCard.side_multiple`.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    high_noise_frac: float
+    scheduler: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is served. `native_side` is the side in pixels of the square that the model was trained on."""
+
+    name: str
+    fingerprint: str
+    has_refiner: bool
+    device: str
+    precision: str
+    schedulers: tuple[str, ...]
+    native_side: int
+    side_multiple: int
+    default_steps: int
+    default_guidance_scale: float
+    default_high_noise_frac: float
+    default_scheduler: str

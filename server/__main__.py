@@ -1,0 +1,59 @@
+"""Flags to settings to a running server, and every way it can end to an exit code.
+
+0 stopped when asked · 1 unexpected error · 2 bad flags · 3 cannot listen · 4 cannot write the ready file ·
+5 the model is loaded but cannot make an image · 10 and up: the checkpoint or the device, see server/checkpoint.py
+"""
+
+import asyncio
+import logging
+import sys
+from functools import partial
+
+from pydantic import ValidationError
+
+from server.checkpoint import CheckpointError
+from server.engine import Model
+from server.lifecycle import CannotListen, CannotWriteReadyFile, Server, WarmUpFailed
+from server.settings import Settings
+
+log = logging.getLogger("server")
+
+_EXIT_CODES: dict[type[Exception], int] = {CannotListen: 3, CannotWriteReadyFile: 4, WarmUpFailed: 5}
+
+
+def main() -> int:
+    """Run the server; returns its exit code."""
+    try:
+        settings = Settings(_cli_parse_args=True)
+    except ValidationError as error:
+        for each in error.errors():
+            flag = "--" + "-".join(map(str, each["loc"])).replace("_", "-") + ": " if each["loc"] else ""
+            print(f"python -m server: {flag}{each['msg']}", file=sys.stderr)  # noqa: T201
+        return 2
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    try:
+        asyncio.run(_serve(settings))
+    except CheckpointError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except tuple(_EXIT_CODES) as error:
+        log.error("%s", error)
+        return _EXIT_CODES[type(error)]
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    await Server(settings, partial(_load, settings)).serve()
+
+
+def _load(settings: Settings) -> Model:
+    # Imported on the device thread: torch takes seconds, and the port should be open by then.
+    from server import model
+
+    base, refiner = settings.experts
+    return model.load(base, refiner, settings.device, settings.precision, settings.model_name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

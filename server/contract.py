@@ -1,0 +1,412 @@
+"""Messages to domain and back: a request is checked whole, all violations at once, and every default is filled in.
+
+Pure functions over the generated messages; what the fields mean is said in proto/text_to_image.proto.
+"""
+
+import dataclasses
+import re
+import secrets
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from server import engine, images
+from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
+from server.settings import Settings
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+_T = TypeVar("_T")
+
+# Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
+_TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
+ASPECT_RATIOS = _TALL | {":".join(reversed(name.split(":"))): size[::-1] for name, size in _TALL.items()}
+
+_MEDIA_TYPES = {
+    pb.FORMAT_UNSPECIFIED: images.JPEG,
+    pb.FORMAT_JPEG: images.JPEG,
+    pb.FORMAT_PNG: images.PNG,
+    pb.FORMAT_WEBP: images.WEBP,
+}
+_STAGES = {
+    Stage.ENCODE: pb.STAGE_ENCODE,
+    Stage.BASE: pb.STAGE_BASE,
+    Stage.REFINER: pb.STAGE_REFINER,
+    Stage.DECODE: pb.STAGE_DECODE,
+}
+_NOTICES = {
+    Notice.PROMPT_TRUNCATED: pb.Warning.CODE_PROMPT_TRUNCATED,
+    Notice.SIZE_SNAPPED: pb.Warning.CODE_SIZE_SNAPPED,
+    Notice.IMAGE_RECODED: pb.Warning.CODE_IMAGE_RECODED,
+    Notice.EXPERT_IDLE: pb.Warning.CODE_EXPERT_IDLE,
+}
+
+_DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
+_MESSAGE_BYTES = (16 * 1024, 64 * 1024 * 1024)
+_ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
+_ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata and warning
+
+
+class Loading(Exception):
+    """The model is not ready yet."""
+
+
+class Stalled(Exception):
+    """The client has left its stream unread for too long."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What is wrong with one field, and what would be right. `field` in JSON names: "parameter.aspect-ratio"."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(Exception):
+    """A request that cannot be served as it is, with everything that is wrong with it."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(f"{each.field}: {each.description}" for each in self.violations))
+
+
+# The one table of errors. Messages of these are written for callers; of any other nothing is told.
+STATUS: dict[type[Exception], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    engine.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Loading: grpc.StatusCode.UNAVAILABLE,
+    engine.Draining: grpc.StatusCode.UNAVAILABLE,
+    engine.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    engine.Cancelled: grpc.StatusCode.CANCELLED,
+    Stalled: grpc.StatusCode.CANCELLED,
+    engine.ModelFailed: grpc.StatusCode.INTERNAL,
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the images are to be coded."""
+
+    media_type: str
+    quality: int
+    raw: bool
+    max_message_bytes: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A valid request with its defaults filled in, and what had to be changed for that."""
+
+    request_id: str
+    image: ImageRequest
+    output: Output
+    warnings: tuple[Warning, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the served model and the settings allow together. Sides in pixels."""
+
+    max_images: int
+    max_steps: int
+    max_prompt_characters: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    side_multiple: int
+    max_queue: int
+
+
+def limits_of(card: ModelCard, settings: Settings) -> Limits:
+    """Limits of a server: sides from a quarter to four times the model's own, area at most `max_pixels`."""
+    return Limits(
+        max_images=settings.max_images,
+        max_steps=settings.max_steps,
+        max_prompt_characters=settings.max_prompt_characters,
+        min_side=_snap(card.native_side / 4, card.side_multiple),
+        max_side=4 * card.native_side,
+        max_pixels=settings.max_pixels or 4 * card.native_side**2,
+        side_multiple=card.side_multiple,
+        max_queue=settings.max_queue,
+    )
+
+
+def size_of(aspect_ratio: str, card: ModelCard) -> tuple[int, int]:
+    """Width and height in pixels of an aspect ratio, at the scale that the model was trained on."""
+    width, height = (side * card.native_side / 1024 for side in ASPECT_RATIOS[aspect_ratio])
+    return _snap(width, card.side_multiple), _snap(height, card.side_multiple)
+
+
+def random_seed() -> int:
+    return secrets.randbits(32)
+
+
+def parse(
+    message: pb.GenerateRequest,
+    card: ModelCard,
+    limits: Limits,
+    draw_seed: Callable[[], int] = random_seed,
+) -> Task:
+    """Check a request and fill in its defaults. Raises InvalidRequest with all violations."""
+    data, parameter, sampling, output = message.data, message.parameter, message.sampling, message.output
+    wrong: list[Violation] = []
+    warnings: list[Warning] = []
+
+    def require(holds: bool, field: str, description: str) -> None:
+        if not holds:
+            wrong.append(Violation(field, description))
+
+    longest = limits.max_prompt_characters
+    require(bool(data.prompt.strip()), "data.prompt", "is required and must not be blank")
+    for field, prompt in (("data.prompt", data.prompt), ("parameter.negative-prompt", parameter.negative_prompt)):
+        require(len(prompt) <= longest, field, f"must have at most {longest} characters, has {len(prompt)}")
+    require(
+        not data.HasField("model") or data.model == card.name,
+        "data.model",
+        f'must be "{card.name}", the model served here, or left out',
+    )
+    require(
+        not message.request_id or re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", message.request_id) is not None,
+        "requestId",
+        "must have at most 128 characters of A-Z a-z 0-9 . _ : / -",
+    )
+
+    n = _given(parameter, "n", 1)
+    require(1 <= n <= limits.max_images, "parameter.n", f"must be 1 to {limits.max_images}, is {n}")
+    seed = parameter.seed if parameter.HasField("seed") else draw_seed()
+
+    steps = _given(sampling, "steps", card.default_steps)
+    require(1 <= steps <= limits.max_steps, "sampling.steps", f"must be 1 to {limits.max_steps}, is {steps}")
+    guidance_scale = _given(sampling, "guidance_scale", card.default_guidance_scale)
+    require(0 <= guidance_scale <= 50, "sampling.guidanceScale", f"must be 0 to 50, is {guidance_scale:g}")
+    high_noise_frac = _given(sampling, "high_noise_frac", card.default_high_noise_frac)
+    require(
+        0 < high_noise_frac <= 1, "sampling.highNoiseFrac", f"must be above 0 and at most 1, is {high_noise_frac:g}"
+    )
+    require(
+        high_noise_frac == 1 or card.has_refiner,
+        "sampling.highNoiseFrac",
+        "must be 1 or left out, since no refiner is served here",
+    )
+    scheduler = _given(sampling, "scheduler", card.default_scheduler)
+    require(scheduler in card.schedulers, "sampling.scheduler", f"must be one of {', '.join(card.schedulers)}")
+    width, height = _size(message, card, limits, wrong, warnings)
+
+    require(output.format in _MEDIA_TYPES, "output.format", f"must be one of {', '.join(pb.Format.keys())}")
+    quality = _given(output, "quality", 95)
+    require(1 <= quality <= 100, "output.quality", f"must be 1 to 100, is {quality}")
+    max_message_bytes = _given(output, "max_message_bytes", _DEFAULT_MESSAGE_BYTES)
+    least, most = _MESSAGE_BYTES
+    require(
+        least <= max_message_bytes <= most,
+        "output.maxMessageBytes",
+        f"must be {least} to {most}, is {max_message_bytes}",
+    )
+
+    if wrong:
+        raise InvalidRequest(wrong)
+    return Task(
+        request_id=message.request_id or str(uuid.uuid4()),
+        image=ImageRequest(
+            prompt=data.prompt,
+            negative_prompt=parameter.negative_prompt,
+            seeds=tuple((seed + index) % 2**32 for index in range(n)),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            high_noise_frac=high_noise_frac,
+            scheduler=scheduler,
+            width=width,
+            height=height,
+        ),
+        output=Output(_MEDIA_TYPES[output.format], quality, output.raw, max_message_bytes),
+        warnings=tuple(warnings),
+    )
+
+
+def _given(message: Message, field: str, default: _T) -> _T:
+    return getattr(message, field) if message.HasField(field) else default
+
+
+def _size(
+    message: pb.GenerateRequest, card: ModelCard, limits: Limits, wrong: list[Violation], warnings: list[Warning]
+) -> tuple[int, int]:
+    """Width and height in pixels, from the aspect ratio or as asked for and snapped."""
+    sampling, parameter = message.sampling, message.parameter
+    asked = sampling.HasField("width"), sampling.HasField("height")
+    if not any(asked):
+        ratio = parameter.aspect_ratio if parameter.HasField("aspect_ratio") else "1:1"
+        if ratio not in ASPECT_RATIOS:
+            wrong.append(Violation("parameter.aspect-ratio", f"must be one of {', '.join(sorted(ASPECT_RATIOS))}"))
+            ratio = "1:1"
+        return size_of(ratio, card)
+
+    if not all(asked):
+        missing = "sampling.height" if asked[0] else "sampling.width"
+        wrong.append(Violation(missing, "must be given too; width and height go together"))
+    if parameter.HasField("aspect_ratio"):
+        wrong.append(
+            Violation("parameter.aspect-ratio", "must be left out when sampling.width and sampling.height are given")
+        )
+    sides = {"sampling.width": sampling.width, "sampling.height": sampling.height}
+    for (field, side), given in zip(sides.items(), asked, strict=True):
+        if given and not limits.min_side <= side <= limits.max_side:
+            wrong.append(Violation(field, f"must be {limits.min_side} to {limits.max_side} pixels, is {side}"))
+    if sampling.width * sampling.height > limits.max_pixels:
+        wrong.append(
+            Violation(
+                "sampling.width",
+                f"times height must be at most {limits.max_pixels} pixels, is {sampling.width * sampling.height}",
+            )
+        )
+    snapped = {field: _snap(side, card.side_multiple) for field, side in sides.items()}
+    warnings.extend(
+        Warning(
+            Notice.SIZE_SNAPPED,
+            field,
+            f"{side} pixels became {snapped[field]}, a multiple of {card.side_multiple} as the autoencoder needs",
+        )
+        for field, side in sides.items()
+        if snapped[field] != side
+    )
+    return snapped["sampling.width"], snapped["sampling.height"]
+
+
+def _snap(side: float, multiple: int) -> int:
+    return max(1, round(side / multiple)) * multiple
+
+
+def status_of(error: Exception) -> status_pb2.Status:
+    """The google.rpc.Status of an error in STATUS, with its details: BadRequest or RetryInfo."""
+    status = status_pb2.Status(code=STATUS[type(error)].value[0], message=str(error))
+    if isinstance(error, InvalidRequest):
+        status.details.add().Pack(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+                    for each in error.violations
+                ]
+            )
+        )
+    elif isinstance(error, engine.QueueFull):
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
+    return status
+
+
+def coded(task: Task, event: engine.ImageReady, max_bytes: int) -> images.CodedImage:
+    """The event's image as the task asks for it, in at most `max_bytes` of the answer. Raises images.ImageTooLarge."""
+    output = task.output
+    if not output.raw:
+        max_bytes = (max_bytes - 64) // 4 * 3  # base64, after the data URI's own words
+    return images.code_within(event.pixels, output.media_type, output.quality, max_bytes)
+
+
+def room_for_images(task: Task) -> int:
+    """Bytes of one message that its images may fill."""
+    envelope = _ENVELOPE_BYTES + _ENVELOPE_BYTES_PER_IMAGE * len(task.image.seeds)
+    return max(0, task.output.max_message_bytes - envelope)
+
+
+def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning:
+    """For an image that is not coded as was asked."""
+    quality = f"of quality {image.quality}" if image.quality else "without loss"
+    return Warning(
+        Notice.IMAGE_RECODED,
+        "output.maxMessageBytes",
+        f"image {index} came as {image.media_type} {quality}, to fit into a message of {task.output.max_message_bytes} "
+        "bytes; raise output.maxMessageBytes to what your client can take",
+    )
+
+
+def choice_message(task: Task, image: images.CodedImage) -> pb.Choice:
+    if task.output.raw:
+        return pb.Choice(finish_reason="success", raw=image.data)
+    return pb.Choice(finish_reason="success", image=image.data_uri)
+
+
+def image_metadata_message(task: Task, event: engine.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
+    asked = task.image
+    return pb.ImageMetadata(
+        seed=event.seed,
+        width=asked.width,
+        height=asked.height,
+        steps=asked.steps,
+        guidance_scale=asked.guidance_scale,
+        high_noise_frac=asked.high_noise_frac,
+        scheduler=asked.scheduler,
+        base_calls=event.base_calls,
+        refiner_calls=event.refiner_calls,
+        media_type=image.media_type,
+    )
+
+
+def metadata_message(
+    task: Task,
+    card: ModelCard,
+    image_metadata: Sequence[pb.ImageMetadata],
+    warnings: Sequence[Warning],
+    finished: engine.Finished,
+) -> pb.Metadata:
+    return pb.Metadata(
+        request_id=task.request_id,
+        model=card.name,
+        fingerprint=card.fingerprint,
+        images=image_metadata,
+        warnings=[
+            pb.Warning(code=_NOTICES[each.notice], field=each.field, message=each.message)
+            for each in (*task.warnings, *finished.warnings, *warnings)
+        ],
+        waited=_duration(finished.waited),
+        ran=_duration(finished.ran),
+    )
+
+
+def queued_message(event: engine.Queued) -> pb.StreamGenerateResponse:
+    return pb.StreamGenerateResponse(queued=pb.Queued(position=event.position, eta=_duration(event.eta)))
+
+
+def progress_message(event: engine.Progress) -> pb.StreamGenerateResponse:
+    return pb.StreamGenerateResponse(
+        progress=pb.Progress(
+            choice_index=event.index,
+            stage=_STAGES[event.stage],
+            step=event.step,
+            steps=event.steps,
+            eta=_duration(event.eta),
+        )
+    )
+
+
+def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
+    return pb.GetModelResponse(
+        name=card.name,
+        fingerprint=card.fingerprint,
+        has_refiner=card.has_refiner,
+        device=card.device,
+        precision=card.precision,
+        schedulers=card.schedulers,
+        defaults=pb.GetModelResponse.Defaults(
+            steps=card.default_steps,
+            guidance_scale=card.default_guidance_scale,
+            high_noise_frac=card.default_high_noise_frac,
+            scheduler=card.default_scheduler,
+            aspect_ratio="1:1",
+        ),
+        limits=pb.GetModelResponse.Limits(**dataclasses.asdict(limits)),
+        sizes=[
+            pb.GetModelResponse.Size(aspect_ratio=ratio, width=size[0], height=size[1])
+            for ratio, size in ((ratio, size_of(ratio, card)) for ratio in sorted(ASPECT_RATIOS))
+        ],
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMicroseconds(round(seconds * 1e6))
+    return duration

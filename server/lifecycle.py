@@ -1,0 +1,189 @@
+"""One server's life: open the port, load, warm up, serve, drain, stop.
+
+Health says NOT_SERVING from the first moment the port is open until the model has made one real image, and again from
+the signal that ends the server, while running calls finish.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_health.v1.health import aio as health
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_reflection.v1alpha import reflection
+
+from server import contract
+from server.domain import ImageRequest, ModelCard
+from server.engine import Engine, Event, Failed, Finished, Model
+from server.servicer import TextToImageServicer
+from server.settings import Settings
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
+
+# After the grace period: what calls get to hear their status, connections to close, and the device to end its call.
+_CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
+
+
+class CannotListen(Exception):
+    """The address could not be bound."""
+
+
+class CannotWriteReadyFile(Exception):
+    """The ready file could not be written."""
+
+
+class WarmUpFailed(Exception):
+    """The model is loaded but cannot make an image."""
+
+
+class Server:
+    """A server process from start to stop. `load` brings the model and is called on the device thread."""
+
+    def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
+        self._settings = settings
+        self._load = load
+        self._engine = Engine(settings.max_queue)
+        self._servicer = TextToImageServicer(self._engine, settings)
+        self._health = health.HealthServicer()
+        # Without the first option, two processes on one port would share its connections in silence. The second: a
+        # message is as large as its request allows, and the contract sees to that.
+        self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)])
+        self._stopping = asyncio.Event()
+        self._hurrying = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Serve until SIGTERM or SIGINT; a second one cuts the grace period short.
+
+        Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, or whatever loading the model raised.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        address = await self._open_port()
+        try:
+            await self._unless_stopped(self._get_ready(address))
+            await self._stopping.wait()
+            await self._drain()
+        finally:
+            await self._stop()
+
+    def _on_signal(self) -> None:
+        (self._hurrying if self._stopping.is_set() else self._stopping).set()
+
+    async def _open_port(self) -> str:
+        pb_grpc.add_TextToImageServiceServicer_to_server(self._servicer, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self._set_health(HealthCheckResponse.NOT_SERVING)
+        if self._settings.reflection:
+            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._grpc)
+        try:
+            port = self._grpc.add_insecure_port(self._settings.listen)
+        except RuntimeError:  # older versions of gRPC return port 0 instead
+            port = 0
+        if port == 0:
+            raise CannotListen(f"cannot listen on {self._settings.listen}: in use, or no address of this machine")
+        await self._grpc.start()
+        address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
+        log.info("listening on %s; loading the model", address)
+        return address
+
+    async def _get_ready(self, address: str) -> None:
+        card = await asyncio.wrap_future(self._engine.start(self._load))
+        log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
+        await self._warm_up(card)
+        self._servicer.open(card)
+        await self._set_health(HealthCheckResponse.SERVING)
+        self._write_ready_file(address)
+        log.info("serving %s on %s", card.name, address)
+
+    async def _warm_up(self, card: ModelCard) -> None:
+        """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Event] = loop.create_future()
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, Finished | Failed):
+                loop.call_soon_threadsafe(ended.set_result, event)
+
+        self._engine.submit(_typical_request(card), deliver)
+        terminal = await ended
+        if isinstance(terminal, Failed):
+            raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
+
+    async def _set_health(self, status: HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work, but leave it where it is when the server is told to stop."""
+        doing, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((doing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if doing.done():
+            doing.result()
+        else:
+            doing.cancel()
+
+    async def _drain(self) -> None:
+        """Refuse new calls and let the running ones finish, as long as the grace period lasts."""
+        log.info("draining for at most %g s", self._settings.grace_seconds)
+        await self._health.enter_graceful_shutdown()
+        self._engine.drain()
+        idle, hurrying = (
+            asyncio.create_task(each) for each in (self._servicer.wait_until_idle(), self._hurrying.wait())
+        )
+        await asyncio.wait((idle, hurrying), timeout=self._settings.grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (idle, hurrying):
+            waiting.cancel()
+
+    async def _stop(self) -> None:
+        """End what still runs, each call with a status of its own, and let go of the device."""
+        await self._health.enter_graceful_shutdown()
+        if self._settings.ready_file is not None:
+            self._settings.ready_file.unlink(missing_ok=True)
+        self._engine.stop()
+        await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
+        await self._grpc.stop(_CONNECTIONS_SECONDS)
+        if not await asyncio.to_thread(self._engine.join, _DEVICE_SECONDS):
+            # Python cannot leave while another thread is inside the device's library, as when a signal comes while a
+            # large model is being loaded.
+            log.warning("the device is still busy; leaving without it")
+            logging.shutdown()
+            os._exit(0)
+        log.info("stopped")
+
+    def _write_ready_file(self, address: str) -> None:
+        """Tell whoever waits for the file the bound address: whole or not at all, hence the renaming."""
+        if (path := self._settings.ready_file) is None:
+            return
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(f"{address}\n")
+            unfinished.replace(path)
+        except OSError as error:
+            raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+def _typical_request(card: ModelCard) -> ImageRequest:
+    width, height = contract.size_of("1:1", card)
+    return ImageRequest(
+        prompt="a photo of a cat",
+        negative_prompt="",
+        seeds=(0,),
+        steps=card.default_steps,
+        guidance_scale=card.default_guidance_scale,
+        high_noise_frac=card.default_high_noise_frac,
+        scheduler=card.default_scheduler,
+        width=width,
+        height=height,
+    )

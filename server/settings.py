@@ -1,0 +1,86 @@
+"""Every knob of the service: its flag, environment variable, default, range and meaning, declared once.
+
+`--max-queue 8` on the command line is `T2I_MAX_QUEUE=8` in the environment; the flag wins. Without `--base` the
+embedded mini ensemble is served; with `--base` alone, the base without a refiner.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
+
+
+def _address(value: str) -> str:
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}", value) or int(value.rpartition(":")[2]) > 65535:
+        raise ValueError("give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535")
+    return value
+
+
+class Settings(BaseSettings):
+    """Text to image over gRPC with the Stable Diffusion XL ensemble of experts.
+
+    Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops. Exit codes: 0 stopped when asked,
+    1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
+    10 and up: the checkpoint or the device, each said in one sentence.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="T2I_",
+        frozen=True,
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+    )
+
+    listen: Annotated[str, AfterValidator(_address)] = Field(
+        "127.0.0.1:50051", description="HOST:PORT to serve on; port 0 takes a free one and tells it in --ready-file"
+    )
+    ready_file: Path | None = Field(
+        None, description="write the bound HOST:PORT into this file once the model is ready, and remove it at the end"
+    )
+    base: Path | None = Field(None, description="folder of the base expert in the diffusers layout; default: embedded")
+    refiner: Path | None = Field(
+        None, description="folder of the refiner; default: embedded, or none when --base is given"
+    )
+    model_name: str | None = Field(
+        None, min_length=1, description="name that clients see and may ask for; default: the checkpoint's own"
+    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto takes the first of cuda, mps, cpu")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="arithmetic of the networks; auto is bf16 on cuda, fp16 on mps, fp32 on cpu"
+    )
+    max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
+    max_images: int = Field(8, ge=1, le=64, description="largest n of a request")
+    max_steps: int = Field(150, ge=1, le=1000, description="largest number of denoising steps of a request")
+    max_prompt_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest prompt, in characters")
+    max_pixels: int | None = Field(
+        None, ge=4096, description="largest width x height; default: four times the area the model was trained on"
+    )
+    grace_seconds: float = Field(
+        30, ge=0, le=3600, description="how long running calls may go on after SIGTERM before they are ended"
+    )
+    stall_seconds: float = Field(
+        30, gt=0, le=3600, description="how long a client may leave its stream unread before the call is ended"
+    )
+    reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    @model_validator(mode="after")
+    def _refiner_needs_a_base(self) -> Self:
+        if self.refiner is not None and self.base is None:
+            raise ValueError("--refiner was given without --base; give both folders, or neither")
+        return self
+
+    @property
+    def experts(self) -> tuple[Path, Path | None]:
+        """The folders of the base and the refiner to be served."""
+        if self.base is None:
+            return EMBEDDED / "base", EMBEDDED / "refiner"
+        return self.base, self.refiner

@@ -141,10 +141,13 @@ class _Call:
 
 @dataclass(eq=False)
 class Job:
-    """One admitted request. `deliver` takes its events: called from any thread, never blocking, exactly one terminal
-    event (Finished or Failed) last. `deadline` is on the engine's clock, infinite for none.
+    """One admitted request, under the `name` that the log knows it by.
+
+    `deliver` takes its events: called from any thread, never blocking, exactly one terminal event (Finished or Failed)
+    last. `deadline` is on the engine's clock, infinite for none.
     """
 
+    name: str
     request: ImageRequest
     deliver: Callable[[Event], None]
     deadline: float
@@ -153,6 +156,7 @@ class Job:
     call: _Call | None = None
     started: float | None = None
     ending: EngineError | None = None
+    calls_made: int = 0
     left: dict[Stage, int] = field(default_factory=dict)
 
 
@@ -184,7 +188,9 @@ class Engine:
         self._thread.start()
         return loaded
 
-    def submit(self, request: ImageRequest, deliver: Callable[[Event], None], timeout: float = math.inf) -> Job:
+    def submit(
+        self, name: str, request: ImageRequest, deliver: Callable[[Event], None], timeout: float = math.inf
+    ) -> Job:
         """Admit a request that must end within `timeout` seconds.
 
         Raises Draining or QueueFull; later troubles arrive as Failed.
@@ -196,7 +202,7 @@ class Engine:
                 wait = self._seconds_left(self._jobs[0])
                 raise QueueFull(f"{self._max_queue} requests are waiting already; try again in {wait:.1f} s", wait)
             now = self._clock()
-            job = Job(request, deliver, deadline=now + timeout, admitted=now, left=_expected_calls(request))
+            job = Job(name, request, deliver, deadline=now + timeout, admitted=now, left=_expected_calls(request))
             self._jobs.append(job)
             deliver(Queued(position=len(self._jobs) - 1, eta=self._eta(job)))
             self._changed.notify()
@@ -267,6 +273,7 @@ class Engine:
                 job.script = _script(job, model)
                 job.call = next(job.script)
             call, result = job.call, job.call.make()
+            job.calls_made += 1
             with self._changed:
                 job.left[call.stage] -= 1
                 self._times.record(call.stage, job.request, self._clock() - started)
@@ -276,13 +283,15 @@ class Engine:
             now = self._clock()
             self._end(job, Finished(finished.value, job.started - job.admitted, now - job.started))  # type: ignore[operator]
         except Exception:  # the wall between one job's failure and all the others
-            log.exception("the model failed on a job")
+            log.exception("%s: the model failed", job.name)
             self._end(job, Failed(ModelFailed("the model failed on this request; the server's log has the cause")))
 
     def _end(self, job: Job, terminal: Finished | Failed) -> None:
         with self._changed:
             self._jobs.remove(job)
         job.script = job.call = None  # lets go of latents and conditioning
+        outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
+        log.info("%s: %s after %d model calls", job.name, outcome, job.calls_made)
         job.deliver(terminal)
 
     def _eta(self, job: Job) -> float:

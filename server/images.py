@@ -68,7 +68,7 @@ def code_within(pixels: NDArray[np.uint8], media_type: str, quality: int, max_by
             return coded
     raise ImageTooLarge(
         f"an image of {pixels.shape[1]}x{pixels.shape[0]} pixels does not fit into {max_bytes} bytes at any quality; "
-        "raise output.max_message_bytes, ask for fewer images at once, or use StreamGenerate"
+        "raise output.maxMessageBytes, ask for fewer images at once, or use StreamGenerate"
     )
 
 

@@ -115,12 +115,12 @@ class Server:
             if isinstance(event, Finished | Failed):
                 loop.call_soon_threadsafe(ended.set_result, event)
 
-        self._engine.submit(_typical_request(card), deliver)
+        self._engine.submit("warm-up", _typical_request(card), deliver)
         terminal = await ended
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
 
-    async def _set_health(self, status: HealthCheckResponse.ServingStatus) -> None:
+    async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
 

@@ -101,7 +101,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        job = self._engine.submit(task.image, deliver, math.inf if timeout is None else timeout)
+        job = self._engine.submit(task.request_id, task.image, deliver, math.inf if timeout is None else timeout)
         try:
             while True:
                 event = await queue.get()

@@ -1,0 +1,72 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test lint generate generate-check lock clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+demo: $(VENV)/.runtime ## set up, start the service on the embedded ensemble, draw a napping cat into out/
+	@scripts/demo.sh
+
+run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
+	$(BIN)/python -m server $(ARGS)
+
+test: $(VENV)/.dev ## set up and run all tests, with line coverage
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/released.json
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run scripts/*.sh
+
+# The virtual path makes the stubs import as text_to_image_client.v1, with no rewriting of generated code.
+STUBS := text_to_image_client/v1
+PROTOC = cd $(1) && $(CURDIR)/.venv-generate/bin/python -m grpc_tools.protoc \
+	$(foreach plugin,mypy mypy_grpc,--plugin=protoc-gen-$(plugin)=$(CURDIR)/.venv-generate/bin/protoc-gen-$(plugin)) \
+	--proto_path=$(STUBS)=$(CURDIR)/proto --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
+	$(STUBS)/text_to_image.proto
+
+generate: .venv-generate/.done ## make the Python stubs from proto/
+	$(call PROTOC,clients/python)
+
+generate-check: .venv-generate/.done
+	@fresh=$$(mktemp -d) && ( $(call PROTOC,$$fresh) ) && \
+	for stub in $$fresh/$(STUBS)/*; do \
+		cmp "$$stub" "clients/python/$(STUBS)/$$(basename "$$stub")" || { echo "stale stubs: run make generate"; exit 1; }; \
+	done && rm -r "$$fresh"
+
+lock: $(VENV)/.dev ## pin what pyproject.toml asks for
+	for extra in "" dev; do $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host $${extra:+--extra $$extra} \
+		--upgrade-package torch==2.13.0 --output-file requirements$${extra:+-$$extra}.lock \
+		pyproject.toml clients/python/pyproject.toml; done
+	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-dev.lock
+
+clean: ## remove everything that was made here
+	rm -rf $(VENV) .venv-generate out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(VENV)/.runtime: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --editable . --editable clients/python
+	touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	$(PIP) install --requirement requirements-dev.lock
+	touch $@
+
+.venv-generate/.done: proto/requirements.txt
+	$(PYTHON) -m venv .venv-generate
+	.venv-generate/bin/python -m pip --disable-pip-version-check --quiet install --requirement proto/requirements.txt
+	touch $@

@@ -1,0 +1,198 @@
+"""What the contract promises about requests: defaults, ranges, and every violation told at once."""
+
+import contextlib
+import math
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server import contract, engine, images
+from server.domain import ModelCard, Notice
+from server.settings import Settings
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+CARD = ModelCard(
+    name="mini",
+    fingerprint="f" * 64,
+    has_refiner=True,
+    device="cpu",
+    precision="fp32",
+    schedulers=("euler", "heun"),
+    native_side=1024,
+    side_multiple=8,
+    default_steps=40,
+    default_guidance_scale=5.0,
+    default_high_noise_frac=0.8,
+    default_scheduler="euler",
+)
+LIMITS = contract.limits_of(CARD, Settings())
+
+
+def parse(text: str, card: ModelCard = CARD) -> contract.Task:
+    message = json_format.Parse(text, pb.GenerateRequest())
+    return contract.parse(message, card, contract.limits_of(card, Settings()), draw_seed=lambda: 7)
+
+
+def violations(text: str, card: ModelCard = CARD) -> dict[str, str]:
+    with pytest.raises(contract.InvalidRequest) as caught:
+        parse(text, card)
+    return {each.field: each.description for each in caught.value.violations}
+
+
+def test_a_bare_prompt_gets_every_default():
+    task = parse('{"data": {"prompt": "a cat"}}')
+    assert task.image.seeds == (7,)
+    assert (task.image.steps, task.image.guidance_scale, task.image.high_noise_frac) == (40, 5.0, 0.8)
+    assert (task.image.width, task.image.height, task.image.scheduler) == (1024, 1024, "euler")
+    assert task.output == contract.Output(images.JPEG, 95, raw=False, max_message_bytes=4194304)
+    assert task.warnings == ()
+    assert len(task.request_id) == 36
+
+
+def test_instills_kebab_case_is_the_json_of_the_contract():
+    task = parse('{"data": {"prompt": "x"}, "parameter": {"aspect-ratio": "9:16", "negative-prompt": "y", "n": 2}}')
+    assert (task.image.width, task.image.height) == (768, 1344)
+    assert task.image.negative_prompt == "y"
+    answer = json_format.MessageToDict(pb.Choice(finish_reason="success", image="data:"))
+    assert answer == {"finish-reason": "success", "image": "data:"}
+
+
+def test_seed_zero_is_a_seed_and_image_k_has_seed_plus_k():
+    assert parse('{"data": {"prompt": "x"}, "parameter": {"seed": 0, "n": 3}}').image.seeds == (0, 1, 2)
+    assert parse('{"data": {"prompt": "x"}, "parameter": {"seed": 4294967295, "n": 2}}').image.seeds == (4294967295, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("{}", "data.prompt"),
+        ('{"data": {"prompt": " \\t\\n"}}', "data.prompt"),
+        (f'{{"data": {{"prompt": "{"x" * 10_001}"}}}}', "data.prompt"),
+        ('{"data": {"prompt": "x", "model": "other"}}', "data.model"),
+        ('{"data": {"prompt": "x"}, "requestId": "a b"}', "requestId"),
+        ('{"data": {"prompt": "x"}, "parameter": {"n": 0}}', "parameter.n"),
+        ('{"data": {"prompt": "x"}, "parameter": {"n": 9}}', "parameter.n"),
+        ('{"data": {"prompt": "x"}, "parameter": {"aspect-ratio": "1:2"}}', "parameter.aspect-ratio"),
+        (
+            f'{{"data": {{"prompt": "x"}}, "parameter": {{"negative-prompt": "{"x" * 10_001}"}}}}',
+            "parameter.negative-prompt",
+        ),
+        ('{"data": {"prompt": "x"}, "sampling": {"steps": 0}}', "sampling.steps"),
+        ('{"data": {"prompt": "x"}, "sampling": {"steps": 151}}', "sampling.steps"),
+        ('{"data": {"prompt": "x"}, "sampling": {"guidanceScale": -0.1}}', "sampling.guidanceScale"),
+        ('{"data": {"prompt": "x"}, "sampling": {"guidanceScale": "NaN"}}', "sampling.guidanceScale"),
+        ('{"data": {"prompt": "x"}, "sampling": {"guidanceScale": "Infinity"}}', "sampling.guidanceScale"),
+        ('{"data": {"prompt": "x"}, "sampling": {"highNoiseFrac": 0}}', "sampling.highNoiseFrac"),
+        ('{"data": {"prompt": "x"}, "sampling": {"highNoiseFrac": 1.01}}', "sampling.highNoiseFrac"),
+        ('{"data": {"prompt": "x"}, "sampling": {"scheduler": "plms"}}', "sampling.scheduler"),
+        ('{"data": {"prompt": "x"}, "sampling": {"width": 512}}', "sampling.height"),
+        ('{"data": {"prompt": "x"}, "sampling": {"height": 512}}', "sampling.width"),
+        ('{"data": {"prompt": "x"}, "sampling": {"width": 512, "height": 5000}}', "sampling.height"),
+        ('{"data": {"prompt": "x"}, "sampling": {"width": 4096, "height": 4096}}', "sampling.width"),
+        (
+            '{"data": {"prompt": "x"}, "sampling": {"width": 512, "height": 512}, "parameter": {"aspect_ratio":"1:1"}}',
+            "parameter.aspect-ratio",
+        ),
+        ('{"data": {"prompt": "x"}, "output": {"format": 9}}', "output.format"),
+        ('{"data": {"prompt": "x"}, "output": {"quality": 101}}', "output.quality"),
+        ('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 100}}', "output.maxMessageBytes"),
+    ],
+)
+def test_each_bad_field_is_named_in_its_json_words(text: str, field: str):
+    assert list(violations(text)) == [field]
+
+
+def test_all_violations_of_a_request_are_told_at_once():
+    found = violations(
+        '{"parameter": {"n": 99, "aspect-ratio": "x"}, "sampling": {"steps": 0}, "output": {"quality": 0}}'
+    )
+    assert set(found) == {"data.prompt", "parameter.n", "parameter.aspect-ratio", "sampling.steps", "output.quality"}
+    assert found["parameter.n"] == "must be 1 to 8, is 99"
+
+
+def test_a_size_between_two_that_the_autoencoder_can_make_is_snapped_with_a_warning():
+    task = parse('{"data": {"prompt": "x"}, "sampling": {"width": 515, "height": 512}}')
+    assert (task.image.width, task.image.height) == (512, 512)
+    assert [(each.notice, each.field) for each in task.warnings] == [(Notice.SIZE_SNAPPED, "sampling.width")]
+
+
+def test_asking_for_a_refiner_that_is_not_served_is_an_error_and_not_silence():
+    alone = ModelCard(**{**vars(CARD), "has_refiner": False, "default_high_noise_frac": 1.0})
+    assert parse('{"data": {"prompt": "x"}}', alone).image.high_noise_frac == 1.0
+    assert list(violations('{"data": {"prompt": "x"}, "sampling": {"highNoiseFrac": 0.8}}', alone)) == [
+        "sampling.highNoiseFrac"
+    ]
+
+
+@pytest.mark.parametrize("native_side", [128, 256, 512, 768, 1024])
+@pytest.mark.parametrize("ratio", sorted(contract.ASPECT_RATIOS))
+def test_every_aspect_ratio_has_its_shape_at_every_native_size(ratio: str, native_side: int):
+    card = ModelCard(**{**vars(CARD), "native_side": native_side, "side_multiple": 4 if native_side < 256 else 8})
+    width, height = contract.size_of(ratio, card)
+    across, down = map(int, ratio.split(":"))
+    assert width % card.side_multiple == height % card.side_multiple == 0
+    assert math.isclose(width / height, across / down, rel_tol=0.07)
+    assert math.isclose(width * height, native_side**2, rel_tol=0.2)
+
+
+def test_the_nine_sizes_of_sdxl_are_the_published_ones():
+    assert {ratio: contract.size_of(ratio, CARD) for ratio in contract.ASPECT_RATIOS} == {
+        "9:21": (672, 1600),
+        "9:16": (768, 1344),
+        "2:3": (768, 1152),
+        "4:5": (912, 1136),
+        "1:1": (1024, 1024),
+        "5:4": (1136, 912),
+        "3:2": (1152, 768),
+        "16:9": (1344, 768),
+        "21:9": (1600, 672),
+    }
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_that_decode_as_a_request_make_parsing_fail_otherwise_than_by_violations(data: bytes):
+    message = pb.GenerateRequest()
+    with contextlib.suppress(DecodeError):
+        message.ParseFromString(data)
+        with contextlib.suppress(contract.InvalidRequest):
+            contract.parse(message, CARD, LIMITS)
+
+
+@given(st.text(min_size=1, max_size=200))
+def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
+    message = pb.GenerateRequest(data=pb.TaskData(prompt=prompt))
+    if prompt.strip():
+        assert contract.parse(message, CARD, LIMITS).image.prompt == prompt
+    else:
+        with pytest.raises(contract.InvalidRequest):
+            contract.parse(message, CARD, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (contract.InvalidRequest([contract.Violation("data.prompt", "is required")]), grpc.StatusCode.INVALID_ARGUMENT),
+        (engine.QueueFull("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (contract.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
+        (engine.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
+        (engine.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
+        (engine.Cancelled("gone"), grpc.StatusCode.CANCELLED),
+        (engine.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_every_error_has_its_status(error: Exception, code: grpc.StatusCode):
+    assert contract.status_of(error).code == code.value[0]
+
+
+def test_a_bad_request_and_a_full_queue_carry_googles_details():
+    bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    status = contract.status_of(contract.InvalidRequest([contract.Violation("data.prompt", "is required")]))
+    assert status.details[0].Unpack(bad)
+    assert bad.field_violations[0].field == "data.prompt"
+    assert contract.status_of(engine.QueueFull("full", 2.5)).details[0].Unpack(retry)
+    assert retry.retry_delay.ToSeconds() == 2

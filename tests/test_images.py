@@ -1,0 +1,59 @@
+"""What images promise: the coding that was asked for when it fits, an honest smaller one when it does not."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from server import images
+
+NOISE = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+RAMP = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3)).copy()
+
+
+def decoded(image: images.CodedImage) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image.data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("media_type", [images.JPEG, images.PNG, images.WEBP])
+def test_each_format_opens_as_itself_with_the_size_it_was_given(media_type: str):
+    image = images.code(RAMP, media_type, 95)
+    assert Image.open(io.BytesIO(image.data)).get_format_mimetype() == media_type
+    assert decoded(image).shape == RAMP.shape
+    assert np.abs(decoded(image).astype(int) - RAMP).max() <= (0 if media_type == images.PNG else 8)
+
+
+def test_a_jpeg_is_rgb_with_adobes_marker_as_instill_sends_it():
+    assert images.code(RAMP, images.JPEG, 95).data_uri.startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+
+
+def test_an_image_that_fits_is_coded_as_asked():
+    assert images.code_within(RAMP, images.PNG, 95, 10**6) == images.code(RAMP, images.PNG, 95)
+
+
+def test_a_png_that_does_not_fit_becomes_a_lossless_webp_before_any_pixel_is_given_up():
+    smooth = np.add.outer(np.arange(512), np.arange(512)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    png = images.code(smooth, images.PNG, 95)
+    image = images.code_within(smooth, images.PNG, 95, len(png.data) - 1)
+    assert (image.media_type, image.smaller) == (images.WEBP, True)
+    assert np.array_equal(decoded(image), smooth)
+
+
+@pytest.mark.parametrize("media_type", [images.JPEG, images.PNG, images.WEBP])
+def test_pure_noise_at_1024_pixels_still_fits_below_three_megabytes(media_type: str):
+    image = images.code_within(NOISE, media_type, 95, 3_000_000)
+    assert len(image.data) <= 3_000_000
+    assert image.smaller == (len(images.code(NOISE, media_type, 95).data) > 3_000_000)
+    assert decoded(image).shape == NOISE.shape
+
+
+def test_quality_is_never_raised_above_what_was_asked():
+    asked = images.code(NOISE, images.JPEG, 35)
+    image = images.code_within(NOISE, images.JPEG, 35, len(asked.data) - 1)
+    assert image.quality <= 35
+
+
+def test_what_cannot_fit_at_all_says_so_and_what_to_do():
+    with pytest.raises(images.ImageTooLarge, match=r"raise output\.maxMessageBytes"):
+        images.code_within(NOISE, images.JPEG, 95, 1000)

@@ -1,0 +1,105 @@
+"""Real server processes, and the few words in which the tests talk to them."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import grpc
+from google.protobuf import json_format
+
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 180  # seconds to wait for anything that must happen; reached only when something is broken
+SERVICE = "text_to_image.v1.TextToImageService"
+
+# As long as the limits allow, so that a test can act while it runs: 8 images of 150 steps and as many decodes.
+LONG_JOB = {"parameter": {"n": 8}, "sampling": {"steps": 150}}
+
+
+def request(prompt: str = "a cat", **fields: object) -> pb.GenerateRequest:
+    return json_format.ParseDict({"data": {"prompt": prompt}, **fields}, pb.GenerateRequest())
+
+
+def connect(server: "ServerProcess") -> grpc.Channel:
+    return grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def digests(choices: list[pb.Choice]) -> list[str]:
+    return [hashlib.sha256(choice.raw or choice.image.encode()).hexdigest() for choice in choices]
+
+
+def first_step(stream: Iterable[pb.StreamGenerateResponse]) -> pb.Progress:
+    """Read on until the base has made a step: from then on the job is on the device."""
+    return next(
+        event.progress for event in stream if event.HasField("progress") and event.progress.stage == pb.STAGE_BASE
+    )
+
+
+class ServerProcess:
+    """`python -m server` on a free port of this machine, its log line by line."""
+
+    def __init__(self, *flags: str, **environment: str) -> None:
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", *flags],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def log(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for_log(self, pattern: str) -> re.Match[str]:
+        """Wait until the log holds the pattern."""
+        with self._changed:
+            self._changed.wait_for(lambda: re.search(pattern, self.log) or self._closed, PATIENCE)
+            found = re.search(pattern, self.log)
+            assert found, f"{pattern!r} never came in:\n{self.log}"
+            return found
+
+    @property
+    def target(self) -> str:
+        """HOST:PORT, as soon as the port is open."""
+        return self.wait_for_log(r"listening on (\S+);")[1]
+
+    def wait_until_ready(self) -> "ServerProcess":
+        self.wait_for_log(r"lifecycle: serving ")
+        return self
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Wait for the end of the process; its exit code."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.terminate()
+        return self.wait()

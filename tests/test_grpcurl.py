@@ -1,0 +1,88 @@
+"""What a person with grpcurl sees: the real tool, reflection on, no proto file at hand."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import PATIENCE, SERVICE, ServerProcess
+
+GRPCURL = Path(sys.executable).parent / "grpcurl"
+
+
+def grpcurl(server: ServerProcess, *arguments: str, data: str | None = None) -> subprocess.CompletedProcess[str]:
+    given = ["-d", data] if data is not None else []
+    return subprocess.run(
+        [GRPCURL, "-plaintext", *given, server.target, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def messages(output: str) -> list[dict]:
+    """The JSON messages that grpcurl prints one after the other."""
+    decoder, found = json.JSONDecoder(), []
+    while output := output.lstrip():
+        message, end = decoder.raw_decode(output)
+        found.append(message)
+        output = output[end:]
+    return found
+
+
+def test_list_and_describe_show_the_contract(server):
+    assert set(grpcurl(server, "list").stdout.split()) == {
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+        SERVICE,
+    }
+    assert "rpc StreamGenerate" in grpcurl(server, "describe", SERVICE).stdout
+    assert 'json_name = "negative-prompt"' in grpcurl(server, "describe", "text_to_image.v1.TaskParameter").stdout
+
+
+def test_generate_answers_instills_json_with_an_image(server):
+    asked = {"data": {"prompt": "cat napping"}, "parameter": {"aspect-ratio": "1:1", "n": 1, "seed": 1}}
+    answer = grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked))
+    assert answer.returncode == 0, answer.stderr
+    (choice,) = json.loads(answer.stdout)["data"]["choices"]
+    assert choice["finish-reason"] == "success"
+    head, image = choice["image"].split(",")
+    assert head == "data:image/jpeg;base64"
+    assert base64.b64decode(image).startswith(b"\xff\xd8\xff\xee\x00\x0eAdobe")
+
+
+def test_stream_generate_prints_events_as_they_happen(server):
+    asked = {"data": {"prompt": "pizza"}, "sampling": {"steps": 5}}
+    events = messages(grpcurl(server, f"{SERVICE}/StreamGenerate", data=json.dumps(asked)).stdout)
+    assert [next(iter(event)) for event in events] == ["queued", *["progress"] * 7, "choice", "done"]
+    assert [event["progress"]["stage"] for event in events[1:-2]] == [
+        "STAGE_ENCODE",
+        *["STAGE_BASE"] * 4,
+        "STAGE_REFINER",
+        "STAGE_DECODE",
+    ]
+
+
+def test_a_bad_request_prints_every_violation(server):
+    asked = {"data": {"prompt": ""}, "parameter": {"n": 99}}
+    answer = grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked))
+    assert answer.returncode != 0
+    assert "Code: InvalidArgument" in answer.stderr
+    for field in ("data.prompt", "parameter.n"):
+        assert f'"field": "{field}"' in answer.stderr
+
+
+@pytest.mark.parametrize("service", ["", SERVICE])
+def test_health_says_serving(server, service: str):
+    answer = grpcurl(server, "grpc.health.v1.Health/Check", data=json.dumps({"service": service}))
+    assert json.loads(answer.stdout) == {"status": "SERVING"}
+
+
+def test_reflection_can_be_turned_off(start_server):
+    server = start_server("--no-reflection")
+    answer = grpcurl(server, "list")
+    assert answer.returncode != 0
+    assert "does not support the reflection API" in answer.stderr

@@ -1,0 +1,141 @@
+"""What a server process promises from its first moment to its exit code."""
+
+import socket
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving import LONG_JOB, PATIENCE, SERVICE, connect, first_step, request
+
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_the_port_is_open_but_not_serving_until_the_first_image_is_made(start_server):
+    server = start_server()
+    with connect(server) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE
+        )
+        assert next(watch).status == NOT_SERVING
+        stub = pb_grpc.TextToImageServiceStub(channel)
+        for call in (lambda: stub.GetModel(pb.GetModelRequest(), timeout=9), lambda: stub.Generate(request())):
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert next(watch).status == SERVING
+        assert "warm-up: finished" in server.log
+        watch.cancel()
+
+
+def test_sigterm_refuses_new_calls_lets_the_running_one_finish_and_exits_with_0(start_server):
+    server = start_server().wait_until_ready()
+    with connect(server) as channel:
+        stub, health = pb_grpc.TextToImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+        assert next(watch).status == SERVING
+        running = stub.StreamGenerate(request(sampling={"steps": 150}), timeout=PATIENCE)
+        first_step(running)
+        server.terminate()
+        assert next(watch).status == NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Generate(request(), timeout=PATIENCE)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert [event.WhichOneof("event") for event in running][-2:] == ["choice", "done"]
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("how", ["the grace period ends", "a second signal comes"])
+def test_a_call_that_outlives_the_grace_period_hears_unavailable(start_server, how: str):
+    server = start_server("--grace-seconds", "0" if how == "the grace period ends" else "600").wait_until_ready()
+    with connect(server) as channel:
+        running = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request(**LONG_JOB), timeout=PATIENCE)
+        first_step(running)
+        server.terminate()
+        if how == "a second signal comes":
+            server.wait_for_log("draining")
+            server.terminate()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(running)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
+
+
+def test_sigterm_while_loading_stops_the_server_without_its_ever_serving(start_server):
+    server = start_server()
+    assert server.target
+    server.terminate()
+    assert server.wait() == 0
+    assert "lifecycle: serving" not in server.log
+    assert "Traceback" not in server.log
+
+
+def test_the_ready_file_holds_the_address_while_the_server_serves(start_server, tmp_path: Path):
+    ready = tmp_path / "ready"
+    server = start_server("--ready-file", str(ready))
+    assert server.target
+    assert not ready.exists()
+    server.wait_until_ready()
+    assert ready.read_text() == f"{server.target}\n"
+    assert server.stop() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_is_an_environment_variable_too(start_server):
+    server = start_server(T2I_MAX_QUEUE="3", T2I_MODEL_NAME="renamed").wait_until_ready()
+    with connect(server) as channel:
+        model = pb_grpc.TextToImageServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=9)
+    assert (model.limits.max_queue, model.name) == (3, "renamed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-queue", "0"], "--max-queue: Input should be greater than or equal to 1"),
+        (["--listen", "nowhere"], "--listen: Value error, give HOST:PORT"),
+        (["--refiner", "somewhere"], "--refiner was given without --base"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_bad_flags_are_told_in_words_with_exit_code_2(start_server, flags: list[str], words: str):
+    server = start_server(*flags)
+    assert server.wait() == 2
+    assert words in server.log
+    assert "Traceback" not in server.log
+
+
+def test_a_taken_port_ends_the_server_with_3(start_server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = start_server("--listen", f"127.0.0.1:{port}")
+        assert server.wait() == 3
+    assert f"cannot listen on 127.0.0.1:{port}" in server.log
+    assert "Traceback" not in server.log
+
+
+def test_two_servers_never_share_a_port(start_server):
+    first = start_server()
+    assert start_server("--listen", first.target).wait() == 3
+
+
+def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4(start_server, tmp_path: Path):
+    server = start_server("--ready-file", str(tmp_path / "missing" / "ready"))
+    assert server.wait() == 4
+    assert "cannot write the ready file" in server.log
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("missing", ["base", "refiner"])
+def test_a_folder_without_a_checkpoint_ends_the_server_before_it_serves(start_server, tmp_path: Path, missing: str):
+    server = start_server("--base", str(tmp_path), *(["--refiner", str(tmp_path)] if missing == "refiner" else []))
+    assert server.wait() >= 10
+    assert str(tmp_path) in server.log
+    assert "lifecycle: serving" not in server.log
+    assert "Traceback" not in server.log

@@ -7,7 +7,10 @@ from typing import Any
 from ._exceptions import FieldViolation, InvalidRequest
 from ._types import GenerateOptions
 
-SHAPES = '{"prompt": "..."} or {"data": {"prompt", "model"?}, "parameter"?: {"aspect-ratio", "negative-prompt", "n", "seed"}}'
+SHAPES = (
+    '{"prompt": "..."} or {"data": {"prompt", "model"?}, '
+    '"parameter"?: {"aspect-ratio"?, "negative-prompt"?, "n"?, "seed"?}}'
+)
 
 
 def parse_input(text: str) -> tuple[str, GenerateOptions]:

@@ -76,11 +76,12 @@ def _set(message: Any, path: str, value: object) -> None:
 
 
 def _json_path(path: str) -> str:
-    *rooms, name = path.split(".")
-    message = pb.GenerateRequest.DESCRIPTOR
-    for room in rooms:
-        message = message.fields_by_name[room].message_type
-    return ".".join([*rooms, message.fields_by_name[name].json_name])
+    names = []
+    message: Any = pb.GenerateRequest()
+    for name in path.split("."):
+        names.append(message.DESCRIPTOR.fields_by_name[name].json_name)
+        message = getattr(message, name)
+    return ".".join(names)
 
 
 def _format_number(value: object) -> int:

@@ -34,6 +34,13 @@ def display_for(console: Console, images: int) -> Display:
     return LiveDisplay(console, images) if console.is_terminal else PlainDisplay(console, images)
 
 
+class _Elapsed(bars.ProgressColumn):
+    """Seconds that a stage has taken so far."""
+
+    def render(self, task: bars.Task) -> Text:
+        return Text(_duration(task.finished_time or task.elapsed or 0.0), "progress.elapsed", justify="right")
+
+
 class LiveDisplay:
     """One row per stage, added as it is reached. Of several images, a finished one's rows give way to its line."""
 
@@ -46,7 +53,7 @@ class LiveDisplay:
             bars.TextColumn("{task.description}", style="bold", markup=False),
             bars.BarColumn(bar_width=32),
             bars.TextColumn("{task.fields[count]}", style="progress.download", justify="right"),
-            bars.TimeElapsedColumn(),
+            _Elapsed(),
             bars.TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
@@ -79,20 +86,21 @@ class LiveDisplay:
                 self._bars.update(row, note="")
         now = self._bars.get_time()
         key = (event.choice_index, event.stage)
+        count, note = f"{event.step}/{event.steps}", _left(event.eta)
         if key not in self._rows:
-            self._rows[key] = self._bars.add_task(_label(event, self._images), total=event.steps, count="", note="")
+            label = _label(event, self._images)
+            self._rows[key] = self._bars.add_task(label, total=event.steps, count=count, note=note)
             # A stage begins where the call before its first one ended.
             self._bars.tasks[-1].start_time = self._latest
-        self._bars.update(
-            self._rows[key], completed=event.step, count=f"{event.step}/{event.steps}", note=_left(event.eta)
-        )
+        self._bars.update(self._rows[key], completed=event.step, count=count, note=note)
         self._latest = now
 
     def finish(self, choice_index: int, line: str) -> None:
-        if self._images > 1:
-            for (index, _), row in self._rows.items():
-                if index == choice_index:
-                    self._drop(row)
+        if self._images == 1:
+            self._bars.stop()  # the rows stay, and the line stands below them
+        for (index, _), row in self._rows.items():
+            if self._images > 1 and index == choice_index:
+                self._drop(row)
         self._bars.console.print(Text(line))
 
     def _drop(self, row: bars.TaskID) -> None:
@@ -143,7 +151,11 @@ def _ahead(event: Queued) -> str:
 
 
 def _left(eta: float | None) -> str:
-    if not eta:
-        return ""
-    minutes, seconds = divmod(round(eta), 60)
-    return f"{minutes} min {seconds} s left" if minutes else f"{eta:.1f} s left" if eta < 10 else f"{seconds} s left"
+    return f"{_duration(eta)} left" if eta else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{minutes} min {whole:02d} s"

@@ -67,6 +67,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (TextToImageError, ServiceFailed) as error:
+            if isinstance(error, ServiceFailed):
+                click.echo(error.log, err=True, nl=False)
             _say(f"Error: {_explain(error)}", "red")
             ctx.exit(EXIT_CODES.get(type(error), 1))
         except KeyboardInterrupt:
@@ -104,7 +106,9 @@ def main(target: str) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The image file.")
 @click.option("--negative-prompt", help="What to steer away from.")
 @click.option("--aspect-ratio", help='Width to height, for example "16:9".  [default: 1:1]')
-@click.option("--n", type=int, help="Number of images; of more than one, -o cat.jpg makes cat-0.jpg, cat-1.jpg ...")
+@click.option(
+    "-n", "--n", type=int, help="Number of images; of more than one, -o cat.jpg makes cat-0.jpg, cat-1.jpg ..."
+)
 @click.option("--seed", type=int, help="Image k is drawn from seed + k.  [default: random, and told]")
 @click.option("--steps", type=int, help="Denoising steps of both experts together.")
 @click.option("--guidance-scale", type=float, help="Weight of classifier-free guidance, 0 to 50; none at 1 or less.")
@@ -112,16 +116,21 @@ def main(target: str) -> None:
 @click.option("--scheduler", help="One of those that `t2i model` lists.")
 @click.option("--width", type=int, help="Pixels, with --height, instead of --aspect-ratio.")
 @click.option("--height", type=int, help="Pixels, with --width.")
-@click.option("--format", type=click.Choice([*Format]), help="How to code the image.  [default: by the name of -o]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice([each.value for each in Format]),
+    help="How to code the image.  [default: by the name of -o]",
+)
 @click.option("--quality", type=int, help="Of JPEG and WebP, 1 to 100.  [default: 95]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metadata on stdout.")
 @_target_option
 def generate(
-    target: str, prompt: str, output: Path, format: str | None, timeout: float | None, as_json: bool, **options: Any
+    target: str, prompt: str, output: Path, format_: str | None, timeout: float | None, as_json: bool, **options: Any
 ) -> None:
     """Draw PROMPT and save it. Defaults that are not told here are the model's: see `t2i model`."""
-    request: GenerateOptions = {**options, "format": _format_for(output, format)}  # type: ignore[typeddict-item]
+    request: GenerateOptions = {**options, "format": _format_for(output, format_)}  # type: ignore[typeddict-item]
     if not output.parent.is_dir():
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="-o")
     with TextToImage(target) as client, client.stream(prompt, timeout=timeout, **request) as events:
@@ -132,15 +141,15 @@ def generate(
         click.echo(json.dumps(result.metadata, indent=2))
 
 
-def _format_for(output: Path, format: str | None) -> Format:
+def _format_for(output: Path, wanted: str | None) -> Format:
     """The format to ask for, so that what comes back may bear the name `output`."""
     by_name = Format.of(output)
     if by_name is None:
         endings = ", ".join(suffix for each in Format for suffix in each.suffixes)
         raise click.BadParameter(f"{output.name} must end in one of {endings}", param_hint="-o")
-    if format not in (None, by_name):
+    if wanted not in (None, by_name):
         raise click.BadParameter(
-            f"a {format} cannot be named {output.name}; end it in {Format(format).suffixes[0]}, or leave out --format",
+            f"a {wanted} cannot be named {output.name}; end it in {Format(wanted).suffixes[0]}, or leave out --format",
             param_hint="-o",
         )
     return by_name
@@ -214,7 +223,10 @@ def _table(model: ModelInfo) -> Table:
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Seconds.")
 @_target_option
 def health(target: str, service: str, timeout: float) -> None:
-    """Print the health of the service; a probe, since the exit code is 0 only when it is SERVING."""
+    """Probe the service: print its health.
+
+    The exit code is 0 only when it is SERVING.
+    """
     with TextToImage(target) as client:
         status = client.health(service, timeout=timeout)
     click.echo(status.value)
@@ -236,14 +248,15 @@ def health(target: str, service: str, timeout: float) -> None:
     help="Seconds that the service may take to load its model.",
 )
 def run(gpu: bool, tag: str | None, text: str, start_timeout: float) -> None:
-    """Start a service, draw one Instill AI task input, print its output, stop the service.
+    """Start a service for one request, as `instill run` does.
 
-    The service is the one installed in this environment, or a container image. Its log is shown when it fails.
+    Draws one Instill AI task input, prints the output in Instill's shape and stops the service again. The service is
+    the one installed in this environment, or a container image; its log is shown when it fails.
     """
     prompt, options = parse_input(text)
     build_request(prompt, options)  # what no message can carry is said now, not after the model is loaded
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is never left behind
-    with tempfile.TemporaryDirectory(prefix="t2i-") as directory, _log_of_failure():
+    with tempfile.TemporaryDirectory(prefix="t2i-") as directory:
         _instill("Starting model image...")
         launch = container_launch(tag, gpu) if tag else local_launch(Path(directory), gpu)
         with running(launch, Path(directory)) as service:
@@ -265,15 +278,6 @@ def _instill(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _log_of_failure() -> Iterator[None]:
-    try:
-        yield
-    except ServiceFailed as error:
-        click.echo(error.log, err=True, nl=False)
-        raise
-
-
-@contextlib.contextmanager
 def _log_of(service: Service) -> Iterator[None]:
     try:
         yield
@@ -283,6 +287,10 @@ def _log_of(service: Service) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
+    if isinstance(error, InvalidRequest) and len(error.violations) > 1:
+        return "\n  ".join(["the request has more than one fault", *map(str, error.violations)])
+    if isinstance(error, DeadlineExceeded):
+        return "the timeout passed"  # in gRPC's words "Stream removed (Deadline Exceeded)"
     if isinstance(error, Refused) and error.retry_after is not None:
         return f"{error} (try again in {error.retry_after:g} s)"
     return str(error)

@@ -1,0 +1,260 @@
+"""The client, once for threads and once for asyncio: twins over the request building and message reading of _messages.
+
+Retries, deadlines and cancellation are gRPC's own; this file only sets them.
+"""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from ._exceptions import ServerError, translated
+from ._messages import MAX_MESSAGE_BYTES, build_request, read_event, read_model, read_result
+from ._types import Done, Event, GenerateOptions, Image, ModelInfo, Result, ServingStatus
+from .v1 import text_to_image_pb2 as pb
+from .v1.text_to_image_pb2_grpc import TextToImageServiceStub
+
+if TYPE_CHECKING:
+    from .v1.text_to_image_pb2_grpc import TextToImageServiceAsyncStub
+
+__all__ = ["AsyncEventStream", "AsyncTextToImage", "EventStream", "TextToImage"]
+
+MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever it is told
+
+
+class TextToImage:
+    """A text-to-image service at `target`, "host:port", for threads. Many threads may share one.
+
+    with TextToImage("127.0.0.1:50051") as client:
+        client.generate("cat napping", seed=1).images[0].save("cat.jpg")
+
+    `timeout` in seconds holds for every call that does not set its own; None waits as long as it takes. `retries`, 0
+    to 4, are made when the service is unavailable, with exponential backoff, about 3 seconds in all, and never once an
+    answer has begun. Every call raises the errors of `TextToImageError`; nobody listening at `target` is `Unavailable`.
+    """
+
+    def __init__(self, target: str, *, timeout: float | None = None, retries: int = MAX_RETRIES) -> None:
+        self.target = target
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(target, options=_channel_options(retries))
+        self._service = TextToImageServiceStub(self._channel)
+        self._health: Any = HealthStub(self._channel)  # the stubs of types-grpcio-health-checking know no methods
+
+    def generate(self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Result:
+        """Draw `prompt` and wait for all its images. `GenerateOptions` has the options, all optional."""
+        request = build_request(prompt, options)
+        with translated(self.target):
+            return read_result(self._service.Generate(request, timeout=self._effective(timeout)))
+
+    def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> "EventStream":
+        """Draw `prompt` and follow it: an iterator over events, the last of which is `Done`.
+
+        The call begins at once. Closing the iterator, leaving its `with` block or dropping it cancels the call, and
+        the device is free within one step.
+        """
+        request = build_request(prompt, options)
+        with translated(self.target):
+            return EventStream(self._service.StreamGenerate(request, timeout=self._effective(timeout)), self.target)
+
+    def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """What is served, with its defaults and limits. `Unavailable` until the model is loaded."""
+        with translated(self.target):
+            return read_model(self._service.GetModel(pb.GetModelRequest(), timeout=self._effective(timeout)))
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> ServingStatus:
+        """The state of `service`, "" for the whole server, by grpc.health.v1. Never retried."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            with translated(self.target):
+                return _serving_status(self._health.Check(request, timeout=self._effective(timeout)))
+        except ServerError as error:
+            return _absent(error)
+
+    def close(self) -> None:
+        """Close the connection; calls still under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _effective(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout
+
+
+class AsyncTextToImage:
+    """The twin of `TextToImage` for asyncio: the same calls, awaited, and `async for` over a stream.
+
+    async with AsyncTextToImage("127.0.0.1:50051") as client:
+        result = await client.generate("cat napping", seed=1)
+
+    It belongs to the event loop that makes its first call.
+    """
+
+    def __init__(self, target: str, *, timeout: float | None = None, retries: int = MAX_RETRIES) -> None:
+        self.target = target
+        self._timeout = timeout
+        self._options = _channel_options(retries)
+        self._channel: grpc.aio.Channel | None = None
+
+    async def generate(
+        self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Result:
+        """As `TextToImage.generate`. Cancelling the task cancels the call."""
+        request = build_request(prompt, options)
+        with translated(self.target):
+            return read_result(await self._service().Generate(request, timeout=self._effective(timeout)))
+
+    def stream(
+        self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> "AsyncEventStream":
+        """As `TextToImage.stream`. Cancelling the task that reads the stream cancels the call, too."""
+        request = build_request(prompt, options)
+        return AsyncEventStream(self._service().StreamGenerate(request, timeout=self._effective(timeout)), self.target)
+
+    async def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """As `TextToImage.model`."""
+        with translated(self.target):
+            return read_model(await self._service().GetModel(pb.GetModelRequest(), timeout=self._effective(timeout)))
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> ServingStatus:
+        """As `TextToImage.health`."""
+        health: Any = HealthStub(self._open())
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            with translated(self.target):
+                return _serving_status(await health.Check(request, timeout=self._effective(timeout)))
+        except ServerError as error:
+            return _absent(error)
+
+    async def aclose(self) -> None:
+        """Close the connection; calls still under way are cancelled."""
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:  # a channel of grpc.aio is tied to the loop running when it is made
+            self._channel = grpc.aio.insecure_channel(self.target, options=self._options)
+        return self._channel
+
+    def _service(self) -> "TextToImageServiceAsyncStub":
+        return cast("TextToImageServiceAsyncStub", TextToImageServiceStub(self._open()))
+
+    def _effective(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout
+
+
+class EventStream(Iterator[Event]):
+    """The events of one request as they happen. A context manager; leaving it early cancels the call."""
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call
+        self._target = target
+        self._images: dict[int, Image] = {}
+        self._complete = False
+
+    def __next__(self) -> Event:
+        with translated(self._target):
+            for message in self._call:
+                event = read_event(message, self._images)
+                if event is not None:
+                    self._complete = isinstance(event, Done)
+                    return event
+        _check_complete(self._complete)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel the call if it is still under way."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncEventStream(AsyncIterator[Event]):
+    """The twin of `EventStream` for asyncio."""
+
+    def __init__(self, call: "grpc.aio.UnaryStreamCall[Any, Any]", target: str) -> None:
+        self._call = call
+        self._target = target
+        self._images: dict[int, Image] = {}
+        self._complete = False
+
+    async def __anext__(self) -> Event:
+        with translated(self._target):
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                event = read_event(cast("pb.StreamGenerateResponse", message), self._images)
+                if event is not None:
+                    self._complete = isinstance(event, Done)
+                    return event
+        _check_complete(self._complete)
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the call if it is still under way."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _channel_options(retries: int) -> list[tuple[str, Any]]:
+    if not 0 <= retries <= MAX_RETRIES:
+        raise ValueError(f"retries must be 0 to {MAX_RETRIES}, not {retries}")
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    if retries:
+        # Health checks are left out: a probe wants to know what is, not what may be in three seconds.
+        policy = {
+            "maxAttempts": retries + 1,
+            "initialBackoff": "0.2s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE"],
+        }
+        service = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
+        config = {"methodConfig": [{"name": [{"service": service}], "retryPolicy": policy}]}
+        options.append(("grpc.service_config", json.dumps(config)))
+    return options
+
+
+def _serving_status(response: health_pb2.HealthCheckResponse) -> ServingStatus:
+    return ServingStatus(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
+def _absent(error: ServerError) -> ServingStatus:
+    # grpc.health.v1 answers Check of a service that it does not know with the status NOT_FOUND.
+    if error.code is grpc.StatusCode.NOT_FOUND:
+        return ServingStatus.SERVICE_UNKNOWN
+    raise error
+
+
+def _check_complete(complete: bool) -> None:
+    if not complete:
+        raise ServerError("the stream ended before its `done` event", grpc.StatusCode.INTERNAL)

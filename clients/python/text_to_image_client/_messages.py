@@ -1,0 +1,204 @@
+"""Between the contract's messages and this client's types, both ways. Pure: no channel, no clock, no file."""
+
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
+
+from ._exceptions import FieldViolation, InvalidRequest
+from ._types import (
+    Defaults,
+    Done,
+    Event,
+    Format,
+    GenerateOptions,
+    Image,
+    ImageReady,
+    Limits,
+    ModelInfo,
+    Progress,
+    Queued,
+    Result,
+    Stage,
+    Warning,
+    WarningCode,
+)
+from .v1 import text_to_image_pb2 as pb
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""What a channel of this client takes; every request tells the server so."""
+
+_FIELDS = {
+    "model": "data.model",
+    "aspect_ratio": "parameter.aspect_ratio",
+    "negative_prompt": "parameter.negative_prompt",
+    "n": "parameter.n",
+    "seed": "parameter.seed",
+    "steps": "sampling.steps",
+    "guidance_scale": "sampling.guidance_scale",
+    "high_noise_frac": "sampling.high_noise_frac",
+    "scheduler": "sampling.scheduler",
+    "width": "sampling.width",
+    "height": "sampling.height",
+    "format": "output.format",
+    "quality": "output.quality",
+    "request_id": "request_id",
+}
+"""Where each of GenerateOptions stands in a GenerateRequest."""
+
+
+def build_request(prompt: str, options: GenerateOptions) -> pb.GenerateRequest:
+    """The message that asks for `prompt`, with raw bytes instead of base64.
+
+    Raises InvalidRequest, naming every bad field, for what a message cannot even carry: a negative seed, a lone
+    surrogate. Whether a value makes sense is the server's to say. Raises TypeError for an option that does not exist.
+    """
+    if unknown := options.keys() - _FIELDS.keys():
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    request = pb.GenerateRequest(output=pb.Output(raw=True, max_message_bytes=MAX_MESSAGE_BYTES))
+    given = {"data.prompt": prompt} | {_FIELDS[name]: value for name, value in options.items() if value is not None}
+    violations = []
+    for path, value in given.items():
+        try:
+            _set(request, path, _format_number(value) if path == "output.format" else value)
+        except (TypeError, ValueError) as error:
+            violations.append(FieldViolation(_json_path(path), str(error)))
+    if violations:
+        raise InvalidRequest("the request cannot be sent", violations=tuple(violations))
+    return request
+
+
+def _set(message: Any, path: str, value: object) -> None:
+    *rooms, name = path.split(".")
+    for room in rooms:
+        message = getattr(message, room)
+    setattr(message, name, value)
+
+
+def _json_path(path: str) -> str:
+    names = []
+    message: Any = pb.GenerateRequest()
+    for name in path.split("."):
+        names.append(message.DESCRIPTOR.fields_by_name[name].json_name)
+        message = getattr(message, name)
+    return ".".join(names)
+
+
+def _format_number(value: object) -> int:
+    if value not in list(Format):
+        raise ValueError(f"must be one of {', '.join(Format)}, not {value!r}")
+    return pb.Format.Value(f"FORMAT_{str(value).upper()}")
+
+
+def read_result(response: pb.GenerateResponse) -> Result:
+    metadata = response.metadata
+    images = map(_read_image, response.data.choices, metadata.images)
+    return _result(tuple(images), metadata)
+
+
+def read_event(message: pb.StreamGenerateResponse, images: dict[int, Image]) -> Event | None:
+    """The event in `message`, or None for a kind that is newer than this client.
+
+    `images` holds the stream's images so far, by index, for `Done` to give them all; this call adds to it.
+    """
+    match message.WhichOneof("event"):
+        case "queued":
+            return Queued(message.queued.position, _eta(message.queued))
+        case "progress" if message.progress.stage in _STAGES:
+            progress = message.progress
+            return Progress(
+                progress.choice_index, _STAGES[progress.stage], progress.step, progress.steps, _eta(progress)
+            )
+        case "choice":
+            choice = message.choice
+            images[choice.choice_index] = _read_image(choice.choice, choice.metadata)
+            return ImageReady(choice.choice_index, images[choice.choice_index])
+        case "done":
+            return Done(_result(tuple(images[index] for index in sorted(images)), message.done.metadata))
+    return None
+
+
+def read_model(response: pb.GetModelResponse) -> ModelInfo:
+    defaults, limits = response.defaults, response.limits
+    return ModelInfo(
+        name=response.name,
+        fingerprint=response.fingerprint,
+        has_refiner=response.has_refiner,
+        device=response.device,
+        precision=response.precision,
+        schedulers=tuple(response.schedulers),
+        defaults=Defaults(
+            steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale,
+            high_noise_frac=defaults.high_noise_frac,
+            scheduler=defaults.scheduler,
+            aspect_ratio=defaults.aspect_ratio,
+        ),
+        limits=Limits(
+            max_images=limits.max_images,
+            max_steps=limits.max_steps,
+            max_prompt_characters=limits.max_prompt_characters,
+            min_side=limits.min_side,
+            max_side=limits.max_side,
+            max_pixels=limits.max_pixels,
+            side_multiple=limits.side_multiple,
+            max_queue=limits.max_queue,
+        ),
+        sizes={size.aspect_ratio: (size.width, size.height) for size in response.sizes},
+    )
+
+
+_STAGES = {
+    pb.STAGE_ENCODE: Stage.ENCODE,
+    pb.STAGE_BASE: Stage.BASE,
+    pb.STAGE_REFINER: Stage.REFINER,
+    pb.STAGE_DECODE: Stage.DECODE,
+}
+
+_WARNING_CODES = {
+    pb.Warning.CODE_PROMPT_TRUNCATED: WarningCode.PROMPT_TRUNCATED,
+    pb.Warning.CODE_SIZE_SNAPPED: WarningCode.SIZE_SNAPPED,
+    pb.Warning.CODE_IMAGE_RECODED: WarningCode.IMAGE_RECODED,
+    pb.Warning.CODE_EXPERT_IDLE: WarningCode.EXPERT_IDLE,
+}
+
+
+def _read_image(choice: pb.Choice, metadata: pb.ImageMetadata) -> Image:
+    return Image(
+        data=choice.raw,
+        media_type=metadata.media_type,
+        finish_reason=choice.finish_reason,
+        seed=metadata.seed,
+        width=metadata.width,
+        height=metadata.height,
+        steps=metadata.steps,
+        guidance_scale=metadata.guidance_scale,
+        high_noise_frac=metadata.high_noise_frac,
+        scheduler=metadata.scheduler,
+        base_calls=metadata.base_calls,
+        refiner_calls=metadata.refiner_calls,
+    )
+
+
+def _result(images: tuple[Image, ...], metadata: pb.Metadata) -> Result:
+    return Result(
+        images=images,
+        warnings=tuple(
+            Warning(_WARNING_CODES.get(warning.code, WarningCode.UNSPECIFIED), warning.field, warning.message)
+            for warning in metadata.warnings
+        ),
+        request_id=metadata.request_id,
+        model=metadata.model,
+        fingerprint=metadata.fingerprint,
+        waited=_seconds(metadata.waited),
+        ran=_seconds(metadata.ran),
+        metadata=MessageToDict(metadata, always_print_fields_with_no_presence=True),
+    )
+
+
+def _eta(message: pb.Queued | pb.Progress) -> float | None:
+    return _seconds(message.eta) if message.HasField("eta") else None
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToTimedelta().total_seconds()

@@ -1,0 +1,164 @@
+"""A service of one's own for the length of one command: started, awaited until it says SERVING, stopped.
+
+It runs as a child process: the server package of this environment, or its container image under docker or podman.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ._client import TextToImage
+from ._exceptions import TextToImageError
+from ._types import ServingStatus
+
+IMAGE = "text-to-image-service"
+"""The container image that a bare tag belongs to."""
+_PORT = 50051
+_STOP_SECONDS = 30.0
+
+
+class ServiceFailed(Exception):
+    """The service could not be started. `log` is what it wrote."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a service: its command line, variables to add, and what tells its address once it has one."""
+
+    command: tuple[str, ...]
+    address: Callable[[], str | None]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def local_launch(directory: Path, gpu: bool) -> Launch:
+    """The server package of this environment, on a port of its own choice.
+
+    Raises ServiceFailed if there is no such package.
+    """
+    if importlib.util.find_spec("server") is None:
+        raise ServiceFailed(
+            f"the service is not installed in this environment ({sys.prefix}); "
+            "install text-to-image-service, or run its container image with -t TAG"
+        )
+    ready = directory / "ready"
+    device = ("--device", "cuda") if gpu else ()
+
+    def address() -> str | None:
+        return (ready.read_text().strip() or None) if ready.exists() else None
+
+    return Launch(
+        (sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--ready-file", str(ready), *device), address
+    )
+
+
+def container_launch(tag: str, gpu: bool) -> Launch:
+    """The container image `tag`: a full reference, or the tag alone of text-to-image-service.
+
+    Raises ServiceFailed if there is neither docker nor podman.
+    """
+    engine = shutil.which("docker") or shutil.which("podman")
+    if engine is None:
+        raise ServiceFailed("-t TAG needs docker or podman, and neither is on the PATH")
+    name = f"t2i-{uuid.uuid4().hex[:12]}"
+
+    def address() -> str | None:
+        published = subprocess.run([engine, "port", name, str(_PORT)], capture_output=True, text=True, check=False)
+        return published.stdout.split("\n")[0] or None
+
+    return Launch(container_command(engine, name, tag, gpu), address)
+
+
+def container_command(engine: str, name: str, tag: str, gpu: bool) -> tuple[str, ...]:
+    """`engine run` in the foreground, so that its life is the container's, on a free loopback port."""
+    devices: tuple[str, ...] = ()
+    if gpu:
+        # podman takes GPUs by the Container Device Interface.
+        devices = ("--device", "nvidia.com/gpu=all") if Path(engine).name == "podman" else ("--gpus", "all")
+    return (
+        *(engine, "run", "--rm", "--name", name, "--publish", f"127.0.0.1::{_PORT}"),
+        *devices,
+        *("--env", f"T2I_LISTEN=0.0.0.0:{_PORT}"),
+        *(("--env", "T2I_DEVICE=cuda") if gpu else ()),
+        tag if ":" in tag or "/" in tag else f"{IMAGE}:{tag}",
+    )
+
+
+@dataclass(frozen=True)
+class Service:
+    """A started service and the file that its log goes to."""
+
+    process: "subprocess.Popen[bytes]"
+    address: Callable[[], str | None]
+    log_file: Path
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def wait_until_serving(self, seconds: float) -> str:
+        """The service's address, as soon as its health says SERVING.
+
+        Raises ServiceFailed when the process ends first, at once, or when `seconds` have passed.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            address = self.address()
+            if address is not None and _is_serving(address):
+                return address
+            try:
+                status = self.process.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            raise self._ended(status)
+        raise ServiceFailed(f"the service was not ready within {seconds:g} s", self.log())
+
+    def _ended(self, status: int) -> ServiceFailed:
+        log = self.log()
+        last = (log.strip() or "it wrote no log").splitlines()[-1]
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return ServiceFailed(f"the service {how}: {last}", log)
+
+
+@contextmanager
+def running(launch: Launch, directory: Path) -> Iterator[Service]:
+    """Start a service; on the way out, however it comes, stop it by SIGTERM and wait for its end."""
+    log_file = directory / "log"
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            launch.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **launch.environment},
+            start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops the service
+        )
+    try:
+        yield Service(process, launch.address, log_file)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _is_serving(address: str) -> bool:
+    try:
+        # A fresh channel each time: an old one would wait longer and longer between its attempts to connect.
+        with TextToImage(address, timeout=2) as client:
+            return client.health() is ServingStatus.SERVING
+    except TextToImageError:
+        return False

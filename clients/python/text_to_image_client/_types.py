@@ -1,0 +1,302 @@
+"""What comes back: images, results, events and the served model, as frozen dataclasses.
+
+Times are in seconds, sizes in pixels. Images and results show themselves in a notebook.
+"""
+
+import base64
+import enum
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+__all__ = [
+    "Defaults",
+    "Done",
+    "Event",
+    "Format",
+    "GenerateOptions",
+    "Image",
+    "ImageReady",
+    "Limits",
+    "ModelInfo",
+    "Progress",
+    "Queued",
+    "Result",
+    "ServingStatus",
+    "Stage",
+    "Warning",
+    "WarningCode",
+]
+
+
+class Format(enum.StrEnum):
+    """How an image is coded."""
+
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """File name endings of this format, the usual one first."""
+        return (".jpg", ".jpeg") if self is Format.JPEG else (f".{self}",)
+
+    @classmethod
+    def of(cls, path: Path) -> "Format | None":
+        """The format that the name of `path` promises."""
+        return next((each for each in cls if path.suffix.lower() in each.suffixes), None)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What a request may say beside its prompt. An option that is absent or None has the served model's default.
+
+    `model()` tells the defaults and limits that hold; the server checks them.
+    """
+
+    negative_prompt: str | None
+    """What to steer away from. Default ""."""
+    aspect_ratio: str | None
+    """Width to height: 16:9, 1:1, 21:9, 2:3, 3:2, 4:5, 5:4, 9:16 or 9:21. Default 1:1. Not with width and height."""
+    n: int | None
+    """Number of images, 1 to `limits.max_images`. Default 1."""
+    seed: int | None
+    """0 to 2^32 - 1; image k of n is drawn from seed + k. Default: random, and told in `Image.seed`."""
+    steps: int | None
+    """Denoising steps of both experts together, 1 to `limits.max_steps`."""
+    guidance_scale: float | None
+    """Weight of classifier-free guidance, 0 to 50. At 1 or less there is none."""
+    high_noise_frac: float | None
+    """The base expert's share of the noise schedule, above 0 and at most 1; 1 leaves the refiner out."""
+    scheduler: str | None
+    """One of `ModelInfo.schedulers`."""
+    width: int | None
+    """Pixels, `limits.min_side` to `limits.max_side`; needs height. Snapped to what the model can make, with a
+    warning."""
+    height: int | None
+    """As width."""
+    format: Format | str | None
+    """"jpeg", "png" or "webp". Default "jpeg"."""
+    quality: int | None
+    """Quality of JPEG and WebP, 1 to 100. Default 95."""
+    model: str | None
+    """The served model's name, to be sure of it. Default: whichever is served."""
+    request_id: str | None
+    """Your own name for this request: up to 128 of A-Z a-z 0-9 . _ : / -. Default: a random UUID."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One finished image, and with the prompts all that is needed to make it again."""
+
+    data: bytes = field(repr=False)
+    """The file's bytes, coded as `media_type` says."""
+    media_type: str
+    """"image/jpeg", "image/png" or "image/webp"."""
+    finish_reason: str
+    """"success" or "content_filtered"."""
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    high_noise_frac: float
+    scheduler: str
+    base_calls: int
+    """Network calls of the base expert."""
+    refiner_calls: int
+    """Network calls of the refiner."""
+
+    @property
+    def format(self) -> Format:
+        return Format(self.media_type.removeprefix("image/"))
+
+    @property
+    def data_uri(self) -> str:
+        """ "data:image/jpeg;base64,..."."""
+        return f"data:{self.media_type};base64,{self._base64()}"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the image as it is, byte for byte, and return the path.
+
+        Raises ValueError if the name promises another format: an image is never coded again behind your back.
+        """
+        path = Path(path)
+        if Format.of(path) is not self.format:
+            raise ValueError(
+                f"{path} cannot hold a {self.media_type}: name it {path.with_suffix(self.format.suffixes[0]).name}, "
+                "or ask for another format"
+            )
+        path.write_bytes(self.data)
+        return path
+
+    def _base64(self) -> str:
+        return base64.b64encode(self.data).decode("ascii")
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        bundle = {"text/plain": repr(self), "text/html": self._repr_html_()}
+        if self.format is not Format.WEBP:  # which notebooks know only as HTML
+            bundle[self.media_type] = self._base64()
+        return bundle
+
+    def _repr_html_(self) -> str:
+        return f'<img src="{self.data_uri}" width="{self.width}" height="{self.height}" alt="seed {self.seed}">'
+
+
+class WarningCode(enum.StrEnum):
+    """Why an answer is not to the letter of its request."""
+
+    UNSPECIFIED = "unspecified"
+    PROMPT_TRUNCATED = "prompt_truncated"
+    SIZE_SNAPPED = "size_snapped"
+    IMAGE_RECODED = "image_recoded"
+    EXPERT_IDLE = "expert_idle"
+
+
+@dataclass(frozen=True)
+class Warning:
+    """One thing that was changed or dropped: `field` in the request's JSON names, `message` one sentence."""
+
+    code: WarningCode
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The whole answer to one request."""
+
+    images: tuple[Image, ...]
+    warnings: tuple[Warning, ...]
+    request_id: str
+    model: str
+    fingerprint: str
+    """SHA-256 of the served weights and configuration, in hex."""
+    waited: float
+    """Seconds from admission to the first network call."""
+    ran: float
+    """Seconds from the first network call to the last."""
+    metadata: Mapping[str, Any] = field(repr=False)
+    """The contract's Metadata message as JSON has it, which is also what grpcurl prints."""
+
+    def to_instill(self) -> dict[str, Any]:
+        """The output of Instill AI's TASK_TEXT_TO_IMAGE."""
+        return {
+            "data": {
+                "choices": [{"finish-reason": image.finish_reason, "image": image.data_uri} for image in self.images]
+            }
+        }
+
+    def _repr_html_(self) -> str:
+        figures = "".join(
+            f'<figure style="margin:0">{image._repr_html_()}<figcaption>seed {image.seed}</figcaption></figure>'
+            for image in self.images
+        )
+        warnings = "".join(f"<p>{html.escape(str(warning))}</p>" for warning in self.warnings)
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1em">{figures}</div>{warnings}'
+
+
+class Stage(enum.StrEnum):
+    """Where an image is on its way. BASE and REFINER are the two experts of the ensemble."""
+
+    ENCODE = "encode"
+    BASE = "base"
+    REFINER = "refiner"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request was admitted; the device will finish `position` others first."""
+
+    position: int
+    eta: float | None
+    """Estimated seconds until the last image."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One call of a network has ended: `step` of the `steps` that image `choice_index` needs in this stage."""
+
+    choice_index: int
+    stage: Stage
+    step: int
+    steps: int
+    eta: float | None
+    """Estimated seconds until the last image."""
+
+
+@dataclass(frozen=True)
+class ImageReady:
+    """Image `choice_index` of the request, counted from 0, is finished."""
+
+    choice_index: int
+    image: Image
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event: the same Result that `generate` would have returned."""
+
+    result: Result
+
+
+Event: TypeAlias = Queued | Progress | ImageReady | Done
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets where it says nothing."""
+
+    steps: int
+    guidance_scale: float
+    high_noise_frac: float
+    scheduler: str
+    aspect_ratio: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for, and how many are admitted at once."""
+
+    max_images: int
+    max_steps: int
+    max_prompt_characters: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    side_multiple: int
+    """Width and height are multiples of this many pixels."""
+    max_queue: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is served."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 over all weights and configuration files, in hex."""
+    has_refiner: bool
+    device: str
+    """"cuda", "mps" or "cpu"."""
+    precision: str
+    """"fp32", "bf16" or "fp16"."""
+    schedulers: tuple[str, ...]
+    defaults: Defaults
+    limits: Limits
+    sizes: Mapping[str, tuple[int, int]]
+    """Width and height of every aspect ratio."""
+
+
+class ServingStatus(enum.StrEnum):
+    """The answer of grpc.health.v1."""
+
+    UNKNOWN = "UNKNOWN"
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"

@@ -1,0 +1,300 @@
+"""The command `t2i`: draw, ask what is served, probe, and run a service for the length of one request.
+
+What a program may want goes to stdout, what a person wants to stderr, and the kind of failure into the exit code.
+"""
+
+import contextlib
+import datetime
+import json
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ._client import EventStream, TextToImage
+from ._exceptions import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Refused,
+    ServerError,
+    TextToImageError,
+    Unavailable,
+)
+from ._instill import parse_input
+from ._messages import build_request
+from ._progress import display_for
+from ._service import IMAGE, Service, ServiceFailed, container_launch, local_launch, running
+from ._types import Done, Format, GenerateOptions, Image, ImageReady, ModelInfo, Result, ServingStatus
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+EXIT_CODES: dict[type[Exception], int] = {
+    InvalidRequest: 3,
+    Unavailable: 4,
+    Refused: 5,
+    DeadlineExceeded: 6,
+    ServiceFailed: 7,
+    Cancelled: 130,
+}
+"""An error that is not here ends with 1; click ends with 2 when the command line is wrong."""
+
+_EXIT_CODES_HELP = """\b
+Exit codes:
+  0    done; of `health`: SERVING
+  1    unexpected error, of the server or of writing a file
+  2    wrong command line
+  3    bad input; every bad field is named
+  4    not reachable, loading or draining; of `health`: not SERVING
+  5    refused, the queue is full
+  6    the timeout passed
+  7    of `run`: the service did not start
+  130  cancelled
+"""
+
+
+class _Commands(click.Group):
+    """Commands that end with the exit code of what they raise, and a sentence instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TextToImageError, ServiceFailed) as error:
+            if isinstance(error, ServiceFailed):
+                click.echo(error.log, err=True, nl=False)
+            _say(f"Error: {_explain(error)}", "red")
+            ctx.exit(EXIT_CODES.get(type(error), 1))
+        except KeyboardInterrupt:
+            _say("Cancelled.")
+            ctx.exit(EXIT_CODES[Cancelled])
+
+
+def _target_option(command: _Command) -> _Command:
+    return click.option(
+        "--target",
+        metavar="HOST:PORT",
+        default=lambda: click.get_current_context().find_root().params["target"],
+        show_default="that of t2i",
+        help="The service to talk to.",
+    )(command)
+
+
+@click.group(cls=_Commands, epilog=_EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--target",
+    metavar="HOST:PORT",
+    envvar="T2I_TARGET",
+    show_envvar=True,
+    default="127.0.0.1:50051",
+    show_default=True,
+    help="The service to talk to; may also stand behind the command.",
+)
+@click.version_option(package_name="text-to-image-client")
+def main(target: str) -> None:
+    """Text to image over gRPC."""
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The image file.")
+@click.option("--negative-prompt", help="What to steer away from.")
+@click.option("--aspect-ratio", help='Width to height, for example "16:9".  [default: 1:1]')
+@click.option(
+    "-n", "--n", type=int, help="Number of images; of more than one, -o cat.jpg makes cat-0.jpg, cat-1.jpg ..."
+)
+@click.option("--seed", type=int, help="Image k is drawn from seed + k.  [default: random, and told]")
+@click.option("--steps", type=int, help="Denoising steps of both experts together.")
+@click.option("--guidance-scale", type=float, help="Weight of classifier-free guidance, 0 to 50; none at 1 or less.")
+@click.option("--high-noise-frac", type=float, help="The base's share of the schedule; 1 leaves the refiner out.")
+@click.option("--scheduler", help="One of those that `t2i model` lists.")
+@click.option("--width", type=int, help="Pixels, with --height, instead of --aspect-ratio.")
+@click.option("--height", type=int, help="Pixels, with --width.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice([each.value for each in Format]),
+    help="How to code the image.  [default: by the name of -o]",
+)
+@click.option("--quality", type=int, help="Of JPEG and WebP, 1 to 100.  [default: 95]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after so many seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metadata on stdout.")
+@_target_option
+def generate(
+    target: str, prompt: str, output: Path, format_: str | None, timeout: float | None, as_json: bool, **options: Any
+) -> None:
+    """Draw PROMPT and save it. Defaults that are not told here are the model's: see `t2i model`."""
+    request: GenerateOptions = {**options, "format": _format_for(output, format_)}  # type: ignore[typeddict-item]
+    if not output.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="-o")
+    with TextToImage(target) as client, client.stream(prompt, timeout=timeout, **request) as events:
+        result = _follow(events, output, request.get("n") or 1)
+    for warning in result.warnings:
+        _say(f"Warning: {warning}", "yellow")
+    if as_json:
+        click.echo(json.dumps(result.metadata, indent=2))
+
+
+def _format_for(output: Path, wanted: str | None) -> Format:
+    """The format to ask for, so that what comes back may bear the name `output`."""
+    by_name = Format.of(output)
+    if by_name is None:
+        endings = ", ".join(suffix for each in Format for suffix in each.suffixes)
+        raise click.BadParameter(f"{output.name} must end in one of {endings}", param_hint="-o")
+    if wanted not in (None, by_name):
+        raise click.BadParameter(
+            f"a {wanted} cannot be named {output.name}; end it in {Format(wanted).suffixes[0]}, or leave out --format",
+            param_hint="-o",
+        )
+    return by_name
+
+
+def _follow(events: EventStream, output: Path, n: int) -> Result:
+    """Show the events as they come, save each image as soon as it is there, and return the whole."""
+    began = time.monotonic()
+    with display_for(Console(stderr=True), n) as display:
+        for event in events:
+            if isinstance(event, Done):
+                return event.result
+            if isinstance(event, ImageReady):
+                path = output if n == 1 else output.with_stem(f"{output.stem}-{event.choice_index}")
+                display.finish(event.choice_index, _saved(event.image, path, time.monotonic() - began))
+            else:
+                display.show(event)
+    raise AssertionError("a stream without Done raises ServerError")
+
+
+def _saved(image: Image, path: Path, seconds: float) -> str:
+    """Save the image and return the line that tells so."""
+    if Format.of(path) is not image.format:  # the server coded it smaller, and warns of it
+        path = path.with_suffix(image.format.suffixes[0])
+    try:
+        image.save(path)
+    except OSError as error:
+        raise click.FileError(str(path), error.strerror) from error
+    calls = f"base {image.base_calls}" + (f" + refiner {image.refiner_calls}" if image.refiner_calls else "")
+    told = [str(path), f"{image.width}x{image.height}", f"seed {image.seed}", f"{calls} steps", f"{seconds:.1f} s"]
+    if image.finish_reason != "success":
+        told.append(image.finish_reason)
+    return "  ".join(told)
+
+
+@main.command()
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Seconds."
+)
+@_target_option
+def model(target: str, timeout: float) -> None:
+    """Tell what is served, with its defaults and limits."""
+    with TextToImage(target) as client:
+        Console(soft_wrap=True, highlight=False).print(_table(client.model(timeout=timeout)))
+
+
+def _table(model: ModelInfo) -> Table:
+    defaults, limits = model.defaults, model.limits
+    rows = {
+        "model": model.name,
+        "experts": "base and refiner" if model.has_refiner else "base",
+        "device": f"{model.device}, {model.precision}",
+        "fingerprint": model.fingerprint,
+        "schedulers": ", ".join(model.schedulers),
+        "defaults": f"{defaults.steps} steps, guidance scale {defaults.guidance_scale:g}, "
+        f"high noise frac {defaults.high_noise_frac:g}, {defaults.scheduler}, {defaults.aspect_ratio}",
+        "sizes": ", ".join(f"{ratio} {width}x{height}" for ratio, (width, height) in model.sizes.items()),
+        "sides": f"{limits.min_side} to {limits.max_side} pixels in steps of {limits.side_multiple}, "
+        f"{limits.max_pixels} pixels in all",
+        "limits": f"{limits.max_images} images, {limits.max_steps} steps, {limits.max_prompt_characters} characters, "
+        f"{limits.max_queue} requests at once",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(name, "bold"), Text(value))
+    return table
+
+
+@main.command()
+@click.option("--service", default="", help="A service's full name.  [default: the whole server]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Seconds.")
+@_target_option
+def health(target: str, service: str, timeout: float) -> None:
+    """Probe the service: print its health.
+
+    The exit code is 0 only when it is SERVING.
+    """
+    with TextToImage(target) as client:
+        status = client.health(service, timeout=timeout)
+    click.echo(status.value)
+    if status is not ServingStatus.SERVING:
+        click.get_current_context().exit(EXIT_CODES[Unavailable])
+
+
+@main.command()
+@click.option("-g", "--gpu", is_flag=True, help="Use the GPU.")
+@click.option(
+    "-t", "--tag", help=f"Run the container image {IMAGE}:TAG (or TAG itself, if it has a name before its tag)."
+)
+@click.option("-i", "--input", "text", required=True, metavar="JSON", help='{"prompt": "..."}, or the full task input.')
+@click.option(
+    "--start-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=900.0,
+    show_default=True,
+    help="Seconds that the service may take to load its model.",
+)
+def run(gpu: bool, tag: str | None, text: str, start_timeout: float) -> None:
+    """Start a service for one request, as `instill run` does.
+
+    Draws one Instill AI task input, prints the output in Instill's shape and stops the service again. The service is
+    the one installed in this environment, or a container image; its log is shown when it fails.
+    """
+    prompt, options = parse_input(text)
+    build_request(prompt, options)  # what no message can carry is said now, not after the model is loaded
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is never left behind
+    with tempfile.TemporaryDirectory(prefix="t2i-") as directory:
+        _instill("Starting model image...")
+        launch = container_launch(tag, gpu) if tag else local_launch(Path(directory), gpu)
+        with running(launch, Path(directory)) as service:
+            _instill("Deploying model...")
+            target = service.wait_until_serving(start_timeout)
+            _instill("Running inference...")
+            with _log_of(service), TextToImage(target) as client:
+                result = client.generate(prompt, **options)
+            _instill("Outputs:")
+            click.echo(json.dumps([result.to_instill()], indent=2))
+        _instill("Done")
+
+
+def _instill(line: str) -> None:
+    # As python-sdk's logger has it ("%(asctime)s.%(msecs)03d %(levelname)-8s %(message)s"): milliseconds stand twice.
+    now = datetime.datetime.now()
+    milliseconds = f"{now.microsecond // 1000:03d}"
+    click.echo(f"{now:%Y-%m-%d %H:%M:%S},{milliseconds}.{milliseconds} {'INFO':<8} [Instill] {line}")
+
+
+@contextlib.contextmanager
+def _log_of(service: Service) -> Iterator[None]:
+    try:
+        yield
+    except (ServerError, Unavailable):
+        click.echo(service.log(), err=True, nl=False)
+        raise
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, InvalidRequest) and len(error.violations) > 1:
+        return "\n  ".join(["the request has more than one fault", *map(str, error.violations)])
+    if isinstance(error, DeadlineExceeded):
+        return "the timeout passed"  # in gRPC's words "Stream removed (Deadline Exceeded)"
+    if isinstance(error, Refused) and error.retry_after is not None:
+        return f"{error} (try again in {error.retry_after:g} s)"
+    return str(error)
+
+
+def _say(text: str, style: str = "") -> None:
+    Console(stderr=True).print(Text(text, style), soft_wrap=True)

@@ -27,8 +27,9 @@ def request(prompt: str = "a cat", **fields: object) -> pb.GenerateRequest:
     return json_format.ParseDict({"data": {"prompt": prompt}, **fields}, pb.GenerateRequest())
 
 
-def connect(server: "ServerProcess") -> grpc.Channel:
-    return grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)])
+def connect(server: "ServerProcess", *options: tuple[str, int]) -> grpc.Channel:
+    """A channel with a connection of its own."""
+    return grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1), *options])
 
 
 def digests(choices: list[pb.Choice]) -> list[str]:

@@ -72,7 +72,7 @@ def test_a_bad_request_prints_every_violation(server):
     assert answer.returncode != 0
     assert "Code: InvalidArgument" in answer.stderr
     for field in ("data.prompt", "parameter.n"):
-        assert f'"field": "{field}"' in answer.stderr
+        assert f'"field":"{field}"' in answer.stderr
 
 
 @pytest.mark.parametrize("service", ["", SERVICE])

@@ -151,7 +151,7 @@ class TestWarnings:
         assert not stub.Generate(request(sampling={"steps": 5}), timeout=PATIENCE).metadata.warnings
 
     def test_images_too_large_for_the_message_are_coded_smaller_and_say_so(self, stub):
-        limit = 20_000
+        limit = 40_000
         answer = stub.Generate(
             request(
                 parameter={"n": 2},
@@ -249,7 +249,8 @@ class TestLettingGo:
 
     def test_a_client_that_does_not_read_is_let_go_and_holds_nobody_up(self, start_server):
         server = start_server("--stall-seconds", "1").wait_until_ready()
-        with connect(server) as channel, connect(server) as other:
+        # Without probing, the client's window stays at the 64 KiB that HTTP/2 begins with.
+        with connect(server, ("grpc.http2.bdp_probe", 0)) as channel, connect(server) as other:
             unread = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(
                 request(
                     requestId="unread",

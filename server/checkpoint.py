@@ -1,0 +1,248 @@
+"""What a folder of weights must be, and how it is told, in one sentence with one exit code, when it is not.
+
+A checkpoint is a folder as `git clone` of a published diffusers repository leaves it: model_index.json, and one folder
+per component with its configuration and safetensors files, whole or sharded, fp16 variant beside fp32 or alone.
+Everything here is read before a single weight is loaded, so that a broken folder is told within a second.
+
+CheckpointError
+├── MissingPart      10: no checkpoint, or a part of it is not there or not readable
+├── GitLfsPointer    11: the repository was cloned without its weights
+├── TruncatedFile    12: a weights file is not whole
+├── WrongExpert      13: a base where the refiner belongs, or the other way round
+├── NotEnoughMemory  14: the device cannot hold the weights
+└── NoDevice         15: the device that was asked for is not there
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+BASE_PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+REFINER_PARTS = ("text_encoder_2", "unet", "vae")
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?P<fp16>\.fp16)?(?:-(\d{5})-of-(?P<shards>\d{5}))?\.safetensors"
+)
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+class CheckpointError(Exception):
+    """The weights cannot be served; `exit_code` says why to whoever started the server."""
+
+    exit_code = 10
+
+
+class MissingPart(CheckpointError):
+    """No checkpoint, or a part of it is not there or not readable."""
+
+
+class GitLfsPointer(CheckpointError):
+    """The repository was cloned without its weights."""
+
+    exit_code = 11
+
+
+class TruncatedFile(CheckpointError):
+    """A weights file is not whole."""
+
+    exit_code = 12
+
+
+class WrongExpert(CheckpointError):
+    """A base where the refiner belongs, or the other way round."""
+
+    exit_code = 13
+
+
+class NotEnoughMemory(CheckpointError):
+    """The device cannot hold the weights."""
+
+    exit_code = 14
+
+
+class NoDevice(CheckpointError):
+    """The device that was asked for is not there."""
+
+    exit_code = 15
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has proved to be whole. `weights` has the files of each part that are to be loaded."""
+
+    folder: Path
+    variant: str | None
+    weights: Mapping[str, tuple[Path, ...]]
+    configs: tuple[Path, ...]
+
+    def parameters(self, parts: Iterable[str]) -> int:
+        """Number of weights in these parts."""
+        return sum(_parameters(file) for part in parts for file in self.weights[part])
+
+
+def inspect_base(folder: Path) -> Checkpoint:
+    """The base expert's folder. Raises a CheckpointError unless it is one, and whole."""
+    index = _index(folder)
+    if index.get("text_encoder", [None])[0] is None:
+        raise WrongExpert(
+            f"{folder} holds a refiner where the base belongs; give it to --refiner, and the base to --base"
+        )
+    return _inspect(folder, BASE_PARTS)
+
+
+def inspect_refiner(folder: Path) -> Checkpoint:
+    """The refiner's folder. Raises a CheckpointError unless it is one, and whole."""
+    index = _index(folder)
+    if index.get("text_encoder", [None])[0] is not None:
+        raise WrongExpert(
+            f"{folder} holds a base where the refiner belongs; give it to --base, and the refiner to --refiner"
+        )
+    return _inspect(folder, REFINER_PARTS)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets where it says nothing: SDXL's own values, unless the base's folder has a defaults.json."""
+
+    name: str = ""
+    steps: int = 40
+    guidance_scale: float = 5.0
+    high_noise_frac: float = 0.8
+
+
+def defaults(base: Checkpoint) -> Defaults:
+    """The defaults of a base. Raises MissingPart if its defaults.json cannot be understood."""
+    file = base.folder / "defaults.json"
+    if file not in base.configs:
+        return Defaults()
+    try:
+        return Defaults(**_json(file))
+    except TypeError as error:
+        raise MissingPart(f"{file} cannot be understood ({error}); fetch the checkpoint again") from error
+
+
+def same_weights(one: Checkpoint, other: Checkpoint, part: str) -> bool:
+    """Whether both checkpoints have the very same weights of a part."""
+    return _digest(one.weights[part]) == _digest(other.weights[part])
+
+
+def fingerprint(checkpoints: Iterable[Checkpoint]) -> str:
+    """SHA-256 in hex over the names and contents of all files that are served."""
+    whole = hashlib.sha256()
+    for checkpoint in checkpoints:
+        files = sorted((*checkpoint.configs, *(file for files in checkpoint.weights.values() for file in files)))
+        with ThreadPoolExecutor() as pool:
+            for file, digest in zip(files, pool.map(_file_digest, files), strict=True):
+                whole.update(f"{file.relative_to(checkpoint.folder).as_posix()}\0".encode() + digest)
+    return whole.hexdigest()
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise MissingPart(
+            f"{folder} is no checkpoint, since it has no model_index.json; give the folder that `git clone` of a model "
+            "in the diffusers layout leaves"
+        )
+    return _json(file)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MissingPart(f"{file} cannot be read as JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise MissingPart(f"{file} holds no JSON object; fetch the checkpoint again")
+    return content
+
+
+def _inspect(folder: Path, parts: tuple[str, ...]) -> Checkpoint:
+    found = {part: _weight_files(folder / part) for part in parts}
+    for part, variants in found.items():
+        if not variants:
+            raise MissingPart(
+                f"{folder / part} has no safetensors weights; fetch the checkpoint again, with its *.safetensors files"
+            )
+    variant = "fp16" if all("fp16" in variants for variants in found.values()) else None
+    for part, variants in found.items():
+        if variant not in variants:
+            raise MissingPart(f"{folder / part} has its weights in fp16 only, unlike other parts; fetch all of them")
+    weights = {part: variants[variant] for part, variants in found.items()}
+    for files in weights.values():
+        for file in files:
+            _check_whole(file)
+    return Checkpoint(folder, variant, weights, tuple(_config_files(folder, parts)))
+
+
+def _weight_files(part: Path) -> dict[str | None, tuple[Path, ...]]:
+    """The safetensors files of a part by variant, "fp16" or None, in the order of their names."""
+    variants: dict[str | None, list[Path]] = {}
+    shards: dict[str | None, int] = {}
+    for file in sorted(part.glob("*.safetensors")):
+        if name := _WEIGHTS.fullmatch(file.name):
+            variant = "fp16" if name["fp16"] else None
+            variants.setdefault(variant, []).append(file)
+            shards[variant] = int(name["shards"] or 1)
+    for variant, files in variants.items():
+        if len(files) != shards[variant]:
+            raise MissingPart(f"{part} has {len(files)} of {shards[variant]} weights files; fetch the checkpoint again")
+    return {variant: tuple(files) for variant, files in variants.items()}
+
+
+def _config_files(folder: Path, parts: Iterable[str]) -> Iterable[Path]:
+    yield folder / "model_index.json"
+    for part in parts:
+        yield _required(folder / part / "config.json")
+        if tokenizer := _TOKENIZERS.get(part):
+            yield _required(folder / tokenizer / "tokenizer_config.json")
+            yield _required(folder / tokenizer / "vocab.json")
+            yield _required(folder / tokenizer / "merges.txt")
+    yield _required(folder / "scheduler" / "scheduler_config.json")
+    if (defaults := folder / "defaults.json").is_file():
+        yield defaults
+
+
+def _required(file: Path) -> Path:
+    if not file.is_file():
+        raise MissingPart(f"{file} is missing; fetch the checkpoint again")
+    return file
+
+
+def _check_whole(file: Path) -> None:
+    with file.open("rb") as content:
+        if content.read(len(_LFS)) == _LFS:
+            raise GitLfsPointer(
+                f"{file} is a git-lfs pointer instead of weights; run `git lfs install` and then `git lfs pull` in "
+                f"{file.parent.parent}"
+            )
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise TruncatedFile(f"{file} is not whole ({error}); fetch it again") from error
+
+
+def _parameters(file: Path) -> int:
+    with safe_open(file, framework="numpy") as tensors:
+        shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118  # not a mapping
+        return sum(math.prod(shape) for shape in shapes)
+
+
+def _digest(files: Iterable[Path]) -> list[bytes]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_file_digest, files))
+
+
+def _file_digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()

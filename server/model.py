@@ -1,0 +1,407 @@
+"""The ensemble of experts: load it, encode a prompt, plan an image, make one step, decode the latents.
+
+Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", 2023: the base denoises
+the high-noise share of a schedule, and the refiner, an expert of the low-noise share, finishes the same schedule in the
+same latent space. One step here is one network call, so that whoever calls can decide between any two what comes next.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.utils import logging as diffusers_logging
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
+
+from server import checkpoint
+from server.checkpoint import Checkpoint, NoDevice, NotEnoughMemory
+from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
+
+# Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "euler": partial(EulerDiscreteScheduler.from_config, use_karras_sigmas=False),
+    "euler_karras": partial(EulerDiscreteScheduler.from_config, use_karras_sigmas=True),
+    "euler_ancestral": EulerAncestralDiscreteScheduler.from_config,
+    "heun": partial(HeunDiscreteScheduler.from_config, use_karras_sigmas=False),
+    "heun_karras": partial(HeunDiscreteScheduler.from_config, use_karras_sigmas=True),
+    "dpmpp_2m": partial(DPMSolverMultistepScheduler.from_config, use_karras_sigmas=False),
+    "dpmpp_2m_karras": partial(DPMSolverMultistepScheduler.from_config, use_karras_sigmas=True),
+    "ddim": DDIMScheduler.from_config,
+}
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What the refiner is told about beauty: the values it was published with, for the prompt and for the negative one.
+_AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+
+
+class NonFiniteImage(Exception):
+    """The networks overflowed: there is no image to show."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The encoded prompts, for each expert as its U-Net takes them.
+
+    `hidden` has shape (rows, 77, width), `added` holds "text_embeds" (rows, width) and "time_ids" (rows, 5 or 6). With
+    guidance there are two rows, the negative prompt's first; otherwise one.
+    """
+
+    hidden: Mapping[Stage, torch.Tensor]
+    added: Mapping[Stage, Mapping[str, torch.Tensor]]
+    warnings: tuple[Warning, ...]
+
+
+@dataclass
+class Trajectory:
+    """One image on its way from noise to clean latents.
+
+    `latents` are fp32 of shape (1, 4, height / 8, width / 8) for an autoencoder that shrinks by 8. `stages` names the
+    expert of every network call, `position` counts the calls made. Each expert has a scheduler of its own.
+    """
+
+    latents: torch.Tensor
+    stages: tuple[Stage, ...]
+    timesteps: torch.Tensor
+    device_timesteps: torch.Tensor
+    schedulers: Mapping[Stage, Any]
+    conditioning: Conditioning
+    guidance_scale: float
+    generator: torch.Generator
+    warnings: tuple[Warning, ...]
+    position: int = 0
+
+
+def load(
+    base: Path, refiner: Path | None, device: str = "auto", precision: str = "auto", name: str | None = None
+) -> "Ensemble":
+    """Load the experts from their folders onto a device.
+
+    `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16 or fp16. Without a refiner the base works alone.
+    Raises a CheckpointError, before anything is loaded where that is possible.
+    """
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    base_files = checkpoint.inspect_base(base)
+    refiner_files = checkpoint.inspect_refiner(refiner) if refiner is not None else None
+    device = _device(device)
+    precision = _precision(precision, device)
+    shared = refiner_files is not None and checkpoint.same_weights(base_files, refiner_files, "text_encoder_2")
+    _check_memory(base_files, refiner_files, shared, device, PRECISIONS[precision])
+
+    with _out_of_memory(device):
+        base_pipeline = _pipeline(StableDiffusionXLPipeline, base_files, precision).to(device)
+        refiner_pipeline = None
+        if refiner_files is not None:
+            parts = {"vae": base_pipeline.vae}  # both experts work in the latents of one autoencoder
+            if shared:
+                parts["text_encoder_2"] = base_pipeline.text_encoder_2
+            refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
+    return Ensemble(base_pipeline, refiner_pipeline, _card(base_files, refiner_files, base_pipeline, precision, name))
+
+
+class Ensemble:
+    """The loaded experts. Not for more than one thread at a time. Every call returns when the device is done."""
+
+    def __init__(
+        self, base: StableDiffusionXLPipeline, refiner: StableDiffusionXLImg2ImgPipeline | None, card: ModelCard
+    ) -> None:
+        self.card = card
+        self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
+        self._unets = {stage: pipeline.unet for stage, pipeline in self._pipelines.items()}
+        self._vae = base.vae
+        self._tokenizer = base.tokenizer
+        self._scheduler_config = base.scheduler.config
+        self._device = torch.device(card.device)
+        self._dtype = PRECISIONS[card.precision]
+
+    @torch.inference_mode()
+    def encode(self, request: ImageRequest) -> Conditioning:
+        """Encode the prompts of a request, once, for both experts.
+
+        An empty negative prompt is the unconditional embedding that the expert was trained with: zeros for a base with
+        `force_zeros_for_empty_prompt`, the encoded empty string otherwise.
+        """
+        hidden, added = {}, {}
+        for stage, pipeline in self._pipelines.items():
+            positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
+                request.prompt,
+                device=self._device,
+                do_classifier_free_guidance=request.guidance_scale > 1,
+                negative_prompt=request.negative_prompt or None,
+            )
+            ids, negative_ids = _time_ids(pipeline, request, positive.dtype)
+            if request.guidance_scale > 1:
+                positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
+                ids = torch.cat([negative_ids, ids])
+            hidden[stage] = positive
+            added[stage] = {"text_embeds": pooled, "time_ids": ids.to(self._device)}
+        self._finish()
+        prompts = {"data.prompt": request.prompt, "parameter.negative-prompt": request.negative_prompt}
+        tails = {field: self._tail(prompt) for field, prompt in prompts.items()}
+        warnings = tuple(_truncation(field, tail) for field, tail in tails.items() if tail)
+        return Conditioning(hidden, added, warnings)
+
+    def plan(self, request: ImageRequest, conditioning: Conditioning, seed: int) -> Trajectory:
+        """The whole schedule of one image, who owns each call of it, and the noise it begins with.
+
+        The base owns the steps that begin at or above timestep (1 - high_noise_frac) * 1000, as in diffusers'
+        `denoising_end`, and always the first. The refiner begins with a scheduler of its own and so with a fresh
+        multistep history, as the stock two-pipeline recipe does. A second-order step is never cut in two: both its
+        calls belong to the expert that began it.
+        """
+        scheduler = self._scheduler(request, begin=0)
+        starts = scheduler.timesteps[:: scheduler.order]
+        trained = scheduler.config.num_train_timesteps
+        cutoff = round(trained - request.high_noise_frac * trained)
+        base_steps = int((starts >= cutoff).sum()) if Stage.REFINER in self._pipelines else len(starts)
+        base_steps = max(1, len(starts) if request.high_noise_frac == 1 else base_steps)
+        calls = len(scheduler.timesteps)
+        split = min(base_steps * scheduler.order, calls)
+
+        schedulers = {Stage.BASE: scheduler}
+        if split < calls:
+            schedulers[Stage.REFINER] = self._scheduler(request, begin=split)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shrink = self.card.side_multiple
+        shape = (1, self._unets[Stage.BASE].config.in_channels, request.height // shrink, request.width // shrink)
+        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=torch.float32)
+        return Trajectory(
+            latents=noise * scheduler.init_noise_sigma,
+            stages=(Stage.BASE,) * split + (Stage.REFINER,) * (calls - split),
+            timesteps=scheduler.timesteps,
+            device_timesteps=scheduler.timesteps.to(self._device),
+            schedulers=schedulers,
+            conditioning=conditioning,
+            guidance_scale=request.guidance_scale,
+            generator=generator,
+            warnings=_idle_experts(request, starts, cutoff, split < calls),
+        )
+
+    @torch.inference_mode()
+    def step(self, trajectory: Trajectory) -> None:
+        """Make one network call of one expert and move the latents on by it.
+
+        Classifier-free guidance (Ho and Salimans, 2022) runs both rows in one call.
+        """
+        at = trajectory.position
+        stage = trajectory.stages[at]
+        scheduler, timestep = trajectory.schedulers[stage], trajectory.timesteps[at]
+        hidden = trajectory.conditioning.hidden[stage]
+
+        rows = scheduler.scale_model_input(torch.cat([trajectory.latents] * len(hidden)), timestep)
+        predicted = self._unets[stage](
+            rows.to(self._dtype),
+            trajectory.device_timesteps[at],
+            encoder_hidden_states=hidden,
+            added_cond_kwargs=trajectory.conditioning.added[stage],
+            return_dict=False,
+        )[0].float()
+        if len(hidden) == 2:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + trajectory.guidance_scale * (conditional - unconditional)
+        noise = {"generator": trajectory.generator} if _takes_generator(scheduler) else {}
+        trajectory.latents = scheduler.step(predicted, timestep, trajectory.latents, **noise, return_dict=False)[0]
+        trajectory.position += 1
+        self._finish()
+
+    @torch.inference_mode()
+    def decode(self, trajectory: Trajectory) -> NDArray[np.uint8]:
+        """The image of finished latents: RGB of shape (height, width, 3). Raises NonFiniteImage, never a black image.
+
+        The published SDXL autoencoder overflows in fp16, and can in other half precisions; it then decodes in fp32.
+        """
+        if not torch.isfinite(trajectory.latents).all():
+            raise NonFiniteImage(
+                "the latents are not finite; the prompt, the guidance scale or the precision overflowed"
+            )
+        pixels = None
+        if not (self._dtype == torch.float16 and self._vae.config.force_upcast):
+            pixels = self._decoded(trajectory.latents, self._dtype)
+        if (pixels is None or not torch.isfinite(pixels).all()) and self._dtype != torch.float32:
+            self._vae.to(torch.float32)
+            pixels = self._decoded(trajectory.latents, torch.float32)
+            self._vae.to(self._dtype)
+        if pixels is None or not torch.isfinite(pixels).all():
+            raise NonFiniteImage("the autoencoder overflowed, even in fp32")
+        rgb = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return rgb.cpu().numpy()
+
+    def _decoded(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Pixels of shape (1, 3, height, width) in -1 to 1, fp32."""
+        config = self._vae.config
+        unscaled = latents / config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (
+                torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+                for values in (config.latents_mean, config.latents_std)
+            )
+            unscaled = unscaled * std + mean
+        pixels: torch.Tensor = self._vae.decode(unscaled.to(dtype), return_dict=False)[0].float()
+        return pixels
+
+    def _scheduler(self, request: ImageRequest, begin: int) -> Any:
+        """A scheduler of the request's kind, about to make call number `begin`; its tables stay on the CPU."""
+        scheduler = SCHEDULERS[request.scheduler](self._scheduler_config)
+        scheduler.set_timesteps(request.steps, device="cpu")
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        return scheduler
+
+    def _tail(self, prompt: str) -> str:
+        """What the text encoders do not see of a prompt: all from the first token beyond their window on."""
+        window = self._tokenizer.model_max_length - 2  # the start and end tokens
+        offsets = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return prompt[offsets[window][0] :].strip() if len(offsets) > window else ""
+
+    def _finish(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def _time_ids(pipeline: Any, request: ImageRequest, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """SDXL's micro-conditioning, for the prompt and for the negative one, of shape (1, 5 or 6).
+
+    Original and target size are the request's, nothing is cropped; the refiner hears a score instead of a target.
+    """
+    size = (request.height, request.width)
+    width = pipeline.text_encoder_2.config.projection_dim
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        ids = pipeline._get_add_time_ids(size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=width)
+        return ids, ids
+    scores = (_AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE)
+    both: tuple[torch.Tensor, torch.Tensor] = pipeline._get_add_time_ids(
+        size, (0, 0), size, *scores, size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=width
+    )
+    return both
+
+
+def _truncation(field: str, tail: str) -> Warning:
+    told = tail if len(tail) <= 200 else f"{tail[:120]} ... {tail[-60:]}"
+    return Warning(
+        Notice.PROMPT_TRUNCATED, field, f'the text encoders read 77 tokens; beyond them and dropped: "{told}"'
+    )
+
+
+def _idle_experts(request: ImageRequest, starts: torch.Tensor, cutoff: int, refines: bool) -> tuple[Warning, ...]:
+    if request.high_noise_frac == 1:
+        return ()
+    if not refines:
+        idle = f"the refiner has none of the {request.steps} steps: none begins below timestep {cutoff}"
+    elif starts[0] < cutoff:
+        idle = f"the base made the first step, although all {request.steps} begin below timestep {cutoff}"
+    else:
+        return ()
+    return (Warning(Notice.EXPERT_IDLE, "sampling.highNoiseFrac", f"{idle}; take more steps or another share"),)
+
+
+def _device(wanted: str) -> str:
+    there = [name for name, is_there in _DEVICES.items() if is_there()]
+    if wanted == "auto":
+        return there[0]
+    if wanted not in there:
+        raise NoDevice(f"no {wanted} device is here, but {' and '.join(there)}; choose another --device")
+    return wanted
+
+
+_DEVICES: dict[str, Callable[[], bool]] = {
+    "cuda": torch.cuda.is_available,
+    "mps": torch.backends.mps.is_available,
+    "cpu": lambda: True,
+}
+
+
+def _precision(wanted: str, device: str) -> str:
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "fp16" if device == "mps" else "fp32"
+
+
+def _check_memory(base: Checkpoint, refiner: Checkpoint | None, shared: bool, device: str, dtype: torch.dtype) -> None:
+    weights = base.parameters(checkpoint.BASE_PARTS)
+    if refiner is not None:
+        weights += refiner.parameters(("unet",) if shared else ("unet", "text_encoder_2"))
+    needed, free = weights * dtype.itemsize, _free_bytes(device)
+    if needed > free:
+        raise NotEnoughMemory(
+            f"the weights need {needed / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} GiB are free; take a larger "
+            "device, a --precision of half the size, or leave the refiner out"
+        )
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free: int = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (bound := limit.read_text().strip()) != "max":
+        free = min(free, int(bound) - int(used.read_text()))
+    return free
+
+
+@contextlib.contextmanager
+def _out_of_memory(device: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotEnoughMemory(
+            f"{device} ran out of memory while the weights were loaded; take a larger device"
+        ) from error
+
+
+def _pipeline(kind: Any, files: Checkpoint, precision: str, **parts: Any) -> Any:
+    return kind.from_pretrained(
+        files.folder,
+        torch_dtype=PRECISIONS[precision],
+        variant=files.variant,
+        use_safetensors=True,
+        local_files_only=True,
+        add_watermarker=False,
+        **parts,
+    )
+
+
+def _card(
+    base: Checkpoint, refiner: Checkpoint | None, pipeline: StableDiffusionXLPipeline, precision: str, name: str | None
+) -> ModelCard:
+    defaults = checkpoint.defaults(base)
+    return ModelCard(
+        name=name or defaults.name or base.folder.resolve().name,
+        fingerprint=checkpoint.fingerprint([base] if refiner is None else [base, refiner]),
+        has_refiner=refiner is not None,
+        device=pipeline.device.type,
+        precision=precision,
+        schedulers=tuple(SCHEDULERS),
+        native_side=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        side_multiple=pipeline.vae_scale_factor,
+        default_steps=defaults.steps,
+        default_guidance_scale=defaults.guidance_scale,
+        default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
+        default_scheduler="euler",
+    )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from text_to_image_client import (
@@ -126,3 +127,14 @@ def test_run_starts_a_service_of_its_own_and_prints_as_instill_does():
     outputs = json.loads("".join(re.findall(r"^(?!\d{4}-).*\n", ended.stdout, re.M)))
     assert [choice["finish-reason"] for choice in outputs[0]["data"]["choices"]] == ["success", "success"]
     assert outputs[0]["data"]["choices"][0]["image"].startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+
+
+def test_run_leaves_no_service_behind_when_it_is_ended():
+    command = (sys.executable, "-m", "text_to_image_client", "run", "-i", '{"prompt": "cat napping"}')
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("Deploying model..." in line for line in process.stdout)
+        (service,) = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(PATIENCE) == 130
+        assert not service.is_running()

@@ -184,6 +184,9 @@ class EventStream(Iterator[Event]):
         """Cancel the call if it is still under way."""
         self._call.cancel()
 
+    def __del__(self) -> None:
+        self.close()  # a loop that is broken out of drops its iterator without a word
+
     def __enter__(self) -> Self:
         return self
 
@@ -215,6 +218,9 @@ class AsyncEventStream(AsyncIterator[Event]):
     async def aclose(self) -> None:
         """Cancel the call if it is still under way."""
         self._call.cancel()
+
+    def __del__(self) -> None:
+        self._call.cancel()  # a loop that is broken out of drops its iterator without a word
 
     async def __aenter__(self) -> Self:
         return self

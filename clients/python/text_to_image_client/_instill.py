@@ -81,7 +81,7 @@ def _string(value: Any) -> str:
 
 def _integer(value: Any) -> int:
     # JSON knows one kind of number, and Instill Core sends whole numbers as doubles.
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     raise TypeError(f"must be a whole number, not {json.dumps(value)}")
 

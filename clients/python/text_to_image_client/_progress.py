@@ -68,10 +68,7 @@ class LiveDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for row in (self._waiting, *self._rows.values()):
-            if row in self._bars.task_ids:
-                self._bars.update(row, note="")
-                self._bars.stop_task(row)
+        self._settle()
         self._drop(self._waiting)
         self._bars.stop()
 
@@ -81,10 +78,7 @@ class LiveDisplay:
             self._bars.update(self._waiting, description="queued", note=note)
             return
         self._drop(self._waiting)
-        for row in self._rows.values():
-            if row in self._bars.task_ids:
-                self._bars.update(row, note="")
-        now = self._bars.get_time()
+        self._settle()
         key = (event.choice_index, event.stage)
         count, note = f"{event.step}/{event.steps}", _left(event.eta)
         if key not in self._rows:
@@ -93,15 +87,24 @@ class LiveDisplay:
             # A stage begins where the call before its first one ended.
             self._bars.tasks[-1].start_time = self._latest
         self._bars.update(self._rows[key], completed=event.step, count=count, note=note)
-        self._latest = now
+        self._latest = self._bars.get_time()
 
     def finish(self, choice_index: int, line: str) -> None:
+        self._settle()
         if self._images == 1:
             self._bars.stop()  # the rows stay, and the line stands below them
-        for (index, _), row in self._rows.items():
-            if self._images > 1 and index == choice_index:
-                self._drop(row)
-        self._bars.console.print(Text(line))
+        else:
+            for (index, _), row in self._rows.items():
+                if index == choice_index:
+                    self._drop(row)
+            self._bars.refresh()
+        self._bars.console.print(Text(line), soft_wrap=True)
+
+    def _settle(self) -> None:
+        """Leave the time to go to the one row that moves next."""
+        for row in self._rows.values():
+            if row in self._bars.task_ids:
+                self._bars.update(row, note="")
 
     def _drop(self, row: bars.TaskID) -> None:
         if row in self._bars.task_ids:

@@ -4,16 +4,15 @@ It runs as a child process: the server package of this environment, or its conta
 """
 
 import importlib.util
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ._client import TextToImage
@@ -23,7 +22,7 @@ from ._types import ServingStatus
 IMAGE = "text-to-image-service"
 """The container image that a bare tag belongs to."""
 _PORT = 50051
-_STOP_SECONDS = 30.0
+_STOP_SECONDS = 45.0  # more than the service's own grace
 
 
 class ServiceFailed(Exception):
@@ -36,11 +35,10 @@ class ServiceFailed(Exception):
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a service: its command line, variables to add, and what tells its address once it has one."""
+    """How to start a service: its command line, and what tells its address once it has one."""
 
     command: tuple[str, ...]
     address: Callable[[], str | None]
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def local_launch(directory: Path, gpu: bool) -> Launch:
@@ -57,11 +55,13 @@ def local_launch(directory: Path, gpu: bool) -> Launch:
     device = ("--device", "cuda") if gpu else ()
 
     def address() -> str | None:
-        return (ready.read_text().strip() or None) if ready.exists() else None
+        try:
+            return ready.read_text().strip() or None
+        except FileNotFoundError:
+            return None
 
-    return Launch(
-        (sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--ready-file", str(ready), *device), address
-    )
+    command = (sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--ready-file", str(ready))
+    return Launch((*command, *device), address)
 
 
 def container_launch(tag: str, gpu: bool) -> Launch:
@@ -113,8 +113,9 @@ class Service:
         Raises ServiceFailed when the process ends first, at once, or when `seconds` have passed.
         """
         deadline = time.monotonic() + seconds
+        address = None
         while time.monotonic() < deadline:
-            address = self.address()
+            address = address or self.address()
             if address is not None and _is_serving(address):
                 return address
             try:
@@ -141,7 +142,6 @@ def running(launch: Launch, directory: Path) -> Iterator[Service]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **launch.environment},
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops the service
         )
     try:

@@ -1,0 +1,107 @@
+"""A small real gRPC server that answers as a test scripts it: for the failures that a healthy service never shows.
+
+What a healthy service answers is tested against the real one, in tests/.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_status import rpc_status
+
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+
+class ScriptedService(pb_grpc.TextToImageServiceServicer):
+    """Answers call after call with what stands in `script`: a message, a list of events, an error's status, or a deed.
+
+    `hold` is a pause that lasts until the caller is gone; `gone` is set then.
+    """
+
+    hold = object()
+
+    def __init__(self) -> None:
+        self.target = ""
+        self.script: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.requests: list[Any] = []
+        self.gone = threading.Event()
+        self.health = health.HealthServicer()
+
+    def answer(self, *answers: Any) -> None:
+        for each in answers:
+            self.script.put(each)
+
+    def Generate(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self.requests.append(request)
+        context.add_callback(self.gone.set)
+        answer = self.script.get_nowait()
+        if answer is self.hold:
+            self.gone.wait()
+        if callable(answer):
+            answer(context)
+        if isinstance(answer, status_pb2.Status):
+            context.abort_with_status(rpc_status.to_status(answer))
+        return answer
+
+    def StreamGenerate(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        self.requests.append(request)
+        context.add_callback(self.gone.set)
+        answer = self.script.get_nowait()
+        for event in answer if isinstance(answer, list) else [answer]:
+            if event is self.hold:
+                self.gone.wait()
+            elif isinstance(event, status_pb2.Status):
+                context.abort_with_status(rpc_status.to_status(event))
+            else:
+                yield event
+
+    def GetModel(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return self.Generate(request, context)
+
+
+@pytest.fixture
+def service() -> Iterator[ScriptedService]:
+    scripted = ScriptedService()
+    server = grpc.server(ThreadPoolExecutor(4))
+    pb_grpc.add_TextToImageServiceServicer_to_server(scripted, server)
+    health_pb2_grpc.add_HealthServicer_to_server(scripted.health, server)
+    scripted.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield scripted
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def status() -> Callable[..., status_pb2.Status]:
+    """Makes a google.rpc.Status from a code, a message and details."""
+
+    def make(code: grpc.StatusCode, message: str = "", *details: Any) -> status_pb2.Status:
+        made = status_pb2.Status(code=code.value[0], message=message)
+        for detail in details:
+            made.details.add().Pack(detail)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def image_metadata() -> pb.ImageMetadata:
+    return pb.ImageMetadata(
+        seed=7,
+        width=128,
+        height=96,
+        steps=20,
+        guidance_scale=4.5,
+        high_noise_frac=0.8,
+        scheduler="euler",
+        base_calls=16,
+        refiner_calls=4,
+        media_type="image/jpeg",
+    )

@@ -1,0 +1,242 @@
+"""What `t2i` prints where, what it saves, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from click.testing import CliRunner, Result
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from text_to_image_client.cli import EXIT_CODES, main
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def t2i(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(main, arguments, env=environment)
+
+
+@pytest.fixture
+def answer(service, image_metadata):
+    """Scripts one whole answer of n images."""
+
+    def script(n: int = 1, media_type: str = "image/jpeg") -> None:
+        image_metadata.media_type = media_type
+        done = pb.Done(metadata=pb.Metadata(request_id="mine", images=[image_metadata] * n))
+        done.metadata.warnings.add(field="sampling.width", message="100 pixels became 96")
+        service.answer(
+            [
+                pb.StreamGenerateResponse(queued=pb.Queued(position=1)),
+                pb.StreamGenerateResponse(progress=pb.Progress(stage=pb.STAGE_BASE, step=1, steps=2)),
+                pb.StreamGenerateResponse(progress=pb.Progress(stage=pb.STAGE_BASE, step=2, steps=2)),
+                *(
+                    pb.StreamGenerateResponse(
+                        choice=pb.ChoiceReady(
+                            choice_index=index,
+                            choice=pb.Choice(finish_reason="success", raw=b"image %d" % index),
+                            metadata=image_metadata,
+                        )
+                    )
+                    for index in range(n)
+                ),
+                pb.StreamGenerateResponse(done=done),
+            ]
+        )
+
+    return script
+
+
+def test_generate_saves_the_image_and_tells_people_on_stderr(service, answer, tmp_path):
+    answer()
+    path = tmp_path / "cat.jpg"
+    result = t2i("generate", "cat napping", "-o", str(path), "--target", service.target)
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes() == b"image 0"
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[:2] == ["queued, 1 ahead", "base 2/2"]
+    assert f"{path}  128x96  seed 7  base 16 + refiner 4 steps" in result.stderr
+    assert "Warning: sampling.width: 100 pixels became 96" in result.stderr
+
+
+def test_json_is_all_that_goes_to_stdout(service, answer, tmp_path):
+    answer()
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--json", "--target", service.target)
+    metadata = json.loads(result.stdout)
+    assert metadata["requestId"] == "mine"
+    assert metadata["images"][0]["seed"] == 7
+
+
+def test_several_images_are_numbered(service, answer, tmp_path):
+    answer(n=2)
+    assert t2i("generate", "cat", "-n", "2", "-o", str(tmp_path / "cat.jpg"), "--target", service.target).exit_code == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "cat-0.jpg": b"image 0",
+        "cat-1.jpg": b"image 1",
+    }
+
+
+def test_an_image_that_came_smaller_coded_gets_the_name_that_fits(service, answer, tmp_path):
+    answer(media_type="image/jpeg")
+    assert t2i("generate", "cat", "-o", str(tmp_path / "cat.png"), "--target", service.target).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
+
+
+def test_every_option_reaches_the_request(service, answer, tmp_path):
+    answer()
+    options = {
+        "negative-prompt": "dogs",
+        "aspect-ratio": "16:9",
+        "n": "1",
+        "seed": "0",
+        "steps": "30",
+        "guidance-scale": "4.5",
+        "high-noise-frac": "0.9",
+        "scheduler": "heun",
+        "width": "64",
+        "height": "96",
+        "quality": "80",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    t2i("generate", "cat", *flags, "-o", str(tmp_path / "cat.webp"), "--target", service.target)
+    request = service.requests[0]
+    assert request.data.prompt == "cat"
+    assert request.parameter == pb.TaskParameter(aspect_ratio="16:9", negative_prompt="dogs", n=1, seed=0)
+    assert request.sampling == pb.Sampling(
+        steps=30, guidance_scale=4.5, high_noise_frac=0.9, scheduler="heun", width=64, height=96
+    )
+    assert (request.output.format, request.output.quality) == (pb.FORMAT_WEBP, 80)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("-o", "cat.gif"), "cat.gif must end in one of .jpg, .jpeg, .png, .webp"),
+        (("-o", "cat.jpg", "--format", "png"), "end it in .png, or leave out --format"),
+        (("-o", "nowhere/cat.jpg"), "there is no folder nowhere"),
+        (("-o", "cat.jpg", "--timeout", "0"), "--timeout"),
+        ((), "Missing option"),
+    ],
+)
+def test_a_wrong_command_line_is_2_and_asks_nothing_of_the_service(service, arguments, complaint):
+    result = t2i("generate", "cat", *arguments, "--target", service.target)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("code", "detail", "exit_code", "words"),
+    [
+        ("INTERNAL", None, 1, "Error: words"),
+        ("INVALID_ARGUMENT", None, 3, "Error: words"),
+        (
+            "INVALID_ARGUMENT",
+            BadRequest(
+                field_violations=[
+                    BadRequest.FieldViolation(field="data.prompt", description="is blank"),
+                    BadRequest.FieldViolation(field="parameter.n", description="is 9"),
+                ]
+            ),
+            3,
+            "\n  data.prompt: is blank\n  parameter.n: is 9",
+        ),
+        ("RESOURCE_EXHAUSTED", RetryInfo(retry_delay=Duration(seconds=3)), 5, "words (try again in 3 s)"),
+        ("DEADLINE_EXCEEDED", None, 6, "Error: the timeout passed"),
+        ("CANCELLED", None, 130, "Error: words"),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code(service, status, tmp_path, code, detail, exit_code, words):
+    service.answer(status(grpc.StatusCode[code], "words", *([detail] if detail else [])))
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == exit_code
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_negative_seed_is_bad_input_like_any_other(service, tmp_path):
+    result = t2i("generate", "cat", "--seed=-1", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 3
+    assert "parameter.seed" in result.stderr
+
+
+def test_a_disk_that_is_full_is_said_so(service, answer, tmp_path):
+    answer()
+    (tmp_path / "cat.jpg").symlink_to("/dev/full")
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+
+
+def test_the_target_may_stand_in_the_environment_before_or_behind_the_command(service):
+    service.health.set("", HealthCheckResponse.SERVING)
+    assert t2i("health", "--target", service.target).exit_code == 0
+    assert t2i("--target", service.target, "health").exit_code == 0
+    assert t2i("health", T2I_TARGET=service.target).exit_code == 0
+    assert t2i("health", "--target", service.target, T2I_TARGET="127.0.0.1:1").exit_code == 0
+
+
+@pytest.mark.parametrize(("state", "exit_code"), [("SERVING", 0), ("NOT_SERVING", 4)])
+def test_health_is_a_probe(service, state, exit_code):
+    service.health.set("", HealthCheckResponse.ServingStatus.Value(state))
+    result = t2i("health", "--target", service.target)
+    assert (result.exit_code, result.stdout) == (exit_code, f"{state}\n")
+
+
+def test_health_of_a_service_that_is_not_there_is_4(service):
+    result = t2i("health", "--service", "nobody", "--target", service.target)
+    assert (result.exit_code, result.stdout) == (4, "SERVICE_UNKNOWN\n")
+
+
+@pytest.mark.parametrize("command", [("health",), ("model",), ("generate", "cat", "-o", "cat.jpg")])
+def test_nobody_there_is_4_and_names_the_target(command):
+    result = t2i(*command, "--target", "127.0.0.1:1")
+    assert result.exit_code == 4
+    assert "Error: 127.0.0.1:1: " in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_ctrl_c_cancels_the_call_and_is_130(service, tmp_path):
+    service.answer([pb.StreamGenerateResponse(queued=pb.Queued()), service.hold])
+    command = (sys.executable, "-m", "text_to_image_client", "--target", service.target, "generate", "cat")
+    with subprocess.Popen([*command, "-o", str(tmp_path / "cat.jpg")], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "queued\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "Cancelled.\n"
+        assert process.wait(30) == 130
+    assert service.gone.wait(10)
+
+
+def test_run_refuses_bad_input_before_it_starts_anything():
+    result = t2i("run", "-i", '{"prompt": "cat", "steps": 3}')
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    assert "steps: is not known" in result.stderr
+
+
+def test_run_without_the_service_is_7(monkeypatch):
+    monkeypatch.setitem(sys.modules, "server", None)
+    result = t2i("run", "-i", '{"prompt": "cat"}')
+    assert result.exit_code == 7
+    assert "not installed in this environment" in result.stderr
+
+
+def test_run_shows_the_log_of_a_service_that_does_not_start():
+    result = t2i("run", "-i", '{"prompt": "cat"}', T2I_BASE=os.devnull)
+    assert result.exit_code == 7
+    assert "Error: the service ended with status" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("text", [t2i("--help").stdout, README.read_text()], ids=["help", "README"])
+def test_every_exit_code_is_documented(text):
+    told = {int(word) for line in text.splitlines() if (word := line.strip("| ").split(" ")[0]).isdigit()}
+    assert told == {0, 1, 2, *EXIT_CODES.values()}

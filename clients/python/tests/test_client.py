@@ -1,0 +1,304 @@
+"""What both clients promise about errors, retries, deadlines and cancellation, over a real connection."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from text_to_image_client import (
+    AsyncTextToImage,
+    Cancelled,
+    DeadlineExceeded,
+    Done,
+    FieldViolation,
+    InvalidRequest,
+    Progress,
+    Refused,
+    ServerError,
+    ServingStatus,
+    TextToImage,
+    TextToImageError,
+    Unavailable,
+)
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+STEP = pb.StreamGenerateResponse(progress=pb.Progress(stage=pb.STAGE_BASE, step=1, steps=2))
+DONE = pb.StreamGenerateResponse(done=pb.Done())
+
+
+async def generate_in_a_thread(target: str, **options: Any) -> Any:
+    with TextToImage(target) as client:
+        return await asyncio.to_thread(client.generate, "cat", **options)
+
+
+async def generate_async(target: str, **options: Any) -> Any:
+    async with AsyncTextToImage(target) as client:
+        return await client.generate("cat", **options)
+
+
+async def stream_in_a_thread(target: str, **options: Any) -> Any:
+    with TextToImage(target) as client, client.stream("cat", **options) as events:
+        return await asyncio.to_thread(list, events)
+
+
+async def stream_async(target: str, **options: Any) -> Any:
+    async with AsyncTextToImage(target) as client, client.stream("cat", **options) as events:
+        return [event async for event in events]
+
+
+unary = pytest.mark.parametrize("call", [generate_in_a_thread, generate_async])
+streaming = pytest.mark.parametrize("call", [stream_in_a_thread, stream_async])
+every = pytest.mark.parametrize("call", [generate_in_a_thread, generate_async, stream_in_a_thread, stream_async])
+
+
+@every
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Refused),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
+        (grpc.StatusCode.CANCELLED, Cancelled),
+        (grpc.StatusCode.INTERNAL, ServerError),
+        (grpc.StatusCode.UNIMPLEMENTED, ServerError),
+    ],
+)
+async def test_every_status_has_its_error_with_the_servers_words(service, status, call, code, kind):
+    service.answer(status(code, "the server's words"))
+    with pytest.raises(TextToImageError) as caught:
+        await call(service.target)
+    assert type(caught.value) is kind
+    assert (caught.value.message, caught.value.code) == ("the server's words", code)
+    assert str(caught.value) == "the server's words"
+
+
+@every
+async def test_a_bad_request_names_every_bad_field(service, status, call):
+    violations = [
+        BadRequest.FieldViolation(field="data.prompt", description="must not be blank"),
+        BadRequest.FieldViolation(field="parameter.n", description="must be 1 to 8, is 9"),
+    ]
+    service.answer(status(grpc.StatusCode.INVALID_ARGUMENT, "bad", BadRequest(field_violations=violations)))
+    with pytest.raises(InvalidRequest) as caught:
+        await call(service.target)
+    assert caught.value.violations == (
+        FieldViolation("data.prompt", "must not be blank"),
+        FieldViolation("parameter.n", "must be 1 to 8, is 9"),
+    )
+    assert str(caught.value) == "bad\n  data.prompt: must not be blank\n  parameter.n: must be 1 to 8, is 9"
+
+
+@every
+async def test_a_refusal_says_when_to_try_again(service, status, call):
+    delay = Duration(seconds=2, nanos=500_000_000)
+    service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", RetryInfo(retry_delay=delay)))
+    with pytest.raises(Refused) as caught:
+        await call(service.target)
+    assert caught.value.retry_after == 2.5
+
+
+@unary
+async def test_details_that_nobody_can_read_leave_the_status_standing(service, call):
+    def refuse(context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+
+    service.answer(refuse)
+    with pytest.raises(Refused, match="full") as caught:
+        await call(service.target)
+    assert caught.value.retry_after is None
+
+
+@unary
+async def test_an_unavailable_service_is_tried_again(service, status, call):
+    loading = status(grpc.StatusCode.UNAVAILABLE, "loading")
+    service.answer(loading, loading, pb.GenerateResponse(metadata=pb.Metadata(model="mini")))
+    assert (await call(service.target)).model == "mini"
+    assert len(service.requests) == 3
+
+
+@streaming
+async def test_a_stream_is_tried_again_before_its_first_event(service, status, call):
+    service.answer(status(grpc.StatusCode.UNAVAILABLE, "loading"), [STEP, DONE])
+    assert len(await call(service.target)) == 2
+    assert len(service.requests) == 2
+
+
+@streaming
+async def test_a_stream_is_not_tried_again_once_it_has_begun(service, status, call):
+    service.answer([STEP, status(grpc.StatusCode.UNAVAILABLE, "draining")])
+    with pytest.raises(Unavailable, match="draining"):
+        await call(service.target)
+    assert len(service.requests) == 1
+
+
+@every
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED"])
+async def test_nothing_but_unavailable_is_tried_again(service, status, call, code):
+    service.answer(status(grpc.StatusCode[code]))
+    with pytest.raises(TextToImageError):
+        await call(service.target)
+    assert len(service.requests) == 1
+
+
+def test_without_retries_the_first_answer_stands(service, status):
+    service.answer(status(grpc.StatusCode.UNAVAILABLE, "loading"))
+    with TextToImage(service.target, retries=0) as client, pytest.raises(Unavailable, match="loading"):
+        client.model()
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize("retries", [-1, 5])
+def test_more_retries_than_grpc_makes_are_refused(retries):
+    with pytest.raises(ValueError, match="0 to 4"):
+        TextToImage("127.0.0.1:1", retries=retries)
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address that is taken, so that no other process gets it, and where nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+@every
+async def test_nobody_there_is_unavailable_within_seconds_and_names_the_target(nobody, call):
+    began = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        await call(nobody)
+    assert str(caught.value).startswith(f"{nobody}: ")
+    assert time.monotonic() - began < 10
+
+
+@every
+async def test_a_deadline_ends_the_call(service, call):
+    service.answer([service.hold] if "stream" in call.__name__ else service.hold)
+    with pytest.raises(DeadlineExceeded):
+        await call(service.target, timeout=0.2)
+    assert await asyncio.to_thread(service.gone.wait, 10)
+
+
+def test_the_clients_timeout_holds_for_calls_that_set_none(service):
+    service.answer(service.hold)
+    with TextToImage(service.target, timeout=0.2) as client, pytest.raises(DeadlineExceeded):
+        client.generate("cat")
+
+
+@streaming
+async def test_a_stream_without_done_is_the_servers_error(service, call):
+    service.answer([STEP])
+    with pytest.raises(ServerError, match="before its `done` event"):
+        await call(service.target)
+
+
+def leave_the_block(client: TextToImage) -> None:
+    with client.stream("cat") as events:
+        next(events)
+
+
+def close_it(client: TextToImage) -> None:
+    with contextlib.closing(client.stream("cat")) as events:
+        next(events)
+
+
+def break_out_of_the_loop(client: TextToImage) -> None:
+    for event in client.stream("cat"):
+        assert isinstance(event, Progress)
+        break
+
+
+@pytest.mark.parametrize("leave", [leave_the_block, close_it, break_out_of_the_loop])
+def test_leaving_a_stream_cancels_the_call(service, leave):
+    service.answer([STEP, service.hold])
+    with TextToImage(service.target) as client:
+        leave(client)
+        assert service.gone.wait(10)
+
+
+async def leave_the_block_async(client: AsyncTextToImage) -> None:
+    async with client.stream("cat") as events:
+        await anext(events)
+
+
+async def close_it_async(client: AsyncTextToImage) -> None:
+    async with contextlib.aclosing(client.stream("cat")) as events:
+        await anext(events)
+
+
+async def break_out_of_the_loop_async(client: AsyncTextToImage) -> None:
+    async for _ in client.stream("cat"):
+        break
+
+
+async def cancel_the_task(client: AsyncTextToImage) -> None:
+    begun = asyncio.Event()
+
+    async def read() -> None:
+        async for _ in client.stream("cat"):
+            begun.set()
+
+    reading = asyncio.create_task(read())
+    await begun.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+@pytest.mark.parametrize("leave", [leave_the_block_async, close_it_async, break_out_of_the_loop_async, cancel_the_task])
+async def test_leaving_an_async_stream_cancels_the_call(service, leave):
+    service.answer([STEP, service.hold])
+    async with AsyncTextToImage(service.target) as client:
+        await leave(client)
+        assert await asyncio.to_thread(service.gone.wait, 10)
+
+
+def test_closing_a_stream_from_another_thread_wakes_its_reader(service):
+    service.answer([STEP, service.hold])
+    with TextToImage(service.target) as client, client.stream("cat") as events:
+        next(events)
+        closer = threading.Timer(0.1, events.close)
+        closer.start()
+        with pytest.raises(Cancelled):
+            next(events)
+        closer.join()
+
+
+@streaming
+async def test_a_stream_ends_after_done(service, call):
+    service.answer([STEP, DONE])
+    assert [type(event) for event in await call(service.target)] == [Progress, Done]
+
+
+def test_a_bad_request_is_not_sent_at_all(service):
+    with TextToImage(service.target) as client, pytest.raises(InvalidRequest):
+        client.stream("cat", seed=-1)
+    assert service.requests == []
+
+
+@pytest.mark.parametrize("state", ["SERVING", "NOT_SERVING"])
+async def test_health_tells_the_state_of_a_service(service, state):
+    service.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.ServingStatus.Value(state))
+    async with AsyncTextToImage(service.target) as twin:
+        with TextToImage(service.target) as client:
+            assert client.health("text_to_image.v1.TextToImageService") is ServingStatus[state]
+            assert client.health("nobody") is ServingStatus.SERVICE_UNKNOWN
+        assert await twin.health("text_to_image.v1.TextToImageService") is ServingStatus[state]
+        assert await twin.health("nobody") is ServingStatus.SERVICE_UNKNOWN
+
+
+async def test_an_answer_of_many_megabytes_arrives(service):
+    large = pb.GenerateResponse(data=pb.ResultData(choices=[pb.Choice(raw=b"x" * 20_000_000)]))
+    large.metadata.images.add()
+    for call in (generate_in_a_thread, generate_async):
+        service.answer(large)
+        assert len((await call(service.target)).images[0].data) == 20_000_000

@@ -1,0 +1,140 @@
+"""The client and `t2i` against the real service on the embedded ensemble."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from text_to_image_client import (
+    AsyncTextToImage,
+    Done,
+    ImageReady,
+    InvalidRequest,
+    Progress,
+    Queued,
+    ServingStatus,
+    Stage,
+    TextToImage,
+    WarningCode,
+)
+
+PATIENCE = 300  # seconds; reached only when something is broken
+
+
+def t2i(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "text_to_image_client", *arguments], capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+@pytest.fixture
+def client(server_target: str):
+    with TextToImage(server_target, timeout=PATIENCE) as client:
+        yield client
+
+
+def test_generate_brings_the_images_with_all_that_makes_them_again(client: TextToImage):
+    result = client.generate("cat napping", seed=1, n=2, steps=4)
+    assert [image.seed for image in result.images] == [1, 2]
+    for image in result.images:
+        assert image.data.startswith(b"\xff\xd8\xff\xee\x00\x0eAdobe")
+        assert (image.finish_reason, image.media_type, image.steps) == ("success", "image/jpeg", 4)
+        assert image.base_calls + image.refiner_calls == 4
+    again = client.generate("cat napping", seed=2, steps=4)
+    assert again.images[0].data == result.images[1].data
+
+
+async def test_the_twins_bring_the_same_bytes(client: TextToImage, server_target: str):
+    async with AsyncTextToImage(server_target, timeout=PATIENCE) as twin:
+        result = await twin.generate("red apple", seed=3, steps=4, format="png")
+        streamed = [event async for event in twin.stream("red apple", seed=3, steps=4, format="png")]
+    assert result.images[0].data == client.generate("red apple", seed=3, steps=4, format="png").images[0].data
+    assert isinstance(streamed[-1], Done)
+    assert streamed[-1].result.images == result.images
+
+
+def test_a_stream_tells_every_network_call_then_the_image_then_done(client: TextToImage):
+    with client.stream("rocket", seed=1, steps=10) as stream:
+        queued, *events, ready, done = stream
+    assert isinstance(queued, Queued)
+    assert isinstance(ready, ImageReady)
+    assert isinstance(done, Done)
+    assert done.result.images == (ready.image,)
+    assert _stages(events) == [
+        *("encode", "base", "refiner", "decode"),
+    ]
+
+
+def _stages(events: Sequence[object]) -> list[Stage]:
+    """The stages in the order of their last steps."""
+    assert all(isinstance(event, Progress) for event in events)
+    return [event.stage for event in events if isinstance(event, Progress) and event.step == event.steps]
+
+
+def test_the_model_tells_what_it_can(client: TextToImage):
+    model = client.model()
+    assert "euler" in model.schedulers
+    assert model.sizes["1:1"][0] == model.sizes["1:1"][1]
+    assert re.fullmatch("[0-9a-f]{64}", model.fingerprint)
+
+
+def test_the_service_is_healthy(client: TextToImage):
+    assert client.health() is ServingStatus.SERVING
+    assert client.health("text_to_image.v1.TextToImageService") is ServingStatus.SERVING
+
+
+def test_every_bad_field_is_named_at_once(client: TextToImage):
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate(" ", n=1000, aspect_ratio="7:3", steps=0)
+    assert {violation.field for violation in caught.value.violations} == {
+        *("data.prompt", "parameter.n", "parameter.aspect-ratio", "sampling.steps"),
+    }
+
+
+def test_a_snapped_size_is_a_warning(client: TextToImage):
+    model = client.model()
+    width = model.sizes["1:1"][0]
+    result = client.generate("cat", steps=2, width=width + 1, height=width)
+    assert WarningCode.SIZE_SNAPPED in {warning.code for warning in result.warnings}
+    assert result.images[0].width == width
+
+
+def test_the_command_saves_the_bytes_of_the_client(client: TextToImage, server_target: str, tmp_path: Path):
+    path = tmp_path / "cat.jpg"
+    flags = ("--seed", "1", "--steps", "4", "--json", "--target", server_target)
+    ended = t2i("generate", "cat napping", "-o", str(path), *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert path.read_bytes() == client.generate("cat napping", seed=1, steps=4).images[0].data
+    assert json.loads(ended.stdout)["images"][0]["seed"] == 1
+
+
+def test_the_command_tells_model_and_health(server_target: str):
+    assert t2i("health", "--target", server_target).stdout == "SERVING\n"
+    assert "euler" in t2i("model", "--target", server_target).stdout
+
+
+def test_run_starts_a_service_of_its_own_and_prints_as_instill_does():
+    ended = t2i("run", "-i", '{"data": {"prompt": "cat napping"}, "parameter": {"seed": 7, "n": 2}}')
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    told = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\.\d{3} INFO     \[Instill\] (.*)$", ended.stdout, re.M)
+    assert told == ["Starting model image...", "Deploying model...", "Running inference...", "Outputs:", "Done"]
+    outputs = json.loads("".join(re.findall(r"^(?!\d{4}-).*\n", ended.stdout, re.M)))
+    assert [choice["finish-reason"] for choice in outputs[0]["data"]["choices"]] == ["success", "success"]
+    assert outputs[0]["data"]["choices"][0]["image"].startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+
+
+def test_run_leaves_no_service_behind_when_it_is_ended():
+    command = (sys.executable, "-m", "text_to_image_client", "run", "-i", '{"prompt": "cat napping"}')
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("Deploying model..." in line for line in process.stdout)
+        (service,) = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(PATIENCE) == 130
+        assert not service.is_running()

@@ -1,0 +1,140 @@
+"""Requests are built, and answers read, without a channel."""
+
+import pytest
+
+from text_to_image_client import (
+    Done,
+    GenerateOptions,
+    ImageReady,
+    InvalidRequest,
+    Progress,
+    Queued,
+    Stage,
+    Warning,
+    WarningCode,
+)
+from text_to_image_client._messages import build_request, read_event, read_model, read_result
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+
+def test_a_bare_prompt_asks_for_raw_bytes_in_messages_as_large_as_the_channel_takes():
+    request = build_request("cat napping", {})
+    assert request == pb.GenerateRequest(
+        data=pb.TaskData(prompt="cat napping"), output=pb.Output(raw=True, max_message_bytes=64 * 1024 * 1024)
+    )
+
+
+def test_every_option_has_its_place_in_the_request():
+    options: GenerateOptions = {
+        "negative_prompt": "dogs",
+        "aspect_ratio": "16:9",
+        "n": 2,
+        "seed": 0,
+        "steps": 30,
+        "guidance_scale": 0,
+        "high_noise_frac": 0.9,
+        "scheduler": "heun",
+        "width": 64,
+        "height": 96,
+        "format": "webp",
+        "quality": 80,
+        "model": "mini",
+        "request_id": "mine",
+    }
+    assert options.keys() == GenerateOptions.__annotations__.keys()
+    assert build_request("cat", options) == pb.GenerateRequest(
+        data=pb.TaskData(prompt="cat", model="mini"),
+        parameter=pb.TaskParameter(aspect_ratio="16:9", negative_prompt="dogs", n=2, seed=0),
+        sampling=pb.Sampling(steps=30, guidance_scale=0, high_noise_frac=0.9, scheduler="heun", width=64, height=96),
+        output=pb.Output(format=pb.FORMAT_WEBP, quality=80, raw=True, max_message_bytes=64 * 1024 * 1024),
+        request_id="mine",
+    )
+
+
+def test_seed_zero_is_sent_and_none_is_not():
+    assert build_request("cat", {"seed": 0}).parameter.HasField("seed")
+    assert not build_request("cat", {"seed": None}).parameter.HasField("seed")
+
+
+def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
+    with pytest.raises(InvalidRequest) as caught:
+        build_request("\ud800", {"seed": -1, "n": 2**32, "negative_prompt": 3, "high_noise_frac": "x", "format": "gif"})  # type: ignore[typeddict-item]
+    assert {violation.field for violation in caught.value.violations} == {
+        "data.prompt",
+        "parameter.seed",
+        "parameter.n",
+        "parameter.negative-prompt",
+        "sampling.highNoiseFrac",
+        "output.format",
+    }
+    assert "must be one of jpeg, png, webp, not 'gif'" in str(caught.value)
+
+
+def test_an_option_that_does_not_exist_is_a_type_error():
+    with pytest.raises(TypeError, match="no such option: sed"):
+        build_request("cat", {"sed": 1})  # type: ignore[typeddict-unknown-key]
+
+
+@pytest.fixture
+def metadata(image_metadata: pb.ImageMetadata) -> pb.Metadata:
+    metadata = pb.Metadata(request_id="mine", model="mini", fingerprint="abc", images=[image_metadata, image_metadata])
+    metadata.images[1].seed = 8
+    metadata.warnings.add(code=pb.Warning.CODE_SIZE_SNAPPED, field="sampling.width", message="100 became 96")
+    metadata.ran.FromMilliseconds(1500)
+    return metadata
+
+
+def test_a_response_becomes_a_result(metadata: pb.Metadata):
+    choices = [pb.Choice(finish_reason="success", raw=b"first"), pb.Choice(finish_reason="success", raw=b"second")]
+    result = read_result(pb.GenerateResponse(data=pb.ResultData(choices=choices), metadata=metadata))
+    assert [(image.data, image.seed, image.width, image.height) for image in result.images] == [
+        (b"first", 7, 128, 96),
+        (b"second", 8, 128, 96),
+    ]
+    assert result.warnings == (Warning(WarningCode.SIZE_SNAPPED, "sampling.width", "100 became 96"),)
+    assert (result.request_id, result.model, result.fingerprint, result.waited, result.ran) == (
+        *("mine", "mini", "abc"),
+        *(0.0, 1.5),
+    )
+    assert result.metadata["images"][0]["refinerCalls"] == 4
+
+
+def test_each_kind_of_event_is_read(metadata: pb.Metadata, image_metadata: pb.ImageMetadata):
+    queued = pb.Queued(position=2)
+    queued.eta.FromMilliseconds(2500)
+    progress = pb.Progress(choice_index=1, stage=pb.STAGE_REFINER, step=3, steps=8)
+    choice = pb.ChoiceReady(choice_index=0, choice=pb.Choice(raw=b"first"), metadata=image_metadata)
+    images = {}
+    assert read_event(pb.StreamGenerateResponse(queued=queued), images) == Queued(2, 2.5)
+    assert read_event(pb.StreamGenerateResponse(progress=progress), images) == Progress(1, Stage.REFINER, 3, 8, None)
+    ready = read_event(pb.StreamGenerateResponse(choice=choice), images)
+    assert isinstance(ready, ImageReady)
+    assert ready.image.data == b"first"
+    done = read_event(pb.StreamGenerateResponse(done=pb.Done(metadata=metadata)), images)
+    assert isinstance(done, Done)
+    assert done.result.images == (ready.image,)
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [pb.StreamGenerateResponse(), pb.StreamGenerateResponse(progress=pb.Progress(stage=99))],  # type: ignore[arg-type]
+    ids=["event", "stage"],
+)
+def test_an_event_or_stage_newer_than_this_client_is_passed_over(newer: pb.StreamGenerateResponse):
+    assert read_event(newer, {}) is None
+
+
+def test_a_warning_newer_than_this_client_keeps_its_message():
+    response = pb.GenerateResponse()
+    response.metadata.warnings.add(code=99, field="data.prompt", message="new")  # type: ignore[arg-type]
+    assert read_result(response).warnings == (Warning(WarningCode.UNSPECIFIED, "data.prompt", "new"),)
+
+
+def test_the_served_model_is_read_with_its_sizes():
+    response = pb.GetModelResponse(name="mini", schedulers=["euler", "heun"])
+    response.sizes.add(aspect_ratio="16:9", width=168, height=96)
+    response.limits.max_images = 8
+    response.defaults.scheduler = "euler"
+    model = read_model(response)
+    assert (model.name, model.schedulers, model.limits.max_images) == ("mini", ("euler", "heun"), 8)
+    assert model.sizes == {"16:9": (168, 96)}

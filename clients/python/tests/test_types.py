@@ -1,0 +1,69 @@
+"""Images save themselves byte for byte and show themselves in notebooks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from text_to_image_client import Format, Image, Result, Warning, WarningCode
+
+IMAGE = Image(
+    data=b"\xff\xd8\xff\xee\x00\x0eAdobe",
+    media_type="image/jpeg",
+    finish_reason="success",
+    seed=7,
+    width=128,
+    height=96,
+    steps=20,
+    guidance_scale=4.5,
+    high_noise_frac=0.8,
+    scheduler="euler",
+    base_calls=16,
+    refiner_calls=4,
+)
+
+
+@pytest.mark.parametrize("name", ["cat.jpg", "cat.jpeg", "CAT.JPG"])
+def test_an_image_saves_its_own_bytes(tmp_path: Path, name: str):
+    path = IMAGE.save(str(tmp_path / name))
+    assert path == tmp_path / name
+    assert path.read_bytes() == IMAGE.data
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat", "cat.txt"])
+def test_a_name_that_promises_another_format_is_refused_with_the_right_one(tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match=r"name it cat\.jpg, or ask for another format"):
+        IMAGE.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bytes_stay_out_of_the_repr():
+    assert "Adobe" not in repr(IMAGE)
+
+
+def test_the_data_uri_begins_as_instills_do():
+    assert IMAGE.data_uri.startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+
+
+@pytest.mark.parametrize(("format_", "shown_as"), [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "text/html")])
+def test_a_notebook_shows_every_format(format_: str, shown_as: str):
+    bundle = replace(IMAGE, media_type=f"image/{format_}")._repr_mimebundle_()
+    assert shown_as in bundle
+    assert f"data:image/{format_};base64," in bundle["text/html"]
+
+
+def test_a_result_shows_its_images_and_escapes_its_warnings():
+    warning = Warning(WarningCode.PROMPT_TRUNCATED, "data.prompt", "<script> was dropped")
+    html = Result((IMAGE, IMAGE), (warning,), "id", "mini", "abc", 0.0, 1.0, {})._repr_html_()
+    assert html.count("<img") == 2
+    assert "&lt;script&gt; was dropped" in html
+    assert "<script>" not in html
+
+
+def test_a_result_takes_instills_shape():
+    output = Result((IMAGE,), (), "id", "mini", "abc", 0.0, 1.0, {}).to_instill()
+    assert output == {"data": {"choices": [{"finish-reason": "success", "image": IMAGE.data_uri}]}}
+
+
+def test_a_format_is_known_by_the_name_of_a_file():
+    assert [Format.of(Path(name)) for name in ("a.jpeg", "a.PNG", "a.webp", "a.gif")] == ["jpeg", "png", "webp", None]

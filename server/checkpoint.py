@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
 
 BASE_PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
-REFINER_PARTS = ("text_encoder_2", "unet", "vae")
+REFINER_PARTS = ("text_encoder_2", "unet")  # and the autoencoder, which is the base's
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 _WEIGHTS = re.compile(
@@ -109,6 +110,7 @@ def inspect_refiner(folder: Path) -> Checkpoint:
     return _inspect(folder, REFINER_PARTS)
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Defaults:
     """What a request gets where it says nothing: SDXL's own values, unless the base's folder has a defaults.json."""
@@ -125,9 +127,9 @@ def defaults(base: Checkpoint) -> Defaults:
     if file not in base.configs:
         return Defaults()
     try:
-        return Defaults(**_json(file))
-    except TypeError as error:
-        raise MissingPart(f"{file} cannot be understood ({error}); fetch the checkpoint again") from error
+        return TypeAdapter(Defaults).validate_json(file.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise MissingPart(f"{file} cannot be understood; fetch the checkpoint again") from error
 
 
 def same_weights(one: Checkpoint, other: Checkpoint, part: str) -> bool:
@@ -205,8 +207,11 @@ def _config_files(folder: Path, parts: Iterable[str]) -> Iterable[Path]:
         yield _required(folder / part / "config.json")
         if tokenizer := _TOKENIZERS.get(part):
             yield _required(folder / tokenizer / "tokenizer_config.json")
-            yield _required(folder / tokenizer / "vocab.json")
-            yield _required(folder / tokenizer / "merges.txt")
+            if (whole := folder / tokenizer / "tokenizer.json").is_file():
+                yield whole
+            else:
+                yield _required(folder / tokenizer / "vocab.json")
+                yield _required(folder / tokenizer / "merges.txt")
     yield _required(folder / "scheduler" / "scheduler_config.json")
     if (defaults := folder / "defaults.json").is_file():
         yield defaults

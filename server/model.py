@@ -97,9 +97,7 @@ def load(
     `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16 or fp16. Without a refiner the base works alone.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
-    diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
     base_files = checkpoint.inspect_base(base)
@@ -378,7 +376,7 @@ def _out_of_memory(device: str) -> Iterator[None]:
 def _pipeline(kind: Any, files: Checkpoint, precision: str, **parts: Any) -> Any:
     return kind.from_pretrained(
         files.folder,
-        torch_dtype=PRECISIONS[precision],
+        dtype=PRECISIONS[precision],
         variant=files.variant,
         use_safetensors=True,
         local_files_only=True,

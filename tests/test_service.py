@@ -135,14 +135,14 @@ class TestGenerate:
 class TestWarnings:
     def test_a_prompt_beyond_the_encoders_reach_names_what_was_dropped(self, stub):
         prompt = "a cat " + "and a dog " * 30 + "and at the very end a zebra"
-        answer = stub.Generate(request(prompt, sampling={"steps": 1}), timeout=PATIENCE)
+        answer = stub.Generate(request(prompt, sampling={"steps": 5}), timeout=PATIENCE)
         (warning,) = answer.metadata.warnings
         assert (warning.code, warning.field) == (pb.Warning.CODE_PROMPT_TRUNCATED, "data.prompt")
         assert "zebra" in warning.message
 
     def test_a_snapped_size_says_from_what_to_what(self, stub):
         answer = stub.Generate(
-            request(sampling={"steps": 1, "width": 129, "height": 128}, output={"raw": True}), timeout=PATIENCE
+            request(sampling={"steps": 5, "width": 129, "height": 128}, output={"raw": True}), timeout=PATIENCE
         )
         assert [warning.code for warning in answer.metadata.warnings] == [pb.Warning.CODE_SIZE_SNAPPED]
         assert picture(answer.data.choices[0]).size == (128, 128)
@@ -155,7 +155,7 @@ class TestWarnings:
         answer = stub.Generate(
             request(
                 parameter={"n": 2},
-                sampling={"steps": 1, "width": 256, "height": 256},
+                sampling={"steps": 5, "width": 256, "height": 256},
                 output={"format": "FORMAT_PNG", "maxMessageBytes": limit},
             ),
             timeout=PATIENCE,
@@ -169,7 +169,7 @@ class TestWarnings:
         answer = stub.Generate(
             request(
                 parameter={"n": 8},
-                sampling={"steps": 1, "width": 256, "height": 256},
+                sampling={"steps": 5, "width": 256, "height": 256},
                 output={"format": "FORMAT_PNG"},
             ),
             timeout=PATIENCE,

@@ -1,0 +1,214 @@
+"""What a folder of weights must be; and each way to be broken has one sentence that helps, and an exit code."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_ensemble
+
+from server import checkpoint, model
+from server.checkpoint import (
+    CheckpointError,
+    GitLfsPointer,
+    MissingPart,
+    NoDevice,
+    NotEnoughMemory,
+    TruncatedFile,
+    WrongExpert,
+)
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 5135149760\n".format("0" * 64)
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    tiny_ensemble.save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole ensemble, to be broken."""
+    return shutil.copytree(whole, tmp_path / "ensemble")
+
+
+def load(folder: Path) -> model.Ensemble:
+    return model.load(folder / "base", folder / "refiner", device="cpu")
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return break_it
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        file = folder / name
+        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
+
+    return break_it
+
+
+def swap(folder: Path) -> None:
+    (folder / "base").rename(folder / "other")
+    (folder / "refiner").rename(folder / "base")
+    (folder / "other").rename(folder / "refiner")
+
+
+def twice_the_base(folder: Path) -> None:
+    shutil.rmtree(folder / "refiner")
+    shutil.copytree(folder / "base", folder / "refiner")
+
+
+def grow(folder: Path) -> None:
+    """A valid file of 4 TB that takes no room on disk: its header is right and the rest is a hole."""
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
+    with (folder / "base" / UNET).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 4 * 10**12)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "words"),
+    [
+        (remove("base/model_index.json"), MissingPart, "has no model_index.json; give the folder"),
+        (write("base/model_index.json", "{"), MissingPart, "cannot be read as JSON"),
+        (write("base/model_index.json", "[]"), MissingPart, "holds no JSON object"),
+        (remove(f"base/{UNET}"), MissingPart, "has no safetensors weights; fetch the checkpoint again"),
+        (remove("base/text_encoder/model.safetensors"), MissingPart, "text_encoder has no safetensors weights"),
+        (remove("refiner/unet/config.json"), MissingPart, "config.json is missing"),
+        (remove("base/tokenizer/tokenizer_config.json"), MissingPart, "tokenizer_config.json is missing"),
+        (remove("base/tokenizer_2/tokenizer.json"), MissingPart, "vocab.json is missing"),
+        (remove("base/scheduler/scheduler_config.json"), MissingPart, "scheduler_config.json is missing"),
+        (write("base/defaults.json", '{"stepz": 3}'), MissingPart, "cannot be understood"),
+        (write("base/defaults.json", '{"steps": "many"}'), MissingPart, "cannot be understood"),
+        (
+            write(f"base/{UNET}", POINTER),
+            GitLfsPointer,
+            "is a git-lfs pointer instead of weights; run `git lfs install`",
+        ),
+        (write("refiner/text_encoder_2/model.safetensors", POINTER), GitLfsPointer, "git lfs pull"),
+        (cut(f"base/{UNET}", 0.5), TruncatedFile, "is not whole"),
+        (cut(f"refiner/{UNET}", 0.999), TruncatedFile, "is not whole"),
+        (cut("base/vae/diffusion_pytorch_model.safetensors", 0), TruncatedFile, "is not whole"),
+        (swap, WrongExpert, "holds a refiner where the base belongs; give it to --refiner"),
+        (twice_the_base, WrongExpert, "holds a base where the refiner belongs; give it to --base"),
+        (grow, NotEnoughMemory, "GiB are free; take a larger device"),
+    ],
+)
+def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, error: type[CheckpointError], words: str):
+    break_it(folder)
+    with pytest.raises(error) as caught:
+        load(folder)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_device_is_told_with_what_is_there(whole: Path):
+    absent = next(name for name in ("mps", "cuda") if not model._DEVICES[name]())
+    with pytest.raises(NoDevice, match=f"no {absent} device is here, but .*cpu"):
+        model.load(whole / "base", None, device=absent)
+
+
+def test_every_kind_of_trouble_has_an_exit_code_of_its_own():
+    kinds = [CheckpointError, *CheckpointError.__subclasses__()]
+    assert len({kind.exit_code for kind in kinds if kind is not CheckpointError}) == len(kinds) - 1
+    assert min(kind.exit_code for kind in kinds) == 10
+
+
+@pytest.mark.parametrize(
+    ("break_it", "code"), [(swap, 13), (write(f"base/{UNET}", POINTER), 11), (cut(f"base/{UNET}", 0.5), 12), (grow, 14)]
+)
+def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_server, folder: Path, break_it, code: int):
+    break_it(folder)
+    server = start_server("--base", str(folder / "base"), "--refiner", str(folder / "refiner"))
+    assert server.wait() == code
+    assert len([line for line in server.lines if "ERROR" in line]) == 1
+    assert "lifecycle: serving" not in server.log
+    assert "Traceback" not in server.log
+
+
+def test_a_missing_device_ends_the_server_with_its_code(start_server, whole: Path):
+    absent = next(name for name in ("mps", "cuda") if not model._DEVICES[name]())
+    server = start_server("--base", str(whole / "base"), "--device", absent)
+    assert server.wait() == NoDevice.exit_code
+
+
+def test_the_second_text_encoder_is_held_once_when_both_folders_have_the_same(folder: Path):
+    experts = load(folder)._pipelines.values()
+    assert len({id(pipeline.text_encoder_2) for pipeline in experts}) == 1
+    assert len({id(pipeline.vae) for pipeline in experts}) == 1
+
+
+def test_a_refiner_with_a_text_encoder_of_its_own_keeps_it(folder: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    tiny_ensemble.save(other, seed=1)
+    shutil.copytree(other / "refiner" / "text_encoder_2", folder / "refiner" / "text_encoder_2", dirs_exist_ok=True)
+    assert len({id(pipeline.text_encoder_2) for pipeline in load(folder)._pipelines.values()}) == 2
+
+
+def test_the_fp16_variant_is_taken_where_both_are_there(folder: Path):
+    tiny_ensemble.save(folder, variant="fp16")
+    files = checkpoint.inspect_base(folder / "base")
+    assert files.variant == "fp16"
+    assert all(".fp16." in file.name for part in files.weights.values() for file in part)
+    (folder / "base" / UNET).write_text(POINTER)  # what is not served need not be there
+    assert load(folder).card.precision == "fp32"
+
+
+def test_a_variant_that_only_some_parts_have_is_not_taken(folder: Path):
+    tiny_ensemble.save(folder, variant="fp16")
+    (folder / "base" / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert checkpoint.inspect_base(folder / "base").variant is None
+    (folder / "base" / UNET).unlink()
+    with pytest.raises(MissingPart, match="in fp16 only"):
+        load(folder)
+
+
+def test_weights_in_shards_are_loaded_and_a_lost_shard_is_noticed(tmp_path: Path):
+    base, refiner = tiny_ensemble.save(tmp_path, max_shard_size="500KB", variant="fp16")
+    shards = sorted((base / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    sharded = model.load(base, refiner, device="cpu")
+    assert sharded.card.has_refiner
+    shards[0].unlink()
+    with pytest.raises(MissingPart, match=rf"has {len(shards) - 1} of {len(shards)} weights files"):
+        model.load(base, refiner, device="cpu")
+
+
+def test_files_for_other_frameworks_beside_the_weights_are_ignored(folder: Path):
+    for name in ("unet/model.onnx", "unet/flax_model.msgpack", "unet/openvino_model.xml", "sd_xl_base_1.0.safetensors"):
+        (folder / "base" / name).write_text(POINTER)
+    (folder / "base" / "vae_1_0").mkdir()
+    (folder / "base" / "vae_1_0" / "diffusion_pytorch_model.safetensors").write_text(POINTER)
+    assert load(folder).card.has_refiner
+
+
+def test_the_fingerprint_changes_with_any_byte_that_is_served_and_with_nothing_else(folder: Path, whole: Path):
+    before = load(whole).card.fingerprint
+    (folder / "base" / "README.md").write_text("words")
+    assert load(folder).card.fingerprint == before
+    config = folder / "refiner" / "unet" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert load(folder).card.fingerprint != before
+
+
+def test_a_checkpoint_may_bring_its_own_name_and_defaults(folder: Path):
+    assert load(folder).card.name == "base"
+    (folder / "base" / "defaults.json").write_text('{"name": "mini", "steps": 7, "guidance_scale": 3}')
+    card = load(folder).card
+    assert (card.name, card.default_steps, card.default_guidance_scale, card.default_high_noise_frac) == (
+        "mini", 7, 3.0, 0.8,
+    )  # fmt: skip
+    assert model.load(folder / "base", None, device="cpu", name="given").card.name == "given"

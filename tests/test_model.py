@@ -1,0 +1,249 @@
+"""What the ensemble promises: diffusers' own two-pipeline recipe exactly, and the right thing where that errs."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_ensemble
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+from server import model
+from server.domain import ImageRequest, Notice, Stage
+
+REQUEST = ImageRequest("a cat", "a dog", (1,), 20, 5.0, 0.8, "euler", 32, 32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders: tuple[Path, Path]) -> model.Ensemble:
+    return model.load(*folders, device="cpu")
+
+
+def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> model.Trajectory:
+    trajectory = ensemble.plan(request, ensemble.encode(request), seed)
+    for _ in trajectory.stages:
+        ensemble.step(trajectory)
+    return trajectory
+
+
+class Stock:
+    """The recipe of diffusers' documentation: the base up to a share of the noise, then the refiner from there."""
+
+    def __init__(self, base: Path, refiner: Path) -> None:
+        self.base = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
+        self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner, add_watermarker=False)
+        for pipeline in (self.base, self.refiner):
+            pipeline.set_progress_bar_config(disable=True)
+
+    def latents(self, request: ImageRequest, seed: int = 1, base_calls: int | None = None) -> torch.Tensor:
+        """Final latents. `base_calls` stops the base there, and not where its own counting of `denoising_end` would."""
+        for pipeline in (self.base, self.refiner):
+            pipeline.scheduler = model.SCHEDULERS[request.scheduler](pipeline.scheduler.config)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        common = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt or None,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "generator": generator,
+            "output_type": "latent",
+        }
+        size = {"height": request.height, "width": request.width}
+        share = request.high_noise_frac
+        if share == 1:
+            return self.base(**common, **size).images
+        if base_calls is None:
+            noisy = self.base(**common, **size, denoising_end=share).images
+            return self.refiner(**common, image=noisy, denoising_start=share).images
+
+        kept: list[torch.Tensor] = []
+
+        def keep(pipeline, index: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]):
+            if index == base_calls - 1:
+                kept.append(tensors["latents"].clone())
+                pipeline._interrupt = True  # skips the calls that are left, and with them their noise
+            return {}
+
+        self.base(**common, **size, callback_on_step_end=keep)
+        self.refiner.get_timesteps = lambda *_, **__: self._from(base_calls)
+        try:
+            return self.refiner(**common, image=kept[0], denoising_start=share).images
+        finally:
+            del self.refiner.get_timesteps
+
+    def _from(self, call: int) -> tuple[torch.Tensor, int]:
+        scheduler = self.refiner.scheduler
+        scheduler.set_begin_index(call)
+        return scheduler.timesteps[call:], len(scheduler.timesteps) - call
+
+
+@pytest.fixture(scope="module")
+def stock(folders: tuple[Path, Path]) -> Stock:
+    return Stock(*folders)
+
+
+def relative_error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((mine - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("steps", [5, 20, 40])
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize(
+    "scheduler", ["euler", "euler_karras", "euler_ancestral", "ddim", "dpmpp_2m", "dpmpp_2m_karras"]
+)
+def test_the_handoff_equals_the_stock_recipe(ensemble, stock, scheduler: str, share: float, steps: int):
+    request = replace(REQUEST, scheduler=scheduler, high_noise_frac=share, steps=steps)
+    mine = finished(ensemble, request)
+    if Stage.REFINER in mine.stages or share == 1:
+        theirs = stock.latents(request)
+    else:
+        # Here nothing is left for the refiner, and the stock refiner, asked for the last 0 of its steps, repeats all.
+        theirs = stock.latents(replace(request, high_noise_frac=1.0))
+        assert [each.notice for each in mine.warnings] == [Notice.EXPERT_IDLE]
+    assert len(mine.stages) == steps
+    assert relative_error(mine.latents, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("steps", [5, 20, 40])
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("scheduler", ["heun", "heun_karras"])
+def test_a_second_order_step_is_never_cut_in_two(ensemble, stock, scheduler: str, share: float, steps: int):
+    # Each step of Heun is two calls, and its table of timesteps has all but the first twice. The stock base counts the
+    # table and so stops between the two calls of a step, which the stock refiner then begins anew from latents that
+    # are half a step further: one call too many, and a wrong one. The reference is stopped between two steps instead.
+    request = replace(REQUEST, scheduler=scheduler, high_noise_frac=share, steps=steps)
+    mine = finished(ensemble, request)
+    calls = mine.stages.count(Stage.BASE)
+    assert len(mine.stages) == 2 * steps - 1
+    if calls < len(mine.stages):
+        assert calls % 2 == 0
+        theirs = stock.latents(request, base_calls=calls)
+        assert relative_error(mine.latents, stock.latents(request)) > 1e-4, "has diffusers learnt to count?"
+    else:
+        theirs = stock.latents(replace(request, high_noise_frac=1.0))
+    assert relative_error(mine.latents, theirs) < 1e-4
+
+
+def test_the_default_schedule_of_sdxl_is_32_and_8(ensemble):
+    stages = ensemble.plan(replace(REQUEST, steps=40), ensemble.encode(REQUEST), 1).stages
+    assert stages == (Stage.BASE,) * 32 + (Stage.REFINER,) * 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0},
+        {"guidance_scale": 12.5},
+        {"negative_prompt": ""},
+        {"width": 48, "height": 24},
+        {"prompt": "a cat " * 100},
+    ],
+    ids=lambda changes: ", ".join(f"{name} {str(value)[:12]!r}" for name, value in changes.items()),
+)
+def test_guidance_negative_prompt_size_and_long_prompts_do_as_the_stock_recipe_does(ensemble, stock, changes: dict):
+    request = replace(REQUEST, **changes)
+    assert relative_error(finished(ensemble, request).latents, stock.latents(request)) < 1e-4
+
+
+def test_pixels_are_those_of_the_stock_pipeline(ensemble, stock):
+    mine = ensemble.decode(finished(ensemble, replace(REQUEST, high_noise_frac=1.0)))
+    stock.base.scheduler = model.SCHEDULERS["euler"](stock.base.scheduler.config)
+    theirs = stock.base(
+        "a cat", negative_prompt="a dog", num_inference_steps=20, generator=torch.Generator().manual_seed(1),
+        height=32, width=32, guidance_scale=5.0,
+    )  # fmt: skip
+    assert mine.dtype == np.uint8
+    assert np.array_equal(mine, np.asarray(theirs.images[0]))
+
+
+def test_the_same_request_gives_the_same_bytes_and_another_seed_others(ensemble):
+    request = replace(REQUEST, scheduler="euler_ancestral", steps=6)
+    one, again = (ensemble.decode(finished(ensemble, request)) for _ in range(2))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, ensemble.decode(finished(ensemble, request, seed=2)))
+
+
+def test_two_images_can_take_turns_without_touching_each_other(ensemble):
+    requests = [replace(REQUEST, scheduler=name, steps=6) for name in ("dpmpp_2m", "euler_ancestral")]
+    alone = [finished(ensemble, request).latents for request in requests]
+    together = [ensemble.plan(request, ensemble.encode(request), 1) for request in requests]
+    for _ in range(6):
+        for trajectory in together:
+            ensemble.step(trajectory)
+    assert all(torch.equal(one.latents, other) for one, other in zip(together, alone, strict=True))
+
+
+def test_guidance_of_one_or_less_runs_one_row(ensemble):
+    assert ensemble.encode(replace(REQUEST, guidance_scale=1.0)).hidden[Stage.BASE].shape[0] == 1
+    assert ensemble.encode(REQUEST).hidden[Stage.BASE].shape[0] == 2
+
+
+def test_the_base_works_alone(folders):
+    alone = model.load(folders[0], None, device="cpu")
+    assert not alone.card.has_refiner
+    assert alone.card.default_high_noise_frac == 1.0
+    assert set(finished(alone, replace(REQUEST, high_noise_frac=1.0, steps=4)).stages) == {Stage.BASE}
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.999, "the refiner has none"), (0.001, "the base made the first step")])
+def test_an_expert_without_a_step_is_told(ensemble, share: float, told: str):
+    trajectory = ensemble.plan(replace(REQUEST, high_noise_frac=share), ensemble.encode(REQUEST), 1)
+    assert told in trajectory.warnings[0].message
+    assert trajectory.stages[0] is Stage.BASE
+
+
+def test_the_dropped_tail_of_a_prompt_is_quoted_in_its_own_words(ensemble):
+    fits, tail = "0123456789" * 7 + "01234", "Ünïcode 😺 tail"
+    dropped = ensemble.encode(replace(REQUEST, prompt=fits + " " + tail, negative_prompt=fits))
+    (warning,) = dropped.warnings
+    assert (warning.notice, warning.field) == (Notice.PROMPT_TRUNCATED, "data.prompt")
+    assert f'"{tail}"' in warning.message
+    both = ensemble.encode(replace(REQUEST, prompt=fits + "x" * 10_000, negative_prompt=fits + "y" * 10_000))
+    assert [each.field for each in both.warnings] == ["data.prompt", "parameter.negative-prompt"]
+    assert all(len(each.message) < 300 for each in both.warnings)
+
+
+def test_an_overflow_is_an_error_and_never_a_black_image(ensemble):
+    trajectory = finished(ensemble, replace(REQUEST, steps=2))
+    trajectory.latents = trajectory.latents * float("nan")
+    with pytest.raises(model.NonFiniteImage, match="not finite"):
+        ensemble.decode(trajectory)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_draws_nearly_the_same(folders, ensemble, precision: str):
+    half = model.load(*folders, device="cpu", precision=precision)
+    request = replace(REQUEST, steps=4)
+    mine = finished(half, request)
+    assert mine.latents.dtype == torch.float32
+    assert relative_error(mine.latents, finished(ensemble, request).latents) < 0.05
+    difference = half.decode(mine).astype(int) - ensemble.decode(finished(ensemble, request))
+    assert np.abs(difference).mean() < 4
+    assert half.card.precision == precision
+
+
+def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, ensemble):
+    half = model.load(*folders, device="cpu", precision="fp16")
+    half._vae.register_to_config(force_upcast=False)
+    with torch.no_grad():  # what flows between these two now exceeds 65504, the largest fp16
+        half._vae.post_quant_conv.weight.mul_(1e3)
+        half._vae.decoder.conv_in.weight.mul_(1e3)
+    trajectory = finished(half, replace(REQUEST, steps=2))
+    assert not torch.isfinite(half._decoded(trajectory.latents, torch.float16)).all()
+    assert half.decode(trajectory).std() > 0
+    assert half._vae.dtype == torch.float16
+
+
+def test_loading_says_nothing(folders, capfd: pytest.CaptureFixture[str]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load(*folders, device="cpu")
+    assert capfd.readouterr() == ("", "")

@@ -63,8 +63,10 @@ async def main() -> None:
     print(f"{card.name} on {card.device} in {card.precision}, {card.default_steps} steps, {runs} pairs")
     for name, seconds in (("bare loop", bare), ("through gRPC", served)):
         print(f"{name:14} median {statistics.median(seconds):.3f} s   min {min(seconds):.3f}   max {max(seconds):.3f}")
-    print(f"overhead       median {100 * (statistics.median(ratios) - 1):+.2f} %, of medians "
-          f"{100 * (statistics.median(served) / statistics.median(bare) - 1):+.2f} %")
+    print(
+        f"overhead       median {100 * (statistics.median(ratios) - 1):+.2f} %, of medians "
+        f"{100 * (statistics.median(served) / statistics.median(bare) - 1):+.2f} %"
+    )
 
 
 def bare_loop(ensemble: model.Ensemble) -> bytes:

@@ -44,6 +44,7 @@ _NOTICES = {
     Notice.SIZE_SNAPPED: pb.Warning.CODE_SIZE_SNAPPED,
     Notice.IMAGE_RECODED: pb.Warning.CODE_IMAGE_RECODED,
     Notice.EXPERT_IDLE: pb.Warning.CODE_EXPERT_IDLE,
+    Notice.OPTION_UNUSED: pb.Warning.CODE_OPTION_UNUSED,
 }
 
 _DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
@@ -209,6 +210,12 @@ def parse(
         "output.maxMessageBytes",
         f"must be {least} to {most}, is {max_message_bytes}",
     )
+
+    if parameter.negative_prompt and guidance_scale <= 1:
+        unused = "has no effect with a guidance scale of 1 or less, which leaves guidance out"
+        warnings.append(Warning(Notice.OPTION_UNUSED, "parameter.negative-prompt", unused))
+    if output.HasField("quality") and output.format == pb.FORMAT_PNG:
+        warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", "has no effect on a PNG, which loses nothing"))
 
     if wrong:
         raise InvalidRequest(wrong)

@@ -23,6 +23,7 @@ class Notice(enum.StrEnum):
     SIZE_SNAPPED = "size_snapped"
     IMAGE_RECODED = "image_recoded"
     EXPERT_IDLE = "expert_idle"
+    OPTION_UNUSED = "option_unused"
 
 
 @dataclass(frozen=True)

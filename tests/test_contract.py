@@ -121,6 +121,18 @@ def test_a_size_between_two_that_the_autoencoder_can_make_is_snapped_with_a_warn
     assert [(each.notice, each.field) for each in task.warnings] == [(Notice.SIZE_SNAPPED, "sampling.width")]
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ('"parameter": {"negative-prompt": "y"}, "sampling": {"guidanceScale": 1}', "parameter.negative-prompt"),
+        ('"output": {"format": "FORMAT_PNG", "quality": 50}', "output.quality"),
+    ],
+)
+def test_an_option_without_effect_is_told(fields: str, field: str):
+    (warning,) = parse(f'{{"data": {{"prompt": "x"}}, {fields}}}').warnings
+    assert (warning.notice, warning.field) == (Notice.OPTION_UNUSED, field)
+
+
 def test_asking_for_a_refiner_that_is_not_served_is_an_error_and_not_silence():
     alone = ModelCard(**{**vars(CARD), "has_refiner": False, "default_high_noise_frac": 1.0})
     assert parse('{"data": {"prompt": "x"}}', alone).image.high_noise_frac == 1.0

@@ -160,6 +160,7 @@ _WARNING_CODES = {
     pb.Warning.CODE_SIZE_SNAPPED: WarningCode.SIZE_SNAPPED,
     pb.Warning.CODE_IMAGE_RECODED: WarningCode.IMAGE_RECODED,
     pb.Warning.CODE_EXPERT_IDLE: WarningCode.EXPERT_IDLE,
+    pb.Warning.CODE_OPTION_UNUSED: WarningCode.OPTION_UNUSED,
 }
 
 

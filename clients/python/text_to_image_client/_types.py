@@ -152,6 +152,7 @@ class WarningCode(enum.StrEnum):
     SIZE_SNAPPED = "size_snapped"
     IMAGE_RECODED = "image_recoded"
     EXPERT_IDLE = "expert_idle"
+    OPTION_UNUSED = "option_unused"
 
 
 @dataclass(frozen=True)

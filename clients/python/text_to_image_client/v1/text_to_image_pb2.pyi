@@ -595,6 +595,8 @@ class Warning(google.protobuf.message.Message):
         """An image was coded smaller to fit `output.max_message_bytes`."""
         CODE_EXPERT_IDLE: Warning._Code.ValueType  # 4
         """The schedule is so short that the refiner, or the base, has no step in its share."""
+        CODE_OPTION_UNUSED: Warning._Code.ValueType  # 5
+        """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     CODE_UNSPECIFIED: Warning.Code.ValueType  # 0
@@ -606,6 +608,8 @@ class Warning(google.protobuf.message.Message):
     """An image was coded smaller to fit `output.max_message_bytes`."""
     CODE_EXPERT_IDLE: Warning.Code.ValueType  # 4
     """The schedule is so short that the refiner, or the base, has no step in its share."""
+    CODE_OPTION_UNUSED: Warning.Code.ValueType  # 5
+    """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
 
     CODE_FIELD_NUMBER: builtins.int
     FIELD_FIELD_NUMBER: builtins.int

@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint generate generate-check lock clean
+.PHONY: help demo gallery bench-overhead run test lint generate generate-check lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(VENV)/.runtime ## set up, start the service on the embedded ensemble, draw a napping cat into out/
-	@scripts/demo.sh
+	@mkdir -p out
+	@scripts/with-service.sh $(BIN)/t2i generate "cat napping" --seed 0 -o out/cat-napping.jpg
+
+gallery: $(VENV)/.runtime ## draw the README's pictures through the running service
+	@scripts/with-service.sh $(BIN)/python scripts/gallery.py
+
+bench-overhead: $(VENV)/.runtime ## what the service costs beyond the bare loop over the model's calls
+	$(BIN)/python -m bench.overhead $(ARGS)
 
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)

@@ -1,0 +1,46 @@
+"""Draws docs/gallery.png through the running service at T2I_TARGET: fixed prompts and seeds, nothing picked by hand."""
+
+import io
+import os
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from text_to_image_client import TextToImage
+
+PROMPTS = (
+    "cat napping", "pizza", "red apple", "rocket", "smiling face", "dog face",
+    "house", "blue car", "sunflower", "birthday cake", "guitar", "octopus",
+)  # fmt: skip
+SEEDS = (0, 1)
+COLUMNS = 6
+LABEL = 22  # pixels of height
+
+
+def main() -> None:
+    with TextToImage(os.environ["T2I_TARGET"]) as client:
+        drawn = {prompt: [_draw(client, prompt, seed) for seed in SEEDS] for prompt in PROMPTS}
+    side = drawn[PROMPTS[0]][0].width
+    rows = -(-len(PROMPTS) // COLUMNS)
+    band = LABEL + len(SEEDS) * side
+    sheet = Image.new("RGB", (COLUMNS * side, rows * band), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for index, (prompt, images) in enumerate(drawn.items()):
+        row, column = divmod(index, COLUMNS)
+        left, top = column * side, row * band
+        pen.text((left + side / 2, top + LABEL / 2), prompt, "black", font, anchor="mm")
+        for number, image in enumerate(images):
+            sheet.paste(image, (left, top + LABEL + number * side))
+    path = Path("docs/gallery.png")
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path, optimize=True)
+    print(path)
+
+
+def _draw(client: TextToImage, prompt: str, seed: int) -> Image.Image:
+    result = client.generate(prompt, seed=seed, format="png")
+    return Image.open(io.BytesIO(result.images[0].data))
+
+
+if __name__ == "__main__":
+    main()

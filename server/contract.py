@@ -145,17 +145,28 @@ def size_of(aspect_ratio: str, card: ModelCard) -> tuple[int, int]:
     return _snap(width, card.side_multiple), _snap(height, card.side_multiple)
 
 
+def request_id_of(message: pb.GenerateRequest) -> str | None:
+    """The caller's name for the request, or a new one; None if it has one that must not come near a log."""
+    if not message.request_id:
+        return str(uuid.uuid4())
+    return message.request_id if re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", message.request_id) else None
+
+
 def random_seed() -> int:
     return secrets.randbits(32)
 
 
 def parse(
     message: pb.GenerateRequest,
+    request_id: str | None,
     card: ModelCard,
     limits: Limits,
     draw_seed: Callable[[], int] = random_seed,
 ) -> Task:
-    """Check a request and fill in its defaults. Raises InvalidRequest with all violations."""
+    """Check a request and fill in its defaults. Raises InvalidRequest with all violations.
+
+    `request_id` is what request_id_of made of the message's.
+    """
     data, parameter, sampling, output = message.data, message.parameter, message.sampling, message.output
     wrong: list[Violation] = []
     warnings: list[Warning] = []
@@ -173,11 +184,7 @@ def parse(
         "data.model",
         f'must be "{card.name}", the model served here, or left out',
     )
-    require(
-        not message.request_id or re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", message.request_id) is not None,
-        "requestId",
-        "must have at most 128 characters of A-Z a-z 0-9 . _ : / -",
-    )
+    require(request_id is not None, "requestId", "must have at most 128 characters of A-Z a-z 0-9 . _ : / -")
 
     n = _given(parameter, "n", 1)
     require(1 <= n <= limits.max_images, "parameter.n", f"must be 1 to {limits.max_images}, is {n}")
@@ -217,10 +224,10 @@ def parse(
     if output.HasField("quality") and output.format == pb.FORMAT_PNG:
         warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", "has no effect on a PNG, which loses nothing"))
 
-    if wrong:
+    if wrong or request_id is None:
         raise InvalidRequest(wrong)
     return Task(
-        request_id=message.request_id or str(uuid.uuid4()),
+        request_id=request_id,
         image=ImageRequest(
             prompt=data.prompt,
             negative_prompt=parameter.negative_prompt,

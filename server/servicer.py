@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import grpc
@@ -41,7 +41,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._engine = engine
         self._settings = settings
         self._served: tuple[ModelCard, Limits] | None = None
-        self._calls = 0
+        self._under_way: set[Context] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -50,16 +50,17 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._served = card, contract.limits_of(card, self._settings)
 
     async def wait_until_idle(self) -> None:
-        """Wait until no generation is under way."""
+        """Wait until no call is under way: each answered to the last byte, or left unread by its client."""
         await self._idle.wait()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        async with self._call("Generate", request, context):
-            card, task = self._parse(request)
+        request_id = contract.request_id_of(request)
+        async with self._statuses(f"Generate {request_id}", context):
+            card, task = self._parse(request, request_id)
             answer = _Answer()
             room = contract.room_for_images(task)
-            async with contextlib.aclosing(self._events(task, context)) as events:
+            async with self._events(task, context) as events:
                 async for event in events:
                     if isinstance(event, ImageReady):
                         waiting = len(task.image.seeds) - event.index
@@ -71,12 +72,20 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         return response
 
     async def StreamGenerate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        async with self._call("StreamGenerate", request, context):
-            card, task = self._parse(request)
+        request_id = contract.request_id_of(request)
+        async with self._statuses(f"StreamGenerate {request_id}", context):
+            card, task = self._parse(request, request_id)
             answer = _Answer()
-            async with contextlib.aclosing(self._events(task, context)) as events:
+            async with self._events(task, context) as events:
                 async for event in events:
-                    await self._send(await self._message(task, card, event, answer), context)
+                    message = await self._message(task, card, event, answer)
+                    if unread := await self._write(message, context):
+                        break
+            if unread is not None:
+                log.warning("%s: its stream is left unread; the job is given up", task.request_id)
+                self._leave(context)
+                await unread  # a status can only follow what is already being written
+                raise contract.Stalled("the stream was left unread for too long")
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         async with self._statuses("GetModel", context):
@@ -87,12 +96,13 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             raise contract.Loading("the model is still loading; try again in a moment")
         return self._served
 
-    def _parse(self, request: pb.GenerateRequest) -> tuple[ModelCard, Task]:
+    def _parse(self, request: pb.GenerateRequest, request_id: str | None) -> tuple[ModelCard, Task]:
         card, limits = self._model()
-        return card, contract.parse(request, card, limits)
+        return card, contract.parse(request, request_id, card, limits)
 
-    async def _events(self, task: Task, context: Context) -> AsyncGenerator[Event, None]:
-        """The job's events to the end; the job is cancelled when nobody takes them any more."""
+    @contextlib.asynccontextmanager
+    async def _events(self, task: Task, context: Context) -> AsyncIterator[AsyncIterator[Event]]:
+        """The events of the task's job. On the way out, for whatever reason, the job is cancelled if it still runs."""
         loop = asyncio.get_running_loop()
         # Unbounded, since the device must never wait for a client; a job has a bounded number of events.
         queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -103,13 +113,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
         job = self._engine.submit(task.request_id, task.image, deliver, math.inf if timeout is None else timeout)
         try:
-            while True:
-                event = await queue.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                yield event
-                if isinstance(event, Finished):
-                    return
+            yield _until_terminal(queue)
         finally:
             self._engine.cancel(job)
 
@@ -136,34 +140,30 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             answer.warnings.append(contract.recoded_warning(task, image, event.index))
         return contract.choice_message(task, image)
 
-    async def _send(self, message: pb.StreamGenerateResponse, context: Context) -> None:
-        """Write one message; end the call when its reader has let the stream stand for too long."""
+    async def _write(self, message: pb.StreamGenerateResponse, context: Context) -> "asyncio.Task[None] | None":
+        """Write one message; the task that still writes it, if the client does not read on in time."""
+        writing = asyncio.create_task(context.write(message))
         try:
-            async with asyncio.timeout(self._settings.stall_seconds):
-                await context.write(message)
-        except TimeoutError:
-            raise contract.Stalled(
-                f"the stream was left unread for more than {self._settings.stall_seconds:g} s"
-            ) from None
-
-    @contextlib.asynccontextmanager
-    async def _call(self, method: str, request: pb.GenerateRequest, context: Context) -> AsyncIterator[None]:
-        """Count the call as under way, and give its errors their statuses."""
-        self._calls += 1
-        self._idle.clear()
-        try:
-            async with self._statuses(f"{method} {request.request_id or '-'}", context):
-                yield
-        finally:
-            self._calls -= 1
-            if self._calls == 0:
-                self._idle.set()
+            done, _ = await asyncio.wait((writing,), timeout=self._settings.stall_seconds)
+        except asyncio.CancelledError:
+            writing.cancel()
+            raise
+        if not done:
+            return writing
+        writing.result()
+        return None
 
     @contextlib.asynccontextmanager
     async def _statuses(self, call: str, context: Context) -> AsyncIterator[None]:
-        """Turn errors into statuses by the table in contract.py, and log how the call ended, without its prompts."""
+        """Count a call as under way, turn its errors into statuses by the table in contract.py, and log how it ended.
+
+        Prompts are not logged.
+        """
         began = time.monotonic()
         code = grpc.StatusCode.OK
+        self._under_way.add(context)
+        self._idle.clear()
+        context.add_done_callback(self._leave)  # type: ignore[arg-type]  # the stubs hide what a function is
         try:
             yield
         except tuple(contract.STATUS) as error:
@@ -180,6 +180,22 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             await context.abort(code, "internal error; the server's log has the cause")
         finally:
             log.info("%s %s %.3f s", call, code.name, time.monotonic() - began)
+
+    def _leave(self, context: Context) -> None:
+        self._under_way.discard(context)
+        if not self._under_way:
+            self._idle.set()
+
+
+async def _until_terminal(queue: "asyncio.Queue[Event]") -> AsyncIterator[Event]:
+    """Events as they come, Finished the last; raises the error of Failed."""
+    while True:
+        event = await queue.get()
+        if isinstance(event, Failed):
+            raise event.error
+        yield event
+        if isinstance(event, Finished):
+            return
 
 
 def _metadata(task: Task, card: ModelCard, answer: _Answer, finished: Finished) -> pb.Metadata:

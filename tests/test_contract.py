@@ -35,7 +35,11 @@ LIMITS = contract.limits_of(CARD, Settings())
 
 def parse(text: str, card: ModelCard = CARD) -> contract.Task:
     message = json_format.Parse(text, pb.GenerateRequest())
-    return contract.parse(message, card, contract.limits_of(card, Settings()), draw_seed=lambda: 7)
+    return check(message, card, contract.limits_of(card, Settings()))
+
+
+def check(message: pb.GenerateRequest, card: ModelCard = CARD, limits: contract.Limits = LIMITS) -> contract.Task:
+    return contract.parse(message, contract.request_id_of(message), card, limits, draw_seed=lambda: 7)
 
 
 def violations(text: str, card: ModelCard = CARD) -> dict[str, str]:
@@ -172,17 +176,17 @@ def test_no_bytes_that_decode_as_a_request_make_parsing_fail_otherwise_than_by_v
     with contextlib.suppress(DecodeError):
         message.ParseFromString(data)
         with contextlib.suppress(contract.InvalidRequest):
-            contract.parse(message, CARD, LIMITS)
+            check(message)
 
 
 @given(st.text(min_size=1, max_size=200))
 def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
     message = pb.GenerateRequest(data=pb.TaskData(prompt=prompt))
     if prompt.strip():
-        assert contract.parse(message, CARD, LIMITS).image.prompt == prompt
+        assert check(message).image.prompt == prompt
     else:
         with pytest.raises(contract.InvalidRequest):
-            contract.parse(message, CARD, LIMITS)
+            check(message)
 
 
 @pytest.mark.parametrize(

@@ -262,9 +262,10 @@ class TestLettingGo:
             )
             answer = pb_grpc.TextToImageServiceStub(other).Generate(request(sampling={"steps": 1}), timeout=PATIENCE)
             assert answer.data.choices
-            server.wait_for_log(r"StreamGenerate unread CANCELLED")
-            with pytest.raises(grpc.RpcError):
+            server.wait_for_log("unread: its stream is left unread")
+            with pytest.raises(grpc.RpcError) as caught:
                 list(unread)
+            assert caught.value.code() == grpc.StatusCode.CANCELLED
 
 
 class TestQueue:

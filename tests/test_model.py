@@ -21,9 +21,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
 
 
+@pytest.fixture(scope="module", params=[name for name, is_there in model._DEVICES.items() if is_there()])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ensemble(folders: tuple[Path, Path]) -> model.Ensemble:
-    return model.load(*folders, device="cpu")
+def ensemble(folders: tuple[Path, Path], device: str) -> model.Ensemble:
+    return model.load(*folders, device=device, precision="fp32")
 
 
 def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> model.Trajectory:
@@ -36,9 +41,9 @@ def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> 
 class Stock:
     """The recipe of diffusers' documentation: the base up to a share of the noise, then the refiner from there."""
 
-    def __init__(self, base: Path, refiner: Path) -> None:
-        self.base = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
-        self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner, add_watermarker=False)
+    def __init__(self, base: Path, refiner: Path, device: str) -> None:
+        self.base = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False).to(device)
+        self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner, add_watermarker=False).to(device)
         for pipeline in (self.base, self.refiner):
             pipeline.set_progress_bar_config(disable=True)
 
@@ -85,8 +90,8 @@ class Stock:
 
 
 @pytest.fixture(scope="module")
-def stock(folders: tuple[Path, Path]) -> Stock:
-    return Stock(*folders)
+def stock(folders: tuple[Path, Path], device: str) -> Stock:
+    return Stock(*folders, device)
 
 
 def relative_error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -219,8 +224,8 @@ def test_an_overflow_is_an_error_and_never_a_black_image(ensemble):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_draws_nearly_the_same(folders, ensemble, precision: str):
-    half = model.load(*folders, device="cpu", precision=precision)
+def test_half_precision_draws_nearly_the_same(folders, ensemble, device: str, precision: str):
+    half = model.load(*folders, device=device, precision=precision)
     request = replace(REQUEST, steps=4)
     mine = finished(half, request)
     assert mine.latents.dtype == torch.float32
@@ -230,8 +235,8 @@ def test_half_precision_draws_nearly_the_same(folders, ensemble, precision: str)
     assert half.card.precision == precision
 
 
-def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, ensemble):
-    half = model.load(*folders, device="cpu", precision="fp16")
+def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: str):
+    half = model.load(*folders, device=device, precision="fp16")
     half._vae.register_to_config(force_upcast=False)
     with torch.no_grad():  # what flows between these two now exceeds 65504, the largest fp16
         half._vae.post_quant_conv.weight.mul_(1e3)

@@ -1,6 +1,6 @@
 """A full-size SDXL ensemble with random weights in the published layout: the arithmetic does not care what they are.
 
-The configurations are those of stable-diffusion-xl-base-1.0 and -refiner-1.0; the vocabulary is the embedded one's. Some
+The configurations are those of stable-diffusion-xl-base-1.0 and -refiner-1.0, the vocabulary is the embedded one. Some
 10 GB in fp16. Run: python -m bench.full_size FOLDER
 """
 

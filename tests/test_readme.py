@@ -1,0 +1,34 @@
+"""What the README tells of flags and exit codes is what the code has."""
+
+import re
+
+from pydantic_core import PydanticUndefined
+from serving import ROOT
+
+from server import __main__ as command
+from server import checkpoint
+from server.settings import Settings
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def flag_table() -> list[str]:
+    rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = {None: "", True: "on"}.get(field.default, field.default)
+        assert field.default is not PydanticUndefined
+        rows.append(
+            f"| `--{name.replace('_', '-')}` | {f'`{default}`' if default != '' else ''} | {field.description} |"
+        )
+    return rows
+
+
+def test_the_table_of_flags_is_that_of_the_settings():
+    assert "\n".join(flag_table()) in README, "\n".join(["paste this into the README:", *flag_table()])
+
+
+def test_every_exit_code_is_told():
+    codes = {0, 1, 2, *command._EXIT_CODES.values()}
+    codes |= {kind.exit_code for kind in checkpoint.CheckpointError.__subclasses__()}
+    section = README.split("### Exit codes")[1].split("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == codes

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead run test lint generate generate-check lock clean
+.PHONY: help demo gallery bench-overhead run test lint generate generate-check lock weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -59,6 +59,12 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for
 		pyproject.toml clients/python/pyproject.toml; done
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-dev.lock
 
+weights: $(VENV)/.training ## train the embedded ensemble anew: see training/README.md
+	$(BIN)/python -m training $(ARGS)
+
+evaluate: $(VENV)/.training ## measure the embedded ensemble
+	$(BIN)/python -m training.evaluate $(ARGS)
+
 clean: ## remove everything that was made here
 	rm -rf $(VENV) .venv-generate out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
@@ -71,6 +77,10 @@ $(VENV)/.runtime: requirements.lock
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 	$(PIP) install --requirement requirements-dev.lock
+	touch $@
+
+$(VENV)/.training: training/requirements.txt $(VENV)/.runtime
+	$(PIP) install --no-deps --requirement training/requirements.txt
 	touch $@
 
 .venv-generate/.done: proto/requirements.txt

@@ -1,0 +1,1 @@
+"""How the embedded ensemble was made; not needed to run the service."""

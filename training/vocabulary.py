@@ -1,0 +1,66 @@
+"""CLIP's byte-pair vocabulary, pruned to the words of the captions and the commonest merges of English.
+
+The vocabulary comes with open_clip_torch (MIT). A merge is kept with all that it is made of, so that every kept word is
+split as the whole vocabulary splits it, and any other text into smaller pieces: nothing is ever unknown.
+"""
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_CLIP_MERGES = 49152 - 256 - 2  # as many of the file's lines as CLIP uses
+CONTEXT = 77  # tokens
+
+
+def prune(words: Iterable[str], size: int, folder: Path) -> CLIPTokenizer:
+    """Write vocab.json and merges.txt of at most `size` tokens below `folder`; the tokenizer they make."""
+    merges = _clip_merges()
+    whole = _write(merges, folder / "whole")
+    needed = {token for word in words for token in whole.tokenize(word)}
+    made = {first + second: (first, second) for first, second in reversed(merges)}
+
+    kept: set[str] = set()
+
+    def keep(token: str) -> None:
+        if token in made and token not in kept:
+            kept.add(token)
+            for part in made[token]:
+                keep(part)
+
+    for token in sorted(needed):
+        keep(token)
+    room = size - 512 - len(_SPECIAL)
+    for first, second in merges:
+        if len(kept) >= room:
+            break
+        keep(first + second)
+    return _write([pair for pair in merges if pair[0] + pair[1] in kept], folder)
+
+
+def carried_by(package: str) -> Path:
+    """The folder of an installed package, which need not be importable."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed: see training/requirements.txt")
+    return Path(spec.origin).parent
+
+
+def _clip_merges() -> list[tuple[str, str]]:
+    file = carried_by("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : _CLIP_MERGES + 1]
+    return [(first, second) for first, second in (line.split() for line in lines)]
+
+
+def _write(merges: list[tuple[str, str]], folder: Path) -> CLIPTokenizer:
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges), *_SPECIAL]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: at for at, token in enumerate(dict.fromkeys(tokens))}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]))
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)

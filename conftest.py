@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from serving import ServerProcess
 
+import server as _  # noqa: F401  # before any test imports torch, which then runs as it does in the service
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
@@ -30,6 +32,7 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
 
     yield start
     for server in servers:
-        if server.process.poll() is None:
+        try:
+            server.stop()
+        finally:
             server.process.kill()
-        server.wait()

@@ -6,7 +6,6 @@
 
 import asyncio
 import logging
-import os
 import sys
 from functools import partial
 
@@ -49,8 +48,6 @@ async def _serve(settings: Settings) -> None:
 
 
 def _load(settings: Settings) -> Model:
-    # What these libraries warn of is for their callers, not for whoever reads this service's log.
-    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     # Imported on the device thread: torch takes seconds, and the port should be open by then.
     from server import model
 

@@ -183,7 +183,11 @@ def _inspect(folder: Path, parts: tuple[str, ...]) -> Checkpoint:
     for files in weights.values():
         for file in files:
             _check_whole(file)
-    return Checkpoint(folder, variant, weights, tuple(_config_files(folder, parts)))
+    configs = tuple(_config_files(folder, parts))
+    for file in configs:
+        if file.suffix == ".json":
+            _json(file)
+    return Checkpoint(folder, variant, weights, configs)
 
 
 def _weight_files(part: Path) -> dict[str | None, tuple[Path, ...]]:
@@ -224,12 +228,16 @@ def _required(file: Path) -> Path:
 
 
 def _check_whole(file: Path) -> None:
-    with file.open("rb") as content:
-        if content.read(len(_LFS)) == _LFS:
-            raise GitLfsPointer(
-                f"{file} is a git-lfs pointer instead of weights; run `git lfs install` and then `git lfs pull` in "
-                f"{file.parent.parent}"
-            )
+    try:
+        with file.open("rb") as content:
+            begin = content.read(len(_LFS))
+    except OSError as error:
+        raise MissingPart(f"{file} cannot be read ({error.strerror}); fetch the checkpoint again") from error
+    if begin == _LFS:
+        raise GitLfsPointer(
+            f"{file} is a git-lfs pointer instead of weights; run `git lfs install` and then `git lfs pull` in "
+            f"{file.parent.parent}"
+        )
     try:
         with safe_open(file, framework="numpy"):
             pass

@@ -109,14 +109,14 @@ class Server:
     async def _warm_up(self, card: ModelCard) -> None:
         """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights."""
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[Event] = loop.create_future()
+        ended: asyncio.Queue[Finished | Failed] = asyncio.Queue()
 
         def deliver(event: Event) -> None:
             if isinstance(event, Finished | Failed):
-                loop.call_soon_threadsafe(ended.set_result, event)
+                loop.call_soon_threadsafe(ended.put_nowait, event)
 
         self._engine.submit("warm-up", _typical_request(card), deliver)
-        terminal = await ended
+        terminal = await ended.get()
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
 

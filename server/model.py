@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from server import checkpoint
-from server.checkpoint import Checkpoint, NoDevice, NotEnoughMemory
+from server.checkpoint import Checkpoint, MissingPart, NoDevice, NotEnoughMemory
 from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
@@ -367,22 +367,29 @@ def _free_bytes(device: str) -> int:
 def _out_of_memory(device: str) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # torch has an error of its own for this on accelerators, but on the CPU only words.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise NotEnoughMemory(
             f"{device} ran out of memory while the weights were loaded; take a larger device"
         ) from error
 
 
 def _pipeline(kind: Any, files: Checkpoint, precision: str, **parts: Any) -> Any:
-    return kind.from_pretrained(
-        files.folder,
-        dtype=PRECISIONS[precision],
-        variant=files.variant,
-        use_safetensors=True,
-        local_files_only=True,
-        add_watermarker=False,
-        **parts,
-    )
+    try:
+        return kind.from_pretrained(
+            files.folder,
+            dtype=PRECISIONS[precision],
+            variant=files.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            add_watermarker=False,
+            **parts,
+        )
+    except ValueError as error:
+        reason = str(error).partition(". ")[0]
+        raise MissingPart(f"{files.folder} does not fit together ({reason}); fetch the checkpoint again") from error
 
 
 def _card(

@@ -23,6 +23,8 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
+_News = Queued | Progress | ImageReady | Finished  # what happens to a job, as long as it does not fail
+
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.StreamGenerateResponse | pb.GenerateResponse]
 
 
@@ -101,7 +103,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         return card, contract.parse(request, request_id, card, limits)
 
     @contextlib.asynccontextmanager
-    async def _events(self, task: Task, context: Context) -> AsyncIterator[AsyncIterator[Event]]:
+    async def _events(self, task: Task, context: Context) -> AsyncIterator[AsyncIterator[_News]]:
         """The events of the task's job. On the way out, for whatever reason, the job is cancelled if it still runs."""
         loop = asyncio.get_running_loop()
         # Unbounded, since the device must never wait for a client; a job has a bounded number of events.
@@ -117,7 +119,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         finally:
             self._engine.cancel(job)
 
-    async def _message(self, task: Task, card: ModelCard, event: Event, answer: _Answer) -> pb.StreamGenerateResponse:
+    async def _message(self, task: Task, card: ModelCard, event: _News, answer: _Answer) -> pb.StreamGenerateResponse:
         match event:
             case Queued():
                 return contract.queued_message(event)
@@ -129,8 +131,6 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
                 return pb.StreamGenerateResponse(choice=ready)
             case Finished():
                 return pb.StreamGenerateResponse(done=pb.Done(metadata=_metadata(task, card, answer, event)))
-            case Failed():
-                raise event.error
 
     async def _choice(self, task: Task, event: ImageReady, answer: _Answer, max_bytes: int) -> pb.Choice:
         """Code one image, on another thread than the event loop's and the device's."""
@@ -187,7 +187,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             self._idle.set()
 
 
-async def _until_terminal(queue: "asyncio.Queue[Event]") -> AsyncIterator[Event]:
+async def _until_terminal(queue: "asyncio.Queue[Event]") -> AsyncIterator[_News]:
     """Events as they come, Finished the last; raises the error of Failed."""
     while True:
         event = await queue.get()

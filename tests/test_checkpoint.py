@@ -1,13 +1,18 @@
 """What a folder of weights must be; and each way to be broken has one sentence that helps, and an exit code."""
 
+import contextlib
 import json
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 import tiny_ensemble
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving import PATIENCE, connect
 
 from server import checkpoint, model
 from server.checkpoint import (
@@ -71,6 +76,16 @@ def twice_the_base(folder: Path) -> None:
     shutil.copytree(folder / "base", folder / "refiner")
 
 
+def weights_of_the_other_expert(folder: Path) -> None:
+    shutil.copy(folder / "base" / UNET, folder / "refiner" / UNET)
+
+
+def dangle(folder: Path) -> None:
+    """As when the cache that a folder of links points into was cleared."""
+    (folder / "base" / UNET).unlink()
+    (folder / "base" / UNET).symlink_to(folder / "gone")
+
+
 def grow(folder: Path) -> None:
     """A valid file of 4 TB that takes no room on disk: its header is right and the rest is a hole."""
     header = json.dumps({"weight": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
@@ -91,6 +106,11 @@ def grow(folder: Path) -> None:
         (remove("base/tokenizer/tokenizer_config.json"), MissingPart, "tokenizer_config.json is missing"),
         (remove("base/tokenizer_2/tokenizer.json"), MissingPart, "vocab.json is missing"),
         (remove("base/scheduler/scheduler_config.json"), MissingPart, "scheduler_config.json is missing"),
+        (write("base/unet/config.json", "{"), MissingPart, "unet/config.json cannot be read as JSON"),
+        (write("base/tokenizer/tokenizer.json", "{"), MissingPart, "tokenizer.json cannot be read as JSON"),
+        (write("refiner/scheduler/scheduler_config.json", ""), MissingPart, "cannot be read as JSON"),
+        (dangle, MissingPart, "cannot be read (No such file or directory)"),
+        (weights_of_the_other_expert, MissingPart, "refiner does not fit together ("),
         (write("base/defaults.json", '{"stepz": 3}'), MissingPart, "cannot be understood"),
         (write("base/defaults.json", '{"steps": "many"}'), MissingPart, "cannot be understood"),
         (
@@ -115,6 +135,13 @@ def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, err
     assert "\n" not in str(caught.value)
 
 
+def test_memory_that_runs_out_while_loading_is_told():
+    with pytest.raises(NotEnoughMemory, match="ran out of memory"), model._out_of_memory("cpu"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), model._out_of_memory("cpu"):
+        torch.empty(2, 3) @ torch.empty(2, 3)  # anything else stays what it is
+
+
 def test_an_absent_device_is_told_with_what_is_there(whole: Path):
     absent = next(name for name in ("mps", "cuda") if not model._DEVICES[name]())
     with pytest.raises(NoDevice, match=f"no {absent} device is here, but .*cpu"):
@@ -133,6 +160,11 @@ def test_every_kind_of_trouble_has_an_exit_code_of_its_own():
 def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_server, folder: Path, break_it, code: int):
     break_it(folder)
     server = start_server("--base", str(folder / "base"), "--refiner", str(folder / "refiner"))
+    said = []
+    with connect(server) as channel, contextlib.suppress(grpc.RpcError):  # the stream ends with the server
+        for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE):
+            said.append(answer.status)
+    assert set(said) == {health_pb2.HealthCheckResponse.NOT_SERVING}
     assert server.wait() == code
     assert len([line for line in server.lines if "ERROR" in line]) == 1
     assert "lifecycle: serving" not in server.log

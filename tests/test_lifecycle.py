@@ -66,13 +66,14 @@ def test_a_call_that_outlives_the_grace_period_hears_unavailable(start_server, h
     assert "Traceback" not in server.log
 
 
-def test_sigterm_while_loading_stops_the_server_without_its_ever_serving(start_server):
+@pytest.mark.parametrize("moment", ["loading the model", "warming up"])
+def test_sigterm_before_it_is_ready_stops_the_server_without_its_ever_serving(start_server, moment: str):
     server = start_server()
-    assert server.target
+    server.wait_for_log(moment)
     server.terminate()
     assert server.wait() == 0
     assert "lifecycle: serving" not in server.log
-    assert "Traceback" not in server.log
+    assert "ERROR" not in server.log
 
 
 def test_the_ready_file_holds_the_address_while_the_server_serves(start_server, tmp_path: Path):

@@ -169,6 +169,25 @@ def test_pixels_are_those_of_the_stock_pipeline(ensemble, stock):
     assert np.array_equal(mine, np.asarray(theirs.images[0]))
 
 
+def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_does(ensemble, stock):
+    trajectory = finished(ensemble, replace(REQUEST, high_noise_frac=1.0, steps=2))
+    plain = ensemble.decode(trajectory)
+    for vae in (ensemble._vae, stock.base.vae):
+        vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.2, 1.0])
+    try:
+        mine = ensemble.decode(trajectory)
+        stock.base.scheduler = model.SCHEDULERS["euler"](stock.base.scheduler.config)
+        theirs = stock.base(
+            "a cat", negative_prompt="a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(1),
+            height=32, width=32, guidance_scale=5.0,
+        )  # fmt: skip
+    finally:
+        for vae in (ensemble._vae, stock.base.vae):
+            vae.register_to_config(latents_mean=None, latents_std=None)
+    assert np.array_equal(mine, np.asarray(theirs.images[0]))
+    assert not np.array_equal(mine, plain)
+
+
 def test_the_same_request_gives_the_same_bytes_and_another_seed_others(ensemble):
     request = replace(REQUEST, scheduler="euler_ancestral", steps=6)
     one, again = (ensemble.decode(finished(ensemble, request)) for _ in range(2))
@@ -220,6 +239,9 @@ def test_an_overflow_is_an_error_and_never_a_black_image(ensemble):
     trajectory = finished(ensemble, replace(REQUEST, steps=2))
     trajectory.latents = trajectory.latents * float("nan")
     with pytest.raises(model.NonFiniteImage, match="not finite"):
+        ensemble.decode(trajectory)
+    trajectory.latents = torch.full_like(trajectory.latents, 3e38)
+    with pytest.raises(model.NonFiniteImage, match="even in fp32"):
         ensemble.decode(trajectory)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -224,13 +225,16 @@ class TestLettingGo:
     def cancelled_calls(self, server: ServerProcess, name: str, outcome: str) -> int:
         return int(server.wait_for_log(rf"{name}: {outcome} after (\d+) model calls")[1])
 
-    def test_a_cancelled_call_frees_the_device_for_the_next(self, server, stub):
+    def test_a_cancelled_call_frees_the_device_for_the_next_within_a_step(self, server, stub):
+        """The exact bound, the call in flight, is held in test_engine.py; here it is measured over the wire."""
         stream = stub.StreamGenerate(request(requestId="cancelled-mid-step", **LONG_JOB), timeout=PATIENCE)
         first_step(stream)
+        times = [(time.monotonic(), next(stream))[0] for _ in range(10)]
+        longest_step = max(later - earlier for earlier, later in itertools.pairwise(times))
         stream.cancel()
-        stub.Generate(request(sampling={"steps": 1}), timeout=PATIENCE)
-        calls = self.cancelled_calls(server, "cancelled-mid-step", "Cancelled")
-        assert calls < 100, "of 1209; the exact bound, one call, is held in test_engine.py"
+        waited = stub.Generate(request(sampling={"steps": 1}), timeout=PATIENCE).metadata.waited.ToMilliseconds() / 1000
+        assert waited < 2 * longest_step + 0.2, "against minutes, or at least seconds, that the job had still to go"
+        assert self.cancelled_calls(server, "cancelled-mid-step", "Cancelled") < 100  # of 1209
 
     def test_a_vanished_client_frees_the_device_too(self, server, stub):
         with connect(server) as channel:

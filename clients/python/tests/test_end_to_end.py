@@ -1,7 +1,9 @@
 """The client and `t2i` against the real service on the embedded ensemble."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,9 +28,13 @@ from text_to_image_client import (
 PATIENCE = 300  # seconds; reached only when something is broken
 
 
-def t2i(*arguments: str) -> subprocess.CompletedProcess[str]:
+def t2i(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "text_to_image_client", *arguments], capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-m", "text_to_image_client", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | environment,
     )
 
 
@@ -129,12 +135,34 @@ def test_run_starts_a_service_of_its_own_and_prints_as_instill_does():
     assert outputs[0]["data"]["choices"][0]["image"].startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
 
 
-def test_run_leaves_no_service_behind_when_it_is_ended():
+DOCKER = f"""#!/bin/sh
+# As much of docker as `t2i run -t` sees of it: `run` in the foreground, `port` as soon as something is published.
+ready="$(dirname "$0")/ready"
+case "$1" in
+    run) echo "$@" > "$ready.asked"; exec {sys.executable} -m server --listen 127.0.0.1:0 --ready-file "$ready" ;;
+    port) cat "$ready" ;;
+esac
+"""
+
+
+def test_run_with_a_tag_draws_in_the_container_that_it_starts(tmp_path: Path):
+    docker = tmp_path / "docker"
+    docker.write_text(DOCKER)
+    docker.chmod(0o755)
+    ended = t2i("run", "-t", "v1", "-i", '{"prompt": "cat napping"}', PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert ended.returncode == 0, ended.stderr
+    assert '"image": "data:image/jpeg;base64,' in ended.stdout
+    assert (tmp_path / "ready.asked").read_text().endswith(" text-to-image-service:v1\n")
+    assert not (tmp_path / "ready").exists(), "the service was stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_run_leaves_no_service_behind_when_it_is_ended(number: signal.Signals):
     command = (sys.executable, "-m", "text_to_image_client", "run", "-i", '{"prompt": "cat napping"}')
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any("Deploying model..." in line for line in process.stdout)
         (service,) = psutil.Process(process.pid).children()
-        process.terminate()
+        process.send_signal(number)
         assert process.wait(PATIENCE) == 130
         assert not service.is_running()

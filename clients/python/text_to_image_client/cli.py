@@ -255,7 +255,8 @@ def run(gpu: bool, tag: str | None, text: str, start_timeout: float) -> None:
     """
     prompt, options = parse_input(text)
     build_request(prompt, options)  # what no message can carry is said now, not after the model is loaded
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is never left behind
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a service is never left behind, not by a closed terminal either
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="t2i-") as directory:
         _instill("Starting model image...")
         launch = container_launch(tag, gpu) if tag else local_launch(Path(directory), gpu)

@@ -1,0 +1,71 @@
+"""What callers hear of a fault that nobody foresaw: the real servicer and engine around a model that is broken."""
+
+import asyncio
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import pytest
+from serving import request
+
+from server.domain import ImageRequest, ModelCard, Stage, Warning
+from server.engine import Engine
+from server.servicer import TextToImageServicer
+from server.settings import Settings
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+
+@dataclass
+class Nothing:
+    """Conditioning and trajectory at once, of a single call."""
+
+    warnings: tuple[Warning, ...] = ()
+    stages: tuple[Stage, ...] = (Stage.BASE,)
+
+
+class WrongPixels:
+    """A model whose pixels are no pixels, which is only noticed when they are coded."""
+
+    card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler")
+
+    def encode(self, request: ImageRequest) -> Nothing:
+        return Nothing()
+
+    def plan(self, request: ImageRequest, conditioning: Nothing, seed: int) -> Nothing:
+        return conditioning
+
+    def step(self, trajectory: Nothing) -> None:
+        pass
+
+    def decode(self, trajectory: Nothing) -> np.ndarray:
+        return np.zeros((8, 8, 7), np.complex64)
+
+
+async def _read(stream) -> None:
+    async for _ in stream:
+        pass
+
+
+@pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
+async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_log(
+    method: str, caplog: pytest.LogCaptureFixture
+):
+    engine = Engine(max_queue=1)
+    servicer = TextToImageServicer(engine, Settings())
+    servicer.open(await asyncio.wrap_future(engine.start(WrongPixels)))
+    server = grpc.aio.server()
+    pb_grpc.add_TextToImageServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = pb_grpc.TextToImageServiceStub(channel)
+        call = getattr(stub, method)(request(), timeout=60)
+        with pytest.raises(grpc.RpcError) as caught:
+            await (call if method == "Generate" else _read(call))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert caught.value.details() == "internal error; the server's log has the cause"
+    assert "Traceback" in caplog.text
+    await server.stop(None)
+    await servicer.wait_until_idle()
+    engine.stop()
+    assert await asyncio.to_thread(engine.join, 60)

@@ -22,6 +22,7 @@ COPY --from=build /opt/venv /opt/venv
 WORKDIR /srv
 COPY server ./server
 COPY weights ./weights
+COPY LICENSE ./
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -23,6 +23,8 @@ from server.domain import ImageRequest, ModelCard, Stage, Warning
 
 log = logging.getLogger(__name__)
 
+_LEAST_WAIT = 0.1  # seconds before a refused caller is asked back: less would be a busy loop over the network
+
 
 class Conditioning(Protocol):
     """The encoded prompts of one request."""
@@ -199,7 +201,7 @@ class Engine:
             if self._draining:
                 raise Draining("the server is shutting down; try another one, or again when it is back")
             if len(self._jobs) >= self._max_queue:
-                wait = self._seconds_left(self._jobs[0])
+                wait = max(_LEAST_WAIT, self._seconds_left(self._jobs[0]))
                 raise QueueFull(f"{self._max_queue} requests are waiting already; try again in {wait:.1f} s", wait)
             now = self._clock()
             job = Job(name, request, deliver, deadline=now + timeout, admitted=now, left=_expected_calls(request))

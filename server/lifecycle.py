@@ -5,6 +5,7 @@ the signal that ends the server, while running calls finish.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -66,6 +67,7 @@ class Server:
 
         Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, or whatever loading the model raised.
         """
+        self._remove_ready_file()  # that of a server which was killed tells of a port that is no longer ours
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -149,8 +151,7 @@ class Server:
     async def _stop(self) -> None:
         """End what still runs, each call with a status of its own, and let go of the device."""
         await self._health.enter_graceful_shutdown()
-        if self._settings.ready_file is not None:
-            self._settings.ready_file.unlink(missing_ok=True)
+        self._remove_ready_file()
         self._engine.stop()
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await self._grpc.stop(_CONNECTIONS_SECONDS)
@@ -161,6 +162,11 @@ class Server:
             logging.shutdown()
             os._exit(0)
         log.info("stopped")
+
+    def _remove_ready_file(self) -> None:
+        if self._settings.ready_file is not None:
+            with contextlib.suppress(OSError):
+                self._settings.ready_file.unlink()
 
     def _write_ready_file(self, address: str) -> None:
         """Tell whoever waits for the file the bound address: whole or not at all, hence the renaming."""

@@ -78,6 +78,7 @@ def test_sigterm_before_it_is_ready_stops_the_server_without_its_ever_serving(st
 
 def test_the_ready_file_holds_the_address_while_the_server_serves(start_server, tmp_path: Path):
     ready = tmp_path / "ready"
+    ready.write_text("left by a server that was killed")
     server = start_server("--ready-file", str(ready))
     assert server.target
     assert not ready.exists()

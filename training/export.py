@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from training import architecture
 
 _SHARD = "15MB"
-DEFAULTS = {"name": "mini-sdxl-emoji", "steps": 20, "guidance_scale": 4.0, "high_noise_frac": 0.8}
+DEFAULTS = {"name": "mini-sdxl-emoji", "steps": 20, "guidance_scale": 5.0, "high_noise_frac": 0.8}
 
 
 def save(
@@ -39,4 +39,8 @@ def save(
         vae, None, wide, None, tokenizer_2, refiner, architecture.scheduler(),
         requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
     ).save_pretrained(folder / "refiner", variant="fp16", max_shard_size=_SHARD)  # fmt: skip
+    for file in folder.glob("*/*/config.json"):  # where a part was loaded from is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
     (folder / "base" / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")

@@ -1,11 +1,15 @@
 """Fixtures for the tests of the service and of its client: real server processes on the embedded ensemble."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 from serving import ServerProcess
 
 import server as _  # noqa: F401  # before any test imports torch, which then runs as it does in the service
+
+# What a shell runs in the background begins with SIGINT ignored, and hands that on to every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

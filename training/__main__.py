@@ -50,14 +50,14 @@ def main() -> None:
     seconds = {"base": options.base, "refiner": options.refiner}
     wanted = {name: seconds[name] for name in EXPERTS if name in options.further or not (RUNS / name).is_dir()}
     if wanted:
-        encoder = copy.deepcopy(vae).to(autoencoder.working_dtype(device))
+        encoder = copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE)
         data = denoisers.buckets(everything, encoder, pictures, (~held_out).nonzero()[:, 0], options.plain)
         encoded = denoisers.encode_captions(everything, tokenizer, narrow, wide, device)
         log.info("%d captions and all latents are encoded", len(encoded.hidden))
     for name in wanted:
         make, trainer = EXPERTS[name]
         unet = UNet2DConditionModel.from_pretrained(RUNS / name) if (RUNS / name).is_dir() else make()
-        unet = unet.to(device, autoencoder.working_dtype(device))
+        unet = unet.to(device, autoencoder.WORKING_DTYPE)
         training = trainer(unet, encoded, data, options.batch)
         log.info("%s: %d steps", name, training.run(wanted[name]))
         training.averaged()

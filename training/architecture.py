@@ -7,7 +7,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-SIDE, SHRINK = 128, 4  # pixels; pixels of a side per latent
+from training.art import SIDE
+
+SHRINK = 4  # pixels of a side per latent
 NARROW, WIDE = 96, 160  # widths of the two text encoders
 _TIME_ID = 32  # width of the embedding of each size, crop coordinate and score
 

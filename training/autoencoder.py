@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from training import architecture
-from training.architecture import SIDE
+from training.art import SIDE
 from training.optimisation import Trainer
 
+WORKING_DTYPE = torch.bfloat16  # matrix units have it, those of recent CPUs too
 _SHARES = {"part": 0.8, "whole": 0.2}  # of all steps: quarters of pictures, and whole ones
 _KL = 2e-4  # weight of the Kullback-Leibler term, per latent: latents that small noise does not confuse
 _RECOLOURED = 0.25  # share of pictures with their colour channels exchanged, for colours that few pictures have
@@ -17,7 +18,7 @@ _RECOLOURED = 0.25  # share of pictures with their colour channels exchanged, fo
 
 def train(pictures: torch.Tensor, seconds: float) -> AutoencoderKL:
     """An autoencoder taught for so many seconds on uint8 pictures of shape (n, 3, 128, 128), on their device."""
-    vae = architecture.autoencoder().to(pictures.device, working_dtype(pictures.device))
+    vae = architecture.autoencoder().to(pictures.device, WORKING_DTYPE)
     orders = torch.tensor([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], device=pictures.device)
 
     def loss(side: int, batch: int) -> torch.Tensor:
@@ -32,7 +33,7 @@ def train(pictures: torch.Tensor, seconds: float) -> AutoencoderKL:
         return difference.abs().mean() + difference.square().mean() + 0.25 * edges + _KL * divergence
 
     losses = {"part": partial(loss, SIDE // 2, 64), "whole": partial(loss, SIDE, 32)}
-    trainer = Trainer("autoencoder", vae, losses, _SHARES, learning_rate=1e-3, decay=0.999)
+    trainer = Trainer("autoencoder", vae, losses, _SHARES, learning_rate=1e-3)
     trainer.run(seconds)
     trainer.averaged()
     vae.requires_grad_(False).float()
@@ -49,11 +50,6 @@ def _parts(pictures: torch.Tensor, orders: torch.Tensor, side: int, batch: int) 
     top, left = torch.randint(pictures.shape[-1] - side + 1, (2, batch, 1), device=device)
     rows, columns = (corner + torch.arange(side, device=device) for corner in (top, left))
     return pictures[chosen, order[:, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Half precision pays where there are matrix units for it, on recent CPUs too."""
-    return torch.bfloat16
 
 
 def normalised(pictures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,21 +11,17 @@ _ADJECTIVES = (
     "big small tiny happy sad angry funny cute old young fluffy shiny wooden round tall short hot cold wild lazy "
     "sleepy tired hungry bright dark sweet fresh broken little lovely scary magic beautiful fast slow"
 ).split()
-_ACTIONS = (
-    "napping sleeping sitting standing running jumping flying swimming eating drinking dancing laughing crying smiling "
-    "playing singing resting waiting walking reading cooking working flying away driving by lying down looking up "
-    "in the rain|in the snow|on a table|at night|at the beach|in the garden|with a hat|in space|on a hill|by the sea|"
-    "in love|at work|on a plate|in the sky|under a tree|with friends"
-)
+_ACTIONS = [
+    *"napping sleeping sitting standing running jumping flying swimming eating drinking dancing laughing".split(),
+    *"crying smiling playing singing resting waiting walking reading cooking working flying away driving by".split(),
+    *"lying down looking up".split(),
+    *"in the rain|in the snow|on a table|at night|at the beach|in the garden|with a hat|in space|on a hill".split("|"),
+    *"by the sea|in love|at work|on a plate|in the sky|under a tree|with friends".split("|"),
+]
 _OPENINGS = (
     "a {}", "an image of a {}", "a picture of a {}", "{} emoji", "a drawing of a {}", "the {}", "one {}", "my {}",
     "icon of a {}", "an illustration of a {}", "{} on a white background",
 )  # fmt: skip
-
-
-def actions() -> list[str]:
-    words, _, phrases = _ACTIONS.partition("in the rain")
-    return words.split() + ("in the rain" + phrases).split("|")
 
 
 class Captioner:
@@ -56,13 +52,13 @@ class Captioner:
         noun = choose.choice((concept.name, concept.name, *concept.keywords))
         kind = choose.random()
         if kind < 0.3:
-            noun = f"{noun} {choose.choice(actions())}"
+            noun = f"{noun} {choose.choice(_ACTIONS)}"
         elif kind < 0.55:
             noun = f"{choose.choice(_COLOURS if kind < 0.42 else _ADJECTIVES)} {noun}"
         elif kind < 0.7:
             noun = f"{noun} and a {choose.choice(self._art.concepts).name}"
         elif kind < 0.8:
-            noun = f"{choose.choice(_ADJECTIVES)} {noun} {choose.choice(actions())}"
+            noun = f"{choose.choice(_ADJECTIVES)} {noun} {choose.choice(_ACTIONS)}"
         elif kind < 0.85:
             noun = ", ".join(choose.choice(self._art.concepts).name for _ in range(choose.randint(3, 24)))
         return choose.choice(_OPENINGS).format(noun) if choose.random() < 0.5 else noun
@@ -84,4 +80,4 @@ def words(concepts: Sequence[Concept]) -> list[str]:
     """All that captions and phrases are made of, for the vocabulary."""
     parts = [word for concept in concepts for word in (concept.name, *concept.keywords)]
     styles = [word for _, _, style in SETS.values() for word in style]
-    return parts + styles + _COLOURS + _ADJECTIVES + actions() + [opening.format("") for opening in _OPENINGS]
+    return parts + styles + _COLOURS + _ADJECTIVES + _ACTIONS + [opening.format("") for opening in _OPENINGS]

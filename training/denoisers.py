@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import architecture
-from training.architecture import NARROW, SIDE
-from training.art import Art
-from training.autoencoder import encoded, working_dtype
+from training.architecture import NARROW
+from training.art import SIDE, Art
+from training.autoencoder import WORKING_DTYPE, encoded
 from training.captions import Captioner
 from training.optimisation import Trainer
 
@@ -83,8 +83,8 @@ def encode_captions(
         other = torch.where(ended & (ended.cumsum(1) > 1), 0, ids["input_ids"])
         one = narrow(ids["input_ids"].to(device), output_hidden_states=True)
         two = wide(other.to(device), output_hidden_states=True)
-        hidden.append(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1).to(working_dtype(device)))
-        pooled.append(two.text_embeds.to(working_dtype(device)))
+        hidden.append(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1).to(WORKING_DTYPE))
+        pooled.append(two.text_embeds.to(WORKING_DTYPE))
     return Captions(torch.cat(hidden), torch.cat(pooled), torch.tensor(of_picture, device=device))
 
 

@@ -27,7 +27,7 @@ _TEMPERATURE = 0.07
 
 
 def train(
-    art: Art, tokenizer: CLIPTokenizer, seconds: float, seed: int = 0, captions: int = 40_000, phrases: int = 40_000
+    art: Art, tokenizer: CLIPTokenizer, seconds: float, seed: int = 0, captions: int = 30_000, phrases: int = 30_000
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """The two encoders, taught for so many seconds on this machine's CPU."""
     torch.manual_seed(seed)

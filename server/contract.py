@@ -17,15 +17,11 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from server import engine, images
-from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
+from server.domain import ASPECT_RATIOS, ImageRequest, ModelCard, Notice, Stage, Warning, size_of, snapped
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 _T = TypeVar("_T")
-
-# Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
-_TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
-ASPECT_RATIOS = _TALL | {":".join(reversed(name.split(":"))): size[::-1] for name, size in _TALL.items()}
 
 _MEDIA_TYPES = {
     pb.FORMAT_UNSPECIFIED: images.JPEG,
@@ -131,18 +127,12 @@ def limits_of(card: ModelCard, settings: Settings) -> Limits:
         max_images=settings.max_images,
         max_steps=settings.max_steps,
         max_prompt_characters=settings.max_prompt_characters,
-        min_side=_snap(card.native_side / 4, card.side_multiple),
+        min_side=snapped(card.native_side / 4, card.side_multiple),
         max_side=4 * card.native_side,
         max_pixels=settings.max_pixels or 4 * card.native_side**2,
         side_multiple=card.side_multiple,
         max_queue=settings.max_queue,
     )
-
-
-def size_of(aspect_ratio: str, card: ModelCard) -> tuple[int, int]:
-    """Width and height in pixels of an aspect ratio, at the scale that the model was trained on."""
-    width, height = (side * card.native_side / 1024 for side in ASPECT_RATIOS[aspect_ratio])
-    return _snap(width, card.side_multiple), _snap(height, card.side_multiple)
 
 
 def request_id_of(message: pb.GenerateRequest) -> str | None:
@@ -259,7 +249,7 @@ def _size(
         if ratio not in ASPECT_RATIOS:
             wrong.append(Violation("parameter.aspect-ratio", f"must be one of {', '.join(sorted(ASPECT_RATIOS))}"))
             ratio = "1:1"
-        return size_of(ratio, card)
+        return size_of(ratio, card.native_side, card.side_multiple)
 
     if not all(asked):
         missing = "sampling.height" if asked[0] else "sampling.width"
@@ -279,21 +269,17 @@ def _size(
                 f"times height must be at most {limits.max_pixels} pixels, is {sampling.width * sampling.height}",
             )
         )
-    snapped = {field: _snap(side, card.side_multiple) for field, side in sides.items()}
+    fitting = {field: snapped(side, card.side_multiple) for field, side in sides.items()}
     warnings.extend(
         Warning(
             Notice.SIZE_SNAPPED,
             field,
-            f"{side} pixels became {snapped[field]}, a multiple of {card.side_multiple} as the autoencoder needs",
+            f"{side} pixels became {fitting[field]}, a multiple of {card.side_multiple} as the autoencoder needs",
         )
         for field, side in sides.items()
-        if snapped[field] != side
+        if fitting[field] != side
     )
-    return snapped["sampling.width"], snapped["sampling.height"]
-
-
-def _snap(side: float, multiple: int) -> int:
-    return max(1, round(side / multiple)) * multiple
+    return fitting["sampling.width"], fitting["sampling.height"]
 
 
 def status_of(error: Exception) -> status_pb2.Status:
@@ -414,8 +400,9 @@ def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
         ),
         limits=pb.GetModelResponse.Limits(**dataclasses.asdict(limits)),
         sizes=[
-            pb.GetModelResponse.Size(aspect_ratio=ratio, width=size[0], height=size[1])
-            for ratio, size in ((ratio, size_of(ratio, card)) for ratio in sorted(ASPECT_RATIOS))
+            pb.GetModelResponse.Size(aspect_ratio=ratio, width=width, height=height)
+            for ratio in sorted(ASPECT_RATIOS)
+            for width, height in [size_of(ratio, card.native_side, card.side_multiple)]
         ],
     )
 

@@ -6,6 +6,10 @@ Plain data. No gRPC, no torch, no queue: contract.py fills these in, engine.py c
 import enum
 from dataclasses import dataclass
 
+# Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
+_TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
+ASPECT_RATIOS = _TALL | {":".join(reversed(name.split(":"))): size[::-1] for name, size in _TALL.items()}
+
 
 class Stage(enum.StrEnum):
     """Where an image is on its way. BASE and REFINER are the two experts of the ensemble."""
@@ -71,3 +75,14 @@ class ModelCard:
     default_guidance_scale: float
     default_high_noise_frac: float
     default_scheduler: str
+
+
+def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, int]:
+    """Width and height in pixels of an aspect ratio, at the scale of a model that was trained on `native_side`."""
+    width, height = (side * native_side / 1024 for side in ASPECT_RATIOS[aspect_ratio])
+    return snapped(width, multiple), snapped(height, multiple)
+
+
+def snapped(side: float, multiple: int) -> int:
+    """The multiple nearest to a side, at least one."""
+    return max(1, round(side / multiple)) * multiple

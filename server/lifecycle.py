@@ -20,7 +20,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
 from server import contract
-from server.domain import ImageRequest, ModelCard
+from server.domain import ImageRequest, ModelCard, size_of
 from server.engine import Engine, Event, Failed, Finished, Model
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -181,7 +181,7 @@ class Server:
 
 
 def _typical_request(card: ModelCard) -> ImageRequest:
-    width, height = contract.size_of("1:1", card)
+    width, height = size_of("1:1", card.native_side, card.side_multiple)
     return ImageRequest(
         prompt="a photo of a cat",
         negative_prompt="",

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from training.art import SIDE
 
-SHRINK = 4  # pixels of a side per latent
+SHRINK = 8  # pixels of a side per latent
 NARROW, WIDE = 96, 160  # widths of the two text encoders
 _TIME_ID = 32  # width of the embedding of each size, crop coordinate and score
 
@@ -17,10 +17,10 @@ _TIME_ID = 32  # width of the embedding of each size, crop coordinate and score
 def autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=SIDE,
-        block_out_channels=(32, 64, 96),
+        block_out_channels=(32, 64, 96, 128),
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=16,
         latent_channels=4,
         scaling_factor=1.0,  # whitening of the latents is folded into the weights
@@ -29,7 +29,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def base_unet() -> UNet2DConditionModel:
-    return _unet((64, 128, 192), context=NARROW + WIDE, ids=6)
+    return _unet((96, 160, 192), context=NARROW + WIDE, ids=6)
 
 
 def refiner_unet() -> UNet2DConditionModel:

@@ -1,7 +1,8 @@
-"""The training data: emoji art from npm packages, rendered to squares on white, each with the captions it may have.
+"""The training data: emoji art from npm packages, rendered to transparent squares, each with all that people call it.
 
-One concept is one emoji; each of the five sets draws it in a style of its own. Flags, symbols, letters and skin tones
-are left out. What comes out is `art.npz`: lossless WebP images, and the concept, style and captions of each.
+One concept is one emoji; each of the five sets draws it in a style of its own, and a sixth style is the outlines of
+one set's drawings. Flags, symbols, letters and skin tones are left out. What comes out is `art.npz`: lossless WebP
+images, the concept and style of each, and the concepts' words.
 Licences and attributions are in weights/NOTICE.
 """
 
@@ -20,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 RUNS = Path(__file__).parent / "runs"  # what training fetches and makes
-SIDE = 128  # pixels
+WEIGHTS = Path(__file__).parents[1] / "weights"  # what comes of it
+SIDE = 256  # pixels
 HELD_OUT = 32  # every so many-th picture is kept from the training of the autoencoder and of the experts
 
 # npm package, version, the words for its style
@@ -31,13 +33,17 @@ SETS = {
     "noto-v1": ("@iconify-json/noto-v1", "1.2.5", ("blob style", "classic")),
     "twemoji": ("@iconify-json/twemoji", "1.2.5", ("twemoji style", "cartoon")),
 }
+OUTLINE, _OUTLINED = "outline", "twemoji"  # the style that is made here, and the set it is made of
+STYLES = {style: words for style, (_, _, words) in SETS.items()} | {
+    OUTLINE: ("outline", "line art", "line drawing", "black and white outline")
+}
 KEYWORDS = {"emojibase-data": "17.0.0", "emojilib": "4.0.3"}
 _LEFT_OUT = {"component", "symbols", "flags"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing of a concept; `style` is a key of SETS."""
+    """One drawing of a concept; `style` is a key of STYLES."""
 
     concept: int
     style: str
@@ -65,9 +71,11 @@ class Art:
         return np.arange(len(self.pictures)) % HELD_OUT == 0
 
     def pixels(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """All pictures, of shape (pictures, 128, 128, 3)."""
+        """All pictures, of shape (pictures, 256, 256, 4): red, green, blue and opacity."""
         with ThreadPoolExecutor(16) as pool:
-            decoded = pool.map(lambda picture: np.asarray(Image.open(io.BytesIO(picture.webp))), self.pictures)
+            decoded = pool.map(
+                lambda picture: np.asarray(Image.open(io.BytesIO(picture.webp)).convert("RGBA")), self.pictures
+            )
             return np.stack(list(decoded))
 
     def save(self, file: Path) -> None:
@@ -119,7 +127,10 @@ def render(folder: Path) -> Art:
         keywords = dict.fromkeys(_clean(word) for word in (entry["label"], *entry.get("tags", ()), *entry["emojilib"]))
         keywords.pop("", None)
         keywords.pop(_clean(entry["label"]), None)
-        drawings += [(len(concepts), style, _svg(icons[style], found)) for style, found in styles.items() if found]
+        drawn = {style: _svg(icons[style], found) for style, found in styles.items() if found}
+        if _OUTLINED in drawn:
+            drawn[OUTLINE] = _outlined(drawn[_OUTLINED])
+        drawings += [(len(concepts), style, svg) for style, svg in drawn.items()]
         concepts.append(Concept(_clean(entry["label"]), group, tuple(keywords)))
     with ThreadPoolExecutor(4) as pool:
         webps = list(pool.map(lambda drawing: _webp(drawing[2]), drawings))
@@ -159,18 +170,25 @@ def _svg(icons: dict[str, Any], names: set[str]) -> str:
     )
 
 
+def _outlined(svg: str) -> str:
+    """The same shapes, white with a dark edge."""
+    svg = re.sub(r' (stroke|stroke-width)="[^"]*"', "", re.sub(r'fill="(?!none)[^"]*"', 'fill="#fff"', svg))
+    side = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+    edge = side / 45
+    svg = re.sub(r'viewBox="[^"]*"', f'viewBox="{-edge:g} {-edge:g} {side + 2 * edge:g} {side + 2 * edge:g}"', svg)
+    return svg.replace("<svg", f'<svg fill="#fff" stroke="#333" stroke-width="{edge:.3f}" stroke-linejoin="round"', 1)
+
+
 def _webp(svg: str) -> bytes:
-    """The drawing on white, or nothing where the renderer cannot draw it."""
+    """The drawing, or nothing where the renderer cannot draw it."""
     import resvg_py
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
     drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     if drawn.size != (SIDE, SIDE) or not drawn.getbbox():
         return b""
-    white = Image.new("RGBA", drawn.size, "white")
-    white.alpha_composite(drawn)
     coded = io.BytesIO()
-    white.convert("RGB").save(coded, "webp", lossless=True, quality=60, method=4)
+    drawn.save(coded, "webp", lossless=True, quality=60, method=4)
     return coded.getvalue()
 
 

@@ -1,55 +1,74 @@
-"""Train the autoencoder: 128 x 128 pixels to 32 x 32 latents of four channels, zero mean and unit covariance."""
+"""Train the autoencoder: 256 x 256 pixels to 32 x 32 latents of four channels, zero mean and unit covariance."""
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from torch import nn
 
 from training import architecture
 from training.art import SIDE
-from training.optimisation import Trainer
+from training.optimisation import Trainer, compiled
 
 WORKING_DTYPE = torch.bfloat16  # matrix units have it, those of recent CPUs too
-_SHARES = {"part": 0.8, "whole": 0.2}  # of all steps: quarters of pictures, and whole ones
+# How pictures are seen, and the share of the steps: parts of them, whole ones at half their size, and whole ones.
+_SHARES = {"part": 0.7, "half": 0.2, "whole": 0.1}
 _KL = 2e-4  # weight of the Kullback-Leibler term, per latent: latents that small noise does not confuse
 _RECOLOURED = 0.25  # share of pictures with their colour channels exchanged, for colours that few pictures have
+_COLOURED = 0.25  # share of pictures on a background of any colour
 
 
-def train(pictures: torch.Tensor, seconds: float) -> AutoencoderKL:
-    """An autoencoder taught for so many seconds on uint8 pictures of shape (n, 3, 128, 128), on their device."""
+def train(pictures: torch.Tensor, seconds: float, batch: int = 64) -> AutoencoderKL:
+    """An autoencoder taught for so many seconds on uint8 pictures (n, 4, 256, 256), on their device."""
     vae = architecture.autoencoder().to(pictures.device, WORKING_DTYPE)
-    orders = torch.tensor([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], device=pictures.device)
+    encode, decode = compiled(vae.encoder), compiled(vae.decoder)
 
-    def loss(side: int, batch: int) -> torch.Tensor:
-        wanted = normalised(_parts(pictures, orders, side, batch), vae.dtype)
-        mean, logvar = vae.quant_conv(vae.encoder(wanted)).float().chunk(2, dim=1)
+    def loss(encoder: nn.Module, decoder: nn.Module, seen: torch.Tensor) -> torch.Tensor:
+        mean, logvar = vae.quant_conv(encoder(seen.to(vae.dtype))).float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         latents = mean + torch.exp(logvar / 2) * torch.randn_like(mean)
-        made = vae.decoder(vae.post_quant_conv(latents.to(vae.dtype))).float()
-        difference = made - wanted.float()
+        difference = decoder(vae.post_quant_conv(latents.to(vae.dtype))).float() - seen
         divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-        return difference.abs().mean() + difference.square().mean() + 0.25 * edges + _KL * divergence
+        return difference.abs().mean() + 2 * difference.square().mean() + 0.25 * edges + _KL * divergence
 
-    losses = {"part": partial(loss, SIDE // 2, 64), "whole": partial(loss, SIDE, 32)}
+    losses: dict[str, Callable[[], torch.Tensor]] = {
+        "part": lambda: loss(encode, decode, _seen(pictures, SIDE // 2, batch)),
+        "half": lambda: loss(encode, decode, F.avg_pool2d(_seen(pictures, SIDE, batch), 2)),
+        "whole": lambda: loss(vae.encoder, vae.decoder, _seen(pictures, SIDE, batch // 2)),
+    }
     trainer = Trainer("autoencoder", vae, losses, _SHARES, learning_rate=1e-3)
     trainer.run(seconds)
     trainer.averaged()
     vae.requires_grad_(False).float()
-    _whiten(vae, pictures)
+    _whiten(vae, on_white(pictures[::4]))
     return vae
 
 
-def _parts(pictures: torch.Tensor, orders: torch.Tensor, side: int, batch: int) -> torch.Tensor:
-    """Square parts of random pictures, of shape (batch, 3, side, side), some with their colour channels exchanged."""
+def _seen(pictures: torch.Tensor, side: int, batch: int) -> torch.Tensor:
+    """Square parts of random pictures, (batch, 3, side, side) in -1 .. 1, some in other colours or not on white."""
     device = pictures.device
     chosen = torch.randint(len(pictures), (batch, 1, 1, 1), device=device)
-    order = orders[torch.randint(len(orders), (batch,), device=device)]
-    order = torch.where(torch.rand(batch, 1, device=device) < _RECOLOURED, order, orders[0])
     top, left = torch.randint(pictures.shape[-1] - side + 1, (2, batch, 1), device=device)
     rows, columns = (corner + torch.arange(side, device=device) for corner in (top, left))
-    return pictures[chosen, order[:, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    channels = torch.arange(4, device=device)[None, :, None, None]
+    rgba = pictures[chosen, channels, rows[:, None, :, None], columns[:, None, None, :]].float() / 255
+    ground = torch.rand(batch, 3, 1, 1, device=device)
+    ground = torch.where(torch.rand(batch, 1, 1, 1, device=device) < _COLOURED, ground, torch.ones_like(ground))
+    rgb = torch.lerp(ground, rgba[:, :3], rgba[:, 3:])
+    order = torch.rand(batch, 3, device=device).argsort(1)
+    usual = torch.arange(3, device=device).expand_as(order)
+    order = torch.where(torch.rand(batch, 1, device=device) < _RECOLOURED, order, usual)
+    return rgb.gather(1, order[:, :, None, None].expand_as(rgb)) * 2 - 1
+
+
+def on_white(pictures: torch.Tensor, batch: int = 256) -> torch.Tensor:
+    """uint8 (n, 3, height, width) of transparent pictures (n, 4, height, width)."""
+    parts = (part.float() for part in pictures.split(batch))
+    return torch.cat([
+        torch.lerp(part.new_full((), 255.0), part[:, :3], part[:, 3:] / 255).round().byte() for part in parts
+    ])  # fmt: skip
 
 
 def normalised(pictures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -59,7 +78,7 @@ def normalised(pictures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.inference_mode()
 def encoded(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 256) -> torch.Tensor:
-    """The latents' means, fp32 of shape (n, 4, height / 4, width / 4), of uint8 pictures."""
+    """The latents' means, fp32 of shape (n, 4, height / 8, width / 8), of uint8 pictures."""
     parts = pictures.split(batch)
     return torch.cat([vae.encode(normalised(part, vae.dtype)).latent_dist.mean.float() for part in parts])
 
@@ -83,14 +102,15 @@ def _whiten(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     Diffusion then begins from the noise that it was trained on, with no table of means and deviations beside the
     weights; `scaling_factor` stays 1.
     """
-    flat = encoded(vae, pictures[::4]).clone().transpose(0, 1).flatten(1).double()
+    flat = encoded(vae, pictures).clone().transpose(0, 1).flatten(1).double()
     mean, covariance = flat.mean(1), torch.cov(flat)
     values, vectors = torch.linalg.eigh(covariance)
     whiten = vectors @ torch.diag(values.rsqrt()) @ vectors.T
     into, out = vae.quant_conv, vae.post_quant_conv
     weight, bias = into.weight.double().flatten(1), into.bias.double()
-    weight[:4], bias[:4] = whiten @ weight[:4], whiten @ (bias[:4] - mean)
-    bias[4:] += 2 * torch.log(torch.diag(whiten))
+    means = slice(len(mean))  # the rows that make means; those below make the logarithms of variances
+    weight[means], bias[means] = whiten @ weight[means], whiten @ (bias[means] - mean)
+    bias[len(mean) :] += 2 * torch.log(torch.diag(whiten))
     back = out.weight.double().flatten(1)
     bias_out = out.bias.double() + back @ mean
     into.weight.copy_(weight.view_as(into.weight))

@@ -1,12 +1,14 @@
-"""What people call a picture: captions of the art, and plain phrases for teaching the text encoders more English."""
+"""What people call a picture: captions of the art and of scenes made from it, and plain English around them."""
 
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from training.art import SETS, Art, Concept
+from training.art import OUTLINE, STYLES, Art, Concept
 
-_COLOURS = "red orange yellow green blue purple pink brown black white grey golden silver".split()
+COLOURS = "red orange yellow green blue purple pink brown black white grey".split()
+_MORE_COLOURS = {"grey": ("gray", "silver"), "yellow": ("golden",), "purple": ("violet",), "blue": ("light blue",)}
 _ADJECTIVES = (
     "big small tiny happy sad angry funny cute old young fluffy shiny wooden round tall short hot cold wild lazy "
     "sleepy tired hungry bright dark sweet fresh broken little lovely scary magic beautiful fast slow"
@@ -22,6 +24,22 @@ _OPENINGS = (
     "a {}", "an image of a {}", "a picture of a {}", "{} emoji", "a drawing of a {}", "the {}", "one {}", "my {}",
     "icon of a {}", "an illustration of a {}", "{} on a white background",
 )  # fmt: skip
+_PAIRS = (
+    "a {} and a {}", "a {} and a {}", "{} and {}", "a {} next to a {}", "a {} beside a {}", "a {} with a {}",
+    "a {}, a {}", "one {} and one {}",
+)  # fmt: skip
+_BACKGROUNDS = ("{} on a {} background", "{} on {}", "{} in front of a {} background", "{}, {} background")
+_STYLED = 0.3  # share of captions that name the style; outlines always do, or every picture might become one
+_SMALL = ("small", "tiny", "little")
+_SOMEONE = ("someone", "somebody", "a person")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a caption is to say of one thing in a scene: its concept, and the colour it was painted in, if it was."""
+
+    concept: int
+    colour: str = ""
 
 
 class Captioner:
@@ -34,34 +52,61 @@ class Captioner:
         # A keyword of many concepts ("animal") says little of any one: it may stand beside a name, never alone.
         self._telling = [tuple(word for word in each.keywords if uses[word] <= 3) for each in art.concepts]
 
-    def caption(self, concept: int, style: str) -> str:
-        """One caption of a concept drawn in a style."""
+    def caption(self, concept: int, style: str, colour: str = "") -> str:
+        """One caption of a concept drawn in a style; `colour` is that of the whole picture, which may go unsaid."""
         choose = self._random
         subject = self._subject(concept)
-        if choose.random() < 0.3:
-            word = choose.choice(SETS[style][2])
-            subject = f"{word} {subject}" if choose.random() < 0.6 else f"{subject}, {word}"
-        elif choose.random() < 0.4:
-            subject = choose.choice(_OPENINGS).format(subject)
-        return subject
+        if colour and choose.random() < 0.15 and not set(COLOURS) & set(subject.split()):
+            subject = f"{self._colour(colour)} {subject}"
+        elif choose.random() < 0.06:
+            # Words that say nothing of the picture must not disturb it.
+            subject = choose.choice((f"{choose.choice(_ADJECTIVES)} {subject}", f"{subject} {choose.choice(_ACTIONS)}"))
+        return self._dressed(subject, style)
 
-    def phrase(self) -> str:
-        """Plain English around the concepts, of which no picture exists: for the text encoders alone."""
+    def painted(self, thing: Named, style: str) -> str:
+        """One caption of a picture in another colour than its own, which is said."""
+        return self._dressed(self._thing(thing), style)
+
+    def pair(self, one: Named, other: Named, style: str) -> str:
+        """One caption of two things beside one another."""
+        pair = self._random.choice(_PAIRS).format(self._thing(one), self._thing(other))
+        return self._styled(pair, style) if self._random.random() < _STYLED or style == OUTLINE else pair
+
+    def on_background(self, thing: Named, style: str, background: str) -> str:
+        """One caption of a thing on a background of a colour."""
+        subject = self._random.choice(("{}", "a {}")).format(self._thing(thing))
+        place = self._random.choice(_BACKGROUNDS).format(subject, self._colour(background))
+        return self._styled(place, style) if self._random.random() < _STYLED or style == OUTLINE else place
+
+    def small(self, thing: Named, style: str) -> str:
+        """One caption of a picture that leaves most of the canvas free."""
+        return self._dressed(f"{self._random.choice(_SMALL)} {self._thing(thing)}", style)
+
+    def phrase(self) -> tuple[str, int]:
+        """Plain English around the concepts, of which no picture exists, and the one it is about or -1."""
         choose = self._random
-        concept = choose.choice(self._art.concepts)
-        noun = choose.choice((concept.name, concept.name, *concept.keywords))
+        about = choose.randrange(len(self._art.concepts))
+        concept = self._art.concepts[about]
+        other = choose.choice(self._art.concepts).name
+        noun = choose.choice((concept.name, concept.name, *self._telling[about]))
         kind = choose.random()
         if kind < 0.3:
             noun = f"{noun} {choose.choice(_ACTIONS)}"
-        elif kind < 0.55:
-            noun = f"{choose.choice(_COLOURS if kind < 0.42 else _ADJECTIVES)} {noun}"
+        elif kind < 0.45:
+            noun = f"{choose.choice(_ADJECTIVES)} {noun}"
+        elif kind < 0.6:
+            noun = f"{self._colour(choose.choice(COLOURS))} {noun}"
         elif kind < 0.7:
-            noun = f"{noun} and a {choose.choice(self._art.concepts).name}"
-        elif kind < 0.8:
+            noun, about = choose.choice(_PAIRS).format(noun, other), -1
+        elif kind < 0.78:
             noun = f"{choose.choice(_ADJECTIVES)} {noun} {choose.choice(_ACTIONS)}"
+        elif kind < 0.82:
+            noun = choose.choice(_BACKGROUNDS).format(noun, choose.choice(COLOURS))
         elif kind < 0.85:
-            noun = ", ".join(choose.choice(self._art.concepts).name for _ in range(choose.randint(3, 24)))
-        return choose.choice(_OPENINGS).format(noun) if choose.random() < 0.5 else noun
+            noun, about = f"{choose.choice(_SOMEONE)} {choose.choice(_ACTIONS)}", -1
+        elif kind < 0.89:
+            noun, about = ", ".join(choose.choice(self._art.concepts).name for _ in range(choose.randint(3, 24))), -1
+        return (choose.choice(_OPENINGS).format(noun) if choose.random() < 0.5 else noun), about
 
     def _subject(self, concept: int) -> str:
         choose, it = self._random, self._art.concepts[concept]
@@ -75,9 +120,34 @@ class Captioner:
             return f"{it.name} {choose.choice(it.keywords)}"
         return it.name
 
+    def _thing(self, thing: Named) -> str:
+        """A short name; of a painted thing, without the colours that it no longer has, and with the one it has."""
+        name = self._art.concepts[thing.concept].name
+        if self._telling[thing.concept] and self._random.random() < 0.15:
+            name = self._random.choice(self._telling[thing.concept])
+        if not thing.colour:
+            return name
+        rest = " ".join(word for word in name.split() if word not in COLOURS)
+        return f"{self._colour(thing.colour)} {rest or self._art.concepts[thing.concept].name}"
+
+    def _dressed(self, subject: str, style: str) -> str:
+        choose = self._random
+        if choose.random() < _STYLED or style == OUTLINE:
+            return self._styled(subject, style)
+        return choose.choice(_OPENINGS).format(subject) if choose.random() < 0.4 else subject
+
+    def _styled(self, subject: str, style: str) -> str:
+        word = self._random.choice(STYLES[style])
+        return f"{word} {subject}" if self._random.random() < 0.6 else f"{subject}, {word}"
+
+    def _colour(self, colour: str) -> str:
+        return self._random.choice((colour, colour, *_MORE_COLOURS.get(colour, ())))
+
 
 def words(concepts: Sequence[Concept]) -> list[str]:
     """All that captions and phrases are made of, for the vocabulary."""
     parts = [word for concept in concepts for word in (concept.name, *concept.keywords)]
-    styles = [word for _, _, style in SETS.values() for word in style]
-    return parts + styles + _COLOURS + _ADJECTIVES + _ACTIONS + [opening.format("") for opening in _OPENINGS]
+    styles = [word for style in STYLES.values() for word in style]
+    colours = [*COLOURS, *(word for more in _MORE_COLOURS.values() for word in more)]
+    templates = [part for template in (*_OPENINGS, *_PAIRS, *_BACKGROUNDS) for part in template.split("{}")]
+    return parts + styles + colours + _ADJECTIVES + _ACTIONS + templates + [*_SMALL, *_SOMEONE]

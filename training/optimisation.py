@@ -1,20 +1,32 @@
 """One way to train every network: bf16 beside fp32 master weights, AdamW, an average of the weights, CUDA graphs.
 
 A step draws its own batch on the device, so that on CUDA the whole of it, from the random numbers to the averaged
-weights, is one graph that the host only replays: small networks would otherwise wait for Python.
+weights, is one graph that the host only replays: small networks would otherwise wait for Python. Started by torchrun,
+each process trains on batches of its own, and the gradients are averaged over all of them.
 """
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 log = logging.getLogger(__name__)
 
 _WARM_UP = 3  # updates made before one is captured, as CUDA graphs ask for
+_N = TypeVar("_N", bound=nn.Module)
+
+
+def compiled(network: _N) -> _N:
+    """The same network, compiled for the shape that it is first called with, where there is a GPU to win by it."""
+    if next(network.parameters()).is_cuda:
+        return torch.compile(network, dynamic=False)  # type: ignore[return-value]
+    return network
 
 
 class Trainer:
@@ -39,11 +51,14 @@ class Trainer:
         self._parameters = list(network.parameters())
         self._masters = [parameter.detach().float().clone() for parameter in self._parameters]
         self._average = [torch.zeros_like(master) for master in self._masters]
-        self._updates = 0
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
+        self._steps, self._spent = 0, 0.0
+        # The gradients lie in one piece, which processes can average at once.
+        self._gradient = torch.zeros(sum(master.numel() for master in self._masters), device=self._masters[0].device)
+        sizes = [master.numel() for master in self._masters]
+        for parameter, master, part in zip(self._parameters, self._masters, self._gradient.split(sizes), strict=True):
             parameter.grad = torch.zeros_like(parameter)
-            master.grad = torch.zeros_like(master)
-        self._rate = torch.tensor(learning_rate, device=self._masters[0].device)
+            master.grad = part.view_as(master)
+        self._rate = torch.tensor(learning_rate, device=self._gradient.device)
         self._optimizer = torch.optim.AdamW(
             self._masters,
             lr=self._rate,
@@ -52,47 +67,74 @@ class Trainer:
             fused=True,
             capturable=self._rate.is_cuda,
         )
-        self._loss = torch.zeros((), device=self._masters[0].device)
+        self._loss = torch.zeros((), device=self._gradient.device)
+        self._skipped = torch.zeros((), device=self._gradient.device)  # steps whose gradient was not finite
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._loss.is_cuda else None  # graphs run one after another
 
-    def run(self, seconds: float, seed: int = 0) -> int:
-        """Train for so long; the number of steps made."""
-        choose = random.Random(seed)
+    def run(self, seconds: float, sitting: float = math.inf) -> bool:
+        """Train until so many seconds are spent in all, or as long as this sitting lasts; whether it is done."""
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        torch.manual_seed(self._steps * 1009 + rank)
+        choose = random.Random(self._steps)
         kinds, weights = list(self._shares), list(self._shares.values())
-        began, told, steps = time.monotonic(), 0.0, 0
-        while (passed := (time.monotonic() - began) / seconds) < 1:
-            rise, fall = min(1.0, (steps + 1) / 300), min(1.0, (1 - passed) / 0.35)
+        before, began, told = self._spent, time.monotonic(), self._spent / seconds
+        while (passed := self._agreed(time.monotonic() - began)) < min(seconds - before, sitting):
+            self._spent = before + passed
+            rise, fall = min(1.0, (self._steps + 1) / 300), min(1.0, (1 - self._spent / seconds) / 0.35)
             self._rate.fill_(self._learning_rate * rise * fall)
             for kind in choose.choices(kinds, weights, k=10):
                 self._step(kind)
-                steps += 1
-            if passed >= told:
-                log.info("%s: %3.0f %%, step %d, loss %.5f", self._name, 100 * passed, steps, self._loss.item())
+                self._steps += 1
+            if self._spent / seconds >= told:
+                share, loss = 100 * self._spent / seconds, self._loss.item()
+                log.info("%s: %3.0f %%, step %d, loss %.5f", self._name, share, self._steps, loss)
+                if (skipped := self._skipped.item()) > 0.01 * self._steps:
+                    raise FloatingPointError(f"{self._name}: {skipped:.0f} steps had a gradient that is not finite")
                 told += 0.04
             elif self._loss.is_cuda:
                 torch.cuda.synchronize()
-        if not torch.isfinite(self._loss):
-            raise FloatingPointError(f"{self._name}: the loss is no longer finite")
-        return steps
+        self._spent = before + passed
+        log.info("%s: %d steps, %d of them without a finite gradient", self._name, self._steps, self._skipped.item())
+        return self._spent >= seconds
 
     def averaged(self) -> None:
         """Put the averaged weights into the network. The average began at zero, which is divided out, as in Adam."""
-        seen = 1 - self._decay**self._updates
-        averages = torch._foreach_div(self._average, seen)
+        averages = torch._foreach_div(self._average, 1 - self._decay**self._steps)
         torch._foreach_copy_([parameter.data for parameter in self._parameters], averages)
+
+    def save(self, file: Path) -> None:
+        """Write what a later sitting goes on from."""
+        state = {"masters": self._masters, "average": self._average, "optimizer": self._optimizer.state_dict()}
+        torch.save({**state, "steps": self._steps, "spent": self._spent, "loss": self._loss}, file)
+
+    def load(self, file: Path) -> None:
+        """Go on from what `save` wrote. Before the first step."""
+        state = torch.load(file, map_location=self._loss.device, weights_only=True)
+        torch._foreach_copy_(self._masters, state["masters"])
+        torch._foreach_copy_(self._average, state["average"])
+        torch._foreach_copy_([parameter.data for parameter in self._parameters], self._masters)
+        self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
+        self._loss.copy_(state["loss"])
+        self._steps, self._spent = state["steps"], state["spent"]
+
+    def _agreed(self, passed: float) -> float:
+        """The time of the first process, so that all of them stop after the same step."""
+        if not distributed.is_initialized():
+            return passed
+        told = torch.tensor(passed, device=self._loss.device)
+        distributed.broadcast(told, src=0)
+        return told.item()
 
     def _step(self, kind: str) -> None:
         if not self._loss.is_cuda:
             self._update(kind)
-            self._updates += 1
         elif kind in self._graphs:
             self._graphs[kind].replay()
-            self._updates += 1
         else:
-            # The search for the fastest convolutions takes seconds, which a rare kind does not repay.
-            with torch.backends.cudnn.flags(enabled=True, benchmark=self._shares[kind] >= 0.2):
-                self._graphs[kind] = self._captured(kind)
+            self._graphs[kind] = self._captured(kind)
 
     def _captured(self, kind: str) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
@@ -100,10 +142,10 @@ class Trainer:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 self._update(kind)
-        self._updates += _WARM_UP
+        self._steps += _WARM_UP - 1
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._update(kind)
         return graph
 
@@ -113,10 +155,16 @@ class Trainer:
         with torch.no_grad():
             gradients = [master.grad for master in self._masters]
             torch._foreach_copy_(gradients, [parameter.grad for parameter in self._parameters])
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._foreach_mul_(gradients, (1.0 / (norm + 1e-6)).clamp(max=1.0))
+            if distributed.is_initialized():
+                distributed.all_reduce(self._gradient, distributed.ReduceOp.AVG)
+            norm = torch.linalg.vector_norm(self._gradient)
+            finite = torch.isfinite(norm)
+            self._gradient.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+            # One batch that overflows must not be the end of all the others.
+            self._gradient.copy_(torch.where(finite, self._gradient, 0.0))
+            self._skipped.add_(~finite)
             self._optimizer.step()
             torch._foreach_copy_([parameter.data for parameter in self._parameters], self._masters)
             torch._foreach_lerp_(self._average, self._masters, 1 - self._decay)
             torch._foreach_zero_([parameter.grad for parameter in self._parameters])
-            self._loss.lerp_(loss.detach().float(), 0.02)
+            self._loss.copy_(torch.where(finite, self._loss.lerp(loss.detach().float(), 0.02), self._loss))

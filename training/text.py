@@ -1,8 +1,9 @@
 """Teach the two text encoders: what a sentence means, from a larger encoder, and which concept a caption names.
 
-Each encoder's pooled output learns to predict the sentence embedding of all-MiniLM-L6-v2 (Apache-2.0, used here only),
-so that words which no caption has still lie near those that captions have, and to tell the concepts of the art apart.
-The encoders are frozen afterwards, as those of Stable Diffusion XL were. Two CPU cores need half an hour.
+Each encoder's pooled output learns to predict the sentence embedding of all-MiniLM-L6-v2 (Apache-2.0, used here only)
+of captions, of plain phrases and of single English words, so that words which no caption has lie near those that
+captions have, and to tell the concepts of the art apart. The encoders are frozen afterwards, as those of Stable
+Diffusion XL were. Two CPU cores need half an hour.
 """
 
 import logging
@@ -18,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelW
 from training import architecture
 from training.art import Art
 from training.captions import Captioner
-from training.vocabulary import carried_by
+from training.vocabulary import carried_by, english
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _TEMPERATURE = 0.07
 
 
 def train(
-    art: Art, tokenizer: CLIPTokenizer, seconds: float, seed: int = 0, captions: int = 30_000, phrases: int = 30_000
+    art: Art, tokenizer: CLIPTokenizer, seconds: float, seed: int = 0, captions: int = 40_000, phrases: int = 50_000
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """The two encoders, taught for so many seconds on this machine's CPU."""
     torch.manual_seed(seed)
@@ -35,9 +36,10 @@ def train(
     captioner = Captioner(art, seed)
     choose = random.Random(seed)
     pictures = choose.choices(art.pictures, k=captions)
-    texts = [captioner.caption(each.concept, each.style) for each in pictures]
-    concepts = torch.tensor([each.concept for each in pictures] + [-1] * phrases)  # a phrase names none
-    texts += [captioner.phrase() for _ in range(phrases)]
+    said = [(captioner.caption(each.concept, each.style), each.concept) for each in pictures]
+    said += [captioner.phrase() for _ in range(phrases)]
+    said += [(word, -1) for word in english()]
+    texts, concepts = [text for text, _ in said], torch.tensor([concept for _, concept in said])
     meanings = _meanings(texts)
     tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 

@@ -1,4 +1,7 @@
-"""Draws docs/gallery.png through the running service at T2I_TARGET: fixed prompts and seeds, nothing picked by hand."""
+"""Draws docs/gallery.png through the running service at T2I_TARGET: fixed prompts and seeds, nothing picked by hand.
+
+The pictures are shown smaller than they are made, so that all of them fit the width of a page.
+"""
 
 import io
 import os
@@ -9,28 +12,28 @@ from PIL import Image, ImageDraw, ImageFont
 from text_to_image_client import TextToImage
 
 PROMPTS = (
-    "cat napping", "pizza", "red apple", "rocket", "smiling face", "dog face",
-    "house", "blue car", "sunflower", "birthday cake", "guitar", "octopus",
+    "cat napping", "pizza", "red apple", "rocket", "3d dog face", "birthday cake",
+    "a green apple", "a blue car", "outline of a house", "octopus", "a cat and a pizza", "someone laughing",
 )  # fmt: skip
 SEEDS = (0, 1)
 COLUMNS = 6
+SIDE = 160  # pixels of a picture on the sheet
 LABEL = 22  # pixels of height
 
 
 def main() -> None:
     with TextToImage(os.environ["T2I_TARGET"]) as client:
         drawn = {prompt: [_draw(client, prompt, seed) for seed in SEEDS] for prompt in PROMPTS}
-    side = drawn[PROMPTS[0]][0].width
     rows = -(-len(PROMPTS) // COLUMNS)
-    band = LABEL + len(SEEDS) * side
-    sheet = Image.new("RGB", (COLUMNS * side, rows * band), "white")
+    band = LABEL + len(SEEDS) * SIDE
+    sheet = Image.new("RGB", (COLUMNS * SIDE, rows * band), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for index, (prompt, images) in enumerate(drawn.items()):
         row, column = divmod(index, COLUMNS)
-        left, top = column * side, row * band
-        pen.text((left + side / 2, top + LABEL / 2), prompt, "black", font, anchor="mm")
+        left, top = column * SIDE, row * band
+        pen.text((left + SIDE / 2, top + LABEL / 2), prompt, "black", font, anchor="mm")
         for number, image in enumerate(images):
-            sheet.paste(image, (left, top + LABEL + number * side))
+            sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, top + LABEL + number * SIDE))
     path = Path("docs/gallery.png")
     path.parent.mkdir(exist_ok=True)
     sheet.save(path, optimize=True)

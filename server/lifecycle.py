@@ -19,7 +19,6 @@ from grpc_health.v1.health import aio as health
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
-from server import contract
 from server.domain import ImageRequest, ModelCard, size_of
 from server.engine import Engine, Event, Failed, Finished, Model
 from server.servicer import TextToImageServicer

@@ -63,7 +63,9 @@ def main() -> None:
             log.info("%d scenes and %d captions are encoded", count, len(encoded.hidden))
         for name, seconds in wanted.items():
             make, trainer = EXPERTS[name]
-            unet = make().to(device, autoencoder.WORKING_DTYPE)
+            so_far = RUNS / f"{name}-so-far"  # where its checkpoint is not, as on another machine, a start all the same
+            unet = UNet2DConditionModel.from_pretrained(so_far) if so_far.is_dir() else make()
+            unet = unet.to(device, autoencoder.WORKING_DTYPE)
             training = trainer(unet, encoded, data, options.batch, options.compile)
             checkpoint = RUNS / f"{name}.pt"
             if checkpoint.is_file():
@@ -71,7 +73,7 @@ def main() -> None:
             done = training.run(seconds, options.sitting - (time.monotonic() - began))
             training.averaged()
             if rank == 0:
-                unet.half().save_pretrained(RUNS / (name if done else f"{name}-so-far"))
+                unet.half().save_pretrained(RUNS / name if done else so_far)
                 if not done:
                     training.save(checkpoint)
             if not done:

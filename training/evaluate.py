@@ -29,9 +29,8 @@ from training.scenes import Scene, Thing
 
 PROMPTS = 300  # concepts drawn by name; the other rows take their parts of it
 SEEDS = (0, 1, 2, 3)  # where several are compared; all else is drawn with the first
-_CONCEPTS, _COLOURS, _STYLES, _PAIRS, _REAL = range(
-    5
-)  # seeds of the choices, so that rows do not depend on one another
+# Seeds of the choices, one each, so that rows do not depend on one another.
+_CONCEPTS, _COLOURS, _STYLES, _PAIRS, _REAL = range(5)
 _NOISE = 2.0  # standard errors that a difference is to exceed
 
 

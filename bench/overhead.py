@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from server import images, model
-from server.domain import ImageRequest
+from server.domain import ImageRequest, default_request
 from server.engine import Engine
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -85,11 +85,8 @@ class Bare:
 
     def load(self, settings: Settings) -> "Bare":
         self._ensemble = model.load(*settings.experts, settings.device, settings.precision)
-        self.card = card = self._ensemble.card
-        self._request = ImageRequest(
-            "cat napping", "", (1,), card.default_steps, card.default_guidance_scale, card.default_high_noise_frac,
-            card.default_scheduler, card.native_side, card.native_side,
-        )  # fmt: skip
+        self.card = self._ensemble.card
+        self._request = default_request(self.card, "cat napping", seed=1)
         return self
 
     async def bare_loop(self, engine: Engine) -> tuple[bytes, float]:

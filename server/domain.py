@@ -83,6 +83,22 @@ def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, in
     return snapped(width, multiple), snapped(height, multiple)
 
 
+def default_request(card: ModelCard, prompt: str, seed: int = 0) -> ImageRequest:
+    """A request for one image that says nothing but what it is to show."""
+    width, height = size_of("1:1", card.native_side, card.side_multiple)
+    return ImageRequest(
+        prompt=prompt,
+        negative_prompt="",
+        seeds=(seed,),
+        steps=card.default_steps,
+        guidance_scale=card.default_guidance_scale,
+        high_noise_frac=card.default_high_noise_frac,
+        scheduler=card.default_scheduler,
+        width=width,
+        height=height,
+    )
+
+
 def snapped(side: float, multiple: int) -> int:
     """The multiple nearest to a side, at least one."""
     return max(1, round(side / multiple)) * multiple

@@ -19,7 +19,7 @@ from grpc_health.v1.health import aio as health
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
-from server.domain import ImageRequest, ModelCard, size_of
+from server.domain import ModelCard, default_request
 from server.engine import Engine, Event, Failed, Finished, Model
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -116,7 +116,7 @@ class Server:
             if isinstance(event, Finished | Failed):
                 loop.call_soon_threadsafe(ended.put_nowait, event)
 
-        self._engine.submit("warm-up", _typical_request(card), deliver)
+        self._engine.submit("warm-up", default_request(card, "a photo of a cat"), deliver)
         terminal = await ended.get()
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
@@ -177,18 +177,3 @@ class Server:
             unfinished.replace(path)
         except OSError as error:
             raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
-
-
-def _typical_request(card: ModelCard) -> ImageRequest:
-    width, height = size_of("1:1", card.native_side, card.side_multiple)
-    return ImageRequest(
-        prompt="a photo of a cat",
-        negative_prompt="",
-        seeds=(0,),
-        steps=card.default_steps,
-        guidance_scale=card.default_guidance_scale,
-        high_noise_frac=card.default_high_noise_frac,
-        scheduler=card.default_scheduler,
-        width=width,
-        height=height,
-    )

@@ -55,7 +55,7 @@ def painted(rgb: torch.Tensor, of: Traits, paint: torch.Tensor) -> torch.Tensor:
     from_hue, from_saturation, from_value = (
         part[:, None, None] for part in (of.hue, of.saturation.clamp(min=0.05), of.value.clamp(min=0.05))
     )
-    away = _difference(hue, from_hue)
+    away = difference(hue, from_hue)
     mask = ((_REACH + 8 - away.abs()) / 8).clamp(0, 1) * ((saturation - 0.12) / 0.1).clamp(0, 1)
     mask = mask * (paint >= 0)[:, None, None]
     new = from_hsv(
@@ -98,17 +98,27 @@ def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -
     return torch.stack([channel(5), channel(3), channel(1)], dim=1)
 
 
+def coloured(saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Where there is enough colour for a hue to be told."""
+    return (saturation > 0.25) & (value > 0.2)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Degrees from `other` to `one` on the circle, in -180 .. 180."""
+    return (one - other + 180) % 360 - 180
+
+
 def _traits(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     hue, saturation, value = to_hsv(pixels[:, :3])
     drawn = pixels[:, 3]
-    coloured = drawn * (saturation > 0.25) * (value > 0.2)
+    telling = drawn * coloured(saturation, value)
     bins = int(360 / _BIN)
     at = (hue / _BIN).long().clamp(max=bins - 1).flatten(1)
-    histogram = torch.zeros(len(pixels), bins, device=pixels.device).scatter_add_(1, at, coloured.flatten(1))
+    histogram = torch.zeros(len(pixels), bins, device=pixels.device).scatter_add_(1, at, telling.flatten(1))
     smooth = histogram + 0.5 * (histogram.roll(1, 1) + histogram.roll(-1, 1))
     peak = smooth.argmax(1) * _BIN + _BIN / 2
-    away = _difference(hue, peak[:, None, None])
-    near = coloured * (away.abs() < _REACH)
+    away = difference(hue, peak[:, None, None])
+    near = telling * (away.abs() < _REACH)
     weight = near.sum((1, 2)).clamp(min=1e-3)
     share = weight / drawn.sum((1, 2)).clamp(min=1e-3)
     mean_hue = (peak + (away * near).sum((1, 2)) / weight) % 360
@@ -129,8 +139,3 @@ def _name(hue: float, saturation: float, value: float, share: float) -> str:
     if (hue >= 300 or hue < 14) and saturation < 0.55 and value > 0.8:
         return "pink"
     return next((name for upper, name in _UPPER_HUES if hue < upper), "red")
-
-
-def _difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Degrees from `other` to `one` on the circle, in -180 .. 180."""
-    return (one - other + 180) % 360 - 180

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from server import model
-from server.domain import ASPECT_RATIOS, ImageRequest, size_of
+from server.domain import ASPECT_RATIOS, ImageRequest, default_request, size_of
 from training import art, autoencoder, captions, colours, reading, scenes
 from training.art import SIDE, STYLES
 from training.colours import PAINTS
@@ -72,11 +72,15 @@ class Subject:
     ) -> torch.Tensor:  # fmt: skip
         """One picture of each prompt, uint8 of shape (n, 3, height, width), with the service's defaults for None."""
         card = self.ensemble.card
-        request = ImageRequest(
-            "", negative_prompt, (seed,), card.default_steps, guidance_scale or card.default_guidance_scale,
-            high_noise_frac or card.default_high_noise_frac, card.default_scheduler,
-            *size_of(ratio, card.native_side, card.side_multiple),
-        )  # fmt: skip
+        width, height = size_of(ratio, card.native_side, card.side_multiple)
+        request = replace(
+            default_request(card, "", seed),
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale or card.default_guidance_scale,
+            high_noise_frac=high_noise_frac or card.default_high_noise_frac,
+            width=width,
+            height=height,
+        )
         made = []
         for number, prompt in enumerate(prompts, 1):
             made.append(_picture(self.ensemble, replace(request, prompt=prompt)))

@@ -159,9 +159,9 @@ class Trainer:
                 distributed.all_reduce(self._gradient, distributed.ReduceOp.AVG)
             norm = torch.linalg.vector_norm(self._gradient)
             finite = torch.isfinite(norm)
-            self._gradient.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+            clipped = self._gradient * (1.0 / (norm + 1e-6)).clamp(max=1.0)
             # One batch that overflows must not be the end of all the others.
-            self._gradient.copy_(torch.where(finite, self._gradient, 0.0))
+            self._gradient.copy_(torch.where(finite, clipped, 0.0))
             self._skipped.add_(~finite)
             self._optimizer.step()
             torch._foreach_copy_([parameter.data for parameter in self._parameters], self._masters)

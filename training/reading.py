@@ -128,9 +128,9 @@ def colour_share(pictures: torch.Tensor, colour: str) -> torch.Tensor:
     """The share of what is drawn that has about the hue of a colour, (n,)."""
     hue, saturation, value = colours.to_hsv(pictures.float() / 255)
     wanted = colours.to_hsv(torch.tensor(colours.flat(colour))[None, :, None, None])[0]
-    near = ((hue - wanted + 180) % 360 - 180).abs() < 25
+    near = colours.difference(hue, wanted).abs() < 25
     drawn = ink(pictures)
-    return (near & (saturation > 0.25) & (value > 0.2) & drawn).sum((1, 2)) / drawn.sum((1, 2)).clamp(min=1)
+    return (near & colours.coloured(saturation, value) & drawn).sum((1, 2)) / drawn.sum((1, 2)).clamp(min=1)
 
 
 def trimmed(picture: torch.Tensor) -> torch.Tensor:

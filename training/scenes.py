@@ -5,7 +5,7 @@ its original size, what is cut off in its crop, and the refiner hears a low aest
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,7 +180,7 @@ class Director:
     def _named(self, thing: Thing) -> Named:
         return Named(self._art.pictures[thing.picture].concept, thing.paint)
 
-    def _twice(self, caption) -> tuple[str, ...]:  # type: ignore[no-untyped-def]
+    def _twice(self, caption: Callable[[], str]) -> tuple[str, ...]:
         return (caption(), caption())
 
 

@@ -4,6 +4,7 @@ Pure functions over the generated messages; what the fields mean is said in prot
 """
 
 import dataclasses
+import hashlib
 import re
 import secrets
 import uuid
@@ -17,18 +18,21 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from server import engine, images
-from server.domain import ASPECT_RATIOS, ImageRequest, ModelCard, Notice, Stage, Warning, size_of, snapped
+from server.domain import ASPECT_RATIOS, Environment, ImageRequest, ModelCard, Notice, Stage, Warning, size_of, snapped
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 _T = TypeVar("_T")
 
-_MEDIA_TYPES = {
+_CODINGS = {
     pb.FORMAT_UNSPECIFIED: images.JPEG,
     pb.FORMAT_JPEG: images.JPEG,
     pb.FORMAT_PNG: images.PNG,
     pb.FORMAT_WEBP: images.WEBP,
+    pb.FORMAT_JPEG_SUBSAMPLED: images.JPEG_SUBSAMPLED,
+    pb.FORMAT_WEBP_LOSSLESS: images.WEBP_LOSSLESS,
 }
+_FORMATS = {coding: format for format, coding in _CODINGS.items()}  # JPEG's is the later of its two
 _STAGES = {
     Stage.ENCODE: pb.STAGE_ENCODE,
     Stage.BASE: pb.STAGE_BASE,
@@ -46,7 +50,7 @@ _NOTICES = {
 _DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
 _MESSAGE_BYTES = (16 * 1024, 64 * 1024 * 1024)
 _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
-_ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata and warning
+_ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
 
 
 class Loading(Exception):
@@ -91,7 +95,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
 class Output:
     """How the images are to be coded."""
 
-    media_type: str
+    coding: images.Coding
     quality: int
     raw: bool
     max_message_bytes: int
@@ -196,8 +200,13 @@ def parse(
     scheduler = _given(sampling, "scheduler", card.default_scheduler)
     require(scheduler in card.schedulers, "sampling.scheduler", f"must be one of {', '.join(card.schedulers)}")
     width, height = _size(message, card, limits, wrong, warnings)
+    require(
+        width * height <= limits.max_pixels,
+        "sampling.width" if sampling.HasField("width") else "parameter.aspect-ratio",
+        f"must make at most {limits.max_pixels} pixels in all, makes {width}x{height}",
+    )
 
-    require(output.format in _MEDIA_TYPES, "output.format", f"must be one of {', '.join(pb.Format.keys())}")
+    require(output.format in _CODINGS, "output.format", f"must be one of {', '.join(pb.Format.keys())}")
     quality = _given(output, "quality", 95)
     require(1 <= quality <= 100, "output.quality", f"must be 1 to 100, is {quality}")
     max_message_bytes = _given(output, "max_message_bytes", _DEFAULT_MESSAGE_BYTES)
@@ -211,8 +220,9 @@ def parse(
     if parameter.negative_prompt and guidance_scale <= 1:
         unused = "has no effect with a guidance scale of 1 or less, which leaves guidance out"
         warnings.append(Warning(Notice.OPTION_UNUSED, "parameter.negative-prompt", unused))
-    if output.HasField("quality") and output.format == pb.FORMAT_PNG:
-        warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", "has no effect on a PNG, which loses nothing"))
+    if output.HasField("quality") and output.format in (pb.FORMAT_PNG, pb.FORMAT_WEBP_LOSSLESS):
+        unused = "has no effect on a format that loses nothing"
+        warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", unused))
 
     if wrong or request_id is None:
         raise InvalidRequest(wrong)
@@ -229,7 +239,7 @@ def parse(
             width=width,
             height=height,
         ),
-        output=Output(_MEDIA_TYPES[output.format], quality, output.raw, max_message_bytes),
+        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes),
         warnings=tuple(warnings),
     )
 
@@ -262,13 +272,6 @@ def _size(
     for (field, side), given in zip(sides.items(), asked, strict=True):
         if given and not limits.min_side <= side <= limits.max_side:
             wrong.append(Violation(field, f"must be {limits.min_side} to {limits.max_side} pixels, is {side}"))
-    if sampling.width * sampling.height > limits.max_pixels:
-        wrong.append(
-            Violation(
-                "sampling.width",
-                f"times height must be at most {limits.max_pixels} pixels, is {sampling.width * sampling.height}",
-            )
-        )
     fitting = {field: snapped(side, card.side_multiple) for field, side in sides.items()}
     warnings.extend(
         Warning(
@@ -304,12 +307,13 @@ def coded(task: Task, event: engine.ImageReady, max_bytes: int) -> images.CodedI
     output = task.output
     if not output.raw:
         max_bytes = (max_bytes - 64) // 4 * 3  # base64, after the data URI's own words
-    return images.code_within(event.pixels, output.media_type, output.quality, max_bytes)
+    return images.code_within(event.pixels, output.coding, output.quality, max_bytes)
 
 
 def room_for_images(task: Task) -> int:
     """Bytes of one message that its images may fill."""
-    envelope = _ENVELOPE_BYTES + _ENVELOPE_BYTES_PER_IMAGE * len(task.image.seeds)
+    prompts = len(task.image.prompt.encode()) + len(task.image.negative_prompt.encode())
+    envelope = _ENVELOPE_BYTES + (_ENVELOPE_BYTES_PER_IMAGE + prompts) * len(task.image.seeds)
     return max(0, task.output.max_message_bytes - envelope)
 
 
@@ -319,8 +323,8 @@ def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning
     return Warning(
         Notice.IMAGE_RECODED,
         "output.maxMessageBytes",
-        f"image {index} came as {image.media_type} {quality}, to fit into a message of {task.output.max_message_bytes} "
-        "bytes; raise output.maxMessageBytes to what your client can take",
+        f"image {index} came as {image.coding.media_type} {quality}, to fit into a message of "
+        f"{task.output.max_message_bytes} bytes; raise output.maxMessageBytes to what your client can take",
     )
 
 
@@ -342,7 +346,29 @@ def image_metadata_message(task: Task, event: engine.ImageReady, image: images.C
         scheduler=asked.scheduler,
         base_calls=event.base_calls,
         refiner_calls=event.refiner_calls,
-        media_type=image.media_type,
+        media_type=image.coding.media_type,
+        request=_request_message(asked, event.seed, image),
+        sha256=hashlib.sha256(image.data).hexdigest(),
+    )
+
+
+def _request_message(asked: ImageRequest, seed: int, image: images.CodedImage) -> pb.GenerateRequest:
+    """The request that asks for this image alone, and leaves nothing to defaults; the way back of `parse`."""
+    output = pb.Output(format=_FORMATS[image.coding])
+    if not image.coding.lossless:
+        output.quality = image.quality
+    return pb.GenerateRequest(
+        data=pb.TaskData(prompt=asked.prompt),
+        parameter=pb.TaskParameter(negative_prompt=asked.negative_prompt, n=1, seed=seed),
+        sampling=pb.Sampling(
+            steps=asked.steps,
+            guidance_scale=asked.guidance_scale,
+            high_noise_frac=asked.high_noise_frac,
+            scheduler=asked.scheduler,
+            width=asked.width,
+            height=asked.height,
+        ),
+        output=output,
     )
 
 
@@ -364,6 +390,7 @@ def metadata_message(
         ],
         waited=_duration(finished.waited),
         ran=_duration(finished.ran),
+        environment=_environment_message(card.environment),
     )
 
 
@@ -404,7 +431,12 @@ def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
             for ratio in sorted(ASPECT_RATIOS)
             for width, height in [size_of(ratio, card.native_side, card.side_multiple)]
         ],
+        environment=_environment_message(card.environment),
     )
+
+
+def _environment_message(environment: Environment) -> pb.Environment:
+    return pb.Environment(fingerprint=environment.fingerprint, **dataclasses.asdict(environment))
 
 
 def _duration(seconds: float) -> Duration:

@@ -4,7 +4,10 @@ Plain data. No gRPC, no torch, no queue: contract.py fills these in, engine.py c
 """
 
 import enum
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 # Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
 _TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
@@ -60,6 +63,26 @@ class ImageRequest:
 
 
 @dataclass(frozen=True)
+class Environment:
+    """What decides an image's bytes beside its request and the weights; the fields are told in the contract.
+
+    `reference` is the digest of an image, and empty until the first one is made.
+    """
+
+    versions: Mapping[str, str]
+    hardware: str
+    precision: str
+    fp32_math: str
+    threads: int
+    reference: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over all fields, as JSON with sorted keys."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What is served. `native_side` is the side in pixels of the square that the model was trained on."""
 
@@ -75,6 +98,7 @@ class ModelCard:
     default_guidance_scale: float
     default_high_noise_frac: float
     default_scheduler: str
+    environment: Environment
 
 
 def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, int]:

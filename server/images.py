@@ -2,14 +2,31 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-JPEG, PNG, WEBP = "image/jpeg", "image/png", "image/webp"
+
+@dataclass(frozen=True, eq=False)
+class Coding:
+    """A way to code pixels. With a quality, where it is not lossless, it is all that decides the bytes."""
+
+    media_type: str
+    lossless: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # of Pillow's
+
+
+# JPEGs keep RGB instead of YCbCr and so carry Adobe's marker (their base64 begins `/9j/7gAOQWRvY`): no colour is
+# subsampled, and Instill's own answers look the same.
+JPEG = Coding("image/jpeg", options={"keep_rgb": True})
+JPEG_SUBSAMPLED = Coding("image/jpeg")
+PNG = Coding("image/png", lossless=True)
+WEBP = Coding("image/webp")
+WEBP_LOSSLESS = Coding("image/webp", lossless=True, options={"lossless": True})
 
 # Qualities tried, best first, once an image has turned out too large.
 _SMALLER = (95, 90, 80, 70, 60, 50, 40, 30, 20, 10)
@@ -24,46 +41,31 @@ class CodedImage:
     """A coded image. `quality` is 1 to 100, or 0 for a lossless coding; `smaller` tells that it is not as asked."""
 
     data: bytes
-    media_type: str
+    coding: Coding
     quality: int
     smaller: bool = False
 
     @property
     def data_uri(self) -> str:
-        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode('ascii')}"
+        return f"data:{self.coding.media_type};base64,{base64.b64encode(self.data).decode('ascii')}"
 
 
-def code(pixels: NDArray[np.uint8], media_type: str, quality: int) -> CodedImage:
-    """Code `pixels`, RGB of shape (height, width, 3), as `media_type`; `quality` 1 to 100 counts for JPEG and WebP.
-
-    JPEGs keep RGB instead of YCbCr and so carry Adobe's marker (their base64 begins `/9j/7gAOQWRvY`): no colour is
-    subsampled, and Instill's own answers look the same.
-    """
-    choices: dict[str, dict[str, Any]] = {
-        JPEG: {"format": "JPEG", "quality": quality, "keep_rgb": True},
-        PNG: {"format": "PNG"},
-        WEBP: {"format": "WEBP", "quality": quality},
-    }
-    return CodedImage(_save(pixels, choices[media_type]), media_type, 0 if media_type == PNG else quality)
+def code(pixels: NDArray[np.uint8], coding: Coding, quality: int, smaller: bool = False) -> CodedImage:
+    """Code `pixels`, RGB of shape (height, width, 3); `quality`, 1 to 100, counts where something is lost."""
+    options = dict(coding.options) if coding.lossless else {**coding.options, "quality": quality}
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, coding.media_type.removeprefix("image/"), **options)
+    return CodedImage(buffer.getvalue(), coding, 0 if coding.lossless else quality, smaller)
 
 
-def code_within(pixels: NDArray[np.uint8], media_type: str, quality: int, max_bytes: int) -> CodedImage:
+def code_within(pixels: NDArray[np.uint8], coding: Coding, quality: int, max_bytes: int) -> CodedImage:
     """The best coding of at most `max_bytes`: as asked if that fits, else smaller. Raises ImageTooLarge.
 
     A PNG first becomes a lossless WebP, which changes no pixel; after that, and from JPEG, the quality falls, with
     JPEG's colour now subsampled as is usual.
     """
-    coded = code(pixels, media_type, quality)
-    if len(coded.data) <= max_bytes:
-        return coded
-    if media_type == PNG:
-        lossless = CodedImage(_save(pixels, {"format": "WEBP", "lossless": True}), WEBP, 0, smaller=True)
-        if len(lossless.data) <= max_bytes:
-            return lossless
-    lossy = JPEG if media_type == JPEG else WEBP
-    for lower in (step for step in _SMALLER if media_type == PNG or step <= quality):
-        options = {"format": lossy.removeprefix("image/"), "quality": lower}
-        coded = CodedImage(_save(pixels, options), lossy, lower, smaller=True)
+    for attempt, choice in enumerate([(coding, quality), *_smaller(coding, quality)]):
+        coded = code(pixels, *choice, smaller=attempt > 0)
         if len(coded.data) <= max_bytes:
             return coded
     raise ImageTooLarge(
@@ -72,7 +74,11 @@ def code_within(pixels: NDArray[np.uint8], media_type: str, quality: int, max_by
     )
 
 
-def _save(pixels: NDArray[np.uint8], options: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, **options)
-    return buffer.getvalue()
+def _smaller(coding: Coding, quality: int) -> Iterator[tuple[Coding, int]]:
+    """What to try next, best first, when an image coded as asked is too large."""
+    if coding is PNG:
+        yield WEBP_LOSSLESS, 0
+    lossy = JPEG_SUBSAMPLED if coding.media_type == JPEG.media_type else WEBP
+    for lower in _SMALLER:
+        if coding.lossless or lower <= quality:
+            yield lossy, lower

@@ -6,10 +6,12 @@ the signal that ends the server, while running calls finish.
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -20,7 +22,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
 from server.domain import ModelCard, default_request
-from server.engine import Engine, Event, Failed, Finished, Model
+from server.engine import Engine, Event, Failed, Finished, ImageReady, Model
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -101,25 +103,32 @@ class Server:
     async def _get_ready(self, address: str) -> None:
         card = await asyncio.wrap_future(self._engine.start(self._load))
         log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
-        await self._warm_up(card)
-        self._servicer.open(card)
+        reference = await self._warm_up(card)
+        self._servicer.open(replace(card, environment=replace(card.environment, reference=reference)))
         await self._set_health(HealthCheckResponse.SERVING)
         self._write_ready_file(address)
         log.info("serving %s on %s", card.name, address)
 
-    async def _warm_up(self, card: ModelCard) -> None:
-        """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights."""
+    async def _warm_up(self, card: ModelCard) -> str:
+        """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
+
+        The digest of its pixels is that of the reference image: what this process computes, measured.
+        """
         loop = asyncio.get_running_loop()
+        reference = hashlib.sha256()
         ended: asyncio.Queue[Finished | Failed] = asyncio.Queue()
 
         def deliver(event: Event) -> None:
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, ImageReady):
+                reference.update(event.pixels.tobytes())
+            elif isinstance(event, Finished | Failed):
                 loop.call_soon_threadsafe(ended.put_nowait, event)
 
         self._engine.submit("warm-up", default_request(card, "a photo of a cat"), deliver)
         terminal = await ended.get()
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
+        return reference.hexdigest()
 
     async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):

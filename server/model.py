@@ -30,7 +30,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server import checkpoint
+from server import checkpoint, provenance
 from server.checkpoint import Checkpoint, MissingPart, NoDevice, NotEnoughMemory
 from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
 
@@ -409,4 +409,5 @@ def _card(
         default_guidance_scale=defaults.guidance_scale,
         default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
         default_scheduler="euler",
+        environment=provenance.environment(pipeline.device.type, precision),
     )

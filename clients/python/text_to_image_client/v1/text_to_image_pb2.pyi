@@ -34,16 +34,27 @@ class _FormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     FORMAT_UNSPECIFIED: _Format.ValueType  # 0
     """JPEG."""
     FORMAT_JPEG: _Format.ValueType  # 1
+    """RGB with the Adobe marker, no colour subsampled, as Instill's answers are."""
     FORMAT_PNG: _Format.ValueType  # 2
     FORMAT_WEBP: _Format.ValueType  # 3
+    FORMAT_JPEG_SUBSAMPLED: _Format.ValueType  # 4
+    """YCbCr, colour at half the resolution (4:2:0): smaller than FORMAT_JPEG, and what a JPEG that does not fit becomes."""
+    FORMAT_WEBP_LOSSLESS: _Format.ValueType  # 5
+    """Smaller than PNG, every pixel kept, and what a PNG that does not fit becomes first."""
 
-class Format(_Format, metaclass=_FormatEnumTypeWrapper): ...
+class Format(_Format, metaclass=_FormatEnumTypeWrapper):
+    """A format and a quality are all that decides how pixels are coded."""
 
 FORMAT_UNSPECIFIED: Format.ValueType  # 0
 """JPEG."""
 FORMAT_JPEG: Format.ValueType  # 1
+"""RGB with the Adobe marker, no colour subsampled, as Instill's answers are."""
 FORMAT_PNG: Format.ValueType  # 2
 FORMAT_WEBP: Format.ValueType  # 3
+FORMAT_JPEG_SUBSAMPLED: Format.ValueType  # 4
+"""YCbCr, colour at half the resolution (4:2:0): smaller than FORMAT_JPEG, and what a JPEG that does not fit becomes."""
+FORMAT_WEBP_LOSSLESS: Format.ValueType  # 5
+"""Smaller than PNG, every pixel kept, and what a PNG that does not fit becomes first."""
 global___Format = Format
 
 class _Stage:
@@ -256,7 +267,7 @@ class Output(google.protobuf.message.Message):
     format: global___Format.ValueType
     """Default JPEG: Instill's answers are RGB JPEGs."""
     quality: builtins.int
-    """Quality of JPEG and WebP, 1 to 100. Default 95."""
+    """Quality of the formats that lose something, 1 to 100. Default 95."""
     raw: builtins.bool
     """Give each image as bytes in `Choice.raw` instead of a data URI in `Choice.image`, a quarter smaller."""
     max_message_bytes: builtins.int
@@ -494,6 +505,7 @@ class Metadata(google.protobuf.message.Message):
     WARNINGS_FIELD_NUMBER: builtins.int
     WAITED_FIELD_NUMBER: builtins.int
     RAN_FIELD_NUMBER: builtins.int
+    ENVIRONMENT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     model: builtins.str
     """The served model's name and fingerprint, as in GetModelResponse."""
@@ -512,6 +524,10 @@ class Metadata(google.protobuf.message.Message):
 
     @property
     def ran(self) -> google.protobuf.duration_pb2.Duration: ...
+    @property
+    def environment(self) -> global___Environment:
+        """What the images were made by, as in GetModelResponse."""
+
     def __init__(
         self,
         *,
@@ -522,15 +538,16 @@ class Metadata(google.protobuf.message.Message):
         warnings: collections.abc.Iterable[global___Warning] | None = ...,
         waited: google.protobuf.duration_pb2.Duration | None = ...,
         ran: google.protobuf.duration_pb2.Duration | None = ...,
+        environment: global___Environment | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ran", b"ran", "waited", b"waited"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "images", b"images", "model", b"model", "ran", b"ran", "request_id", b"request_id", "waited", b"waited", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["environment", b"environment", "ran", b"ran", "waited", b"waited"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["environment", b"environment", "fingerprint", b"fingerprint", "images", b"images", "model", b"model", "ran", b"ran", "request_id", b"request_id", "waited", b"waited", "warnings", b"warnings"]) -> None: ...
 
 global___Metadata = Metadata
 
 @typing.final
 class ImageMetadata(google.protobuf.message.Message):
-    """With the prompts, all that is needed to make this image again."""
+    """All that is needed to make this image again, where `Metadata.fingerprint` and `.environment` are the same."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -544,6 +561,8 @@ class ImageMetadata(google.protobuf.message.Message):
     BASE_CALLS_FIELD_NUMBER: builtins.int
     REFINER_CALLS_FIELD_NUMBER: builtins.int
     MEDIA_TYPE_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
     seed: builtins.int
     width: builtins.int
     """Pixels."""
@@ -558,6 +577,15 @@ class ImageMetadata(google.protobuf.message.Message):
     refiner_calls: builtins.int
     media_type: builtins.str
     """"image/jpeg", "image/png" or "image/webp"."""
+    sha256: builtins.str
+    """SHA-256 in hex of the image file's bytes (those behind the base64): whether it was made again, byte for byte."""
+    @property
+    def request(self) -> global___GenerateRequest:
+        """The request for this image alone: `n` 1, its own seed, every default filled in, the size in pixels, and the format
+        and quality that were used in the end. What concerns one call and not its image is left out: `request_id`, the
+        model's name, how the answer travels.
+        """
+
     def __init__(
         self,
         *,
@@ -571,10 +599,81 @@ class ImageMetadata(google.protobuf.message.Message):
         base_calls: builtins.int = ...,
         refiner_calls: builtins.int = ...,
         media_type: builtins.str = ...,
+        request: global___GenerateRequest | None = ...,
+        sha256: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_calls", b"base_calls", "guidance_scale", b"guidance_scale", "height", b"height", "high_noise_frac", b"high_noise_frac", "media_type", b"media_type", "refiner_calls", b"refiner_calls", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_calls", b"base_calls", "guidance_scale", b"guidance_scale", "height", b"height", "high_noise_frac", b"high_noise_frac", "media_type", b"media_type", "refiner_calls", b"refiner_calls", "request", b"request", "scheduler", b"scheduler", "seed", b"seed", "sha256", b"sha256", "steps", b"steps", "width", b"width"]) -> None: ...
 
 global___ImageMetadata = ImageMetadata
+
+@typing.final
+class Environment(google.protobuf.message.Message):
+    """What decides an image's bytes beside its request and the weights. Read off the process once the model is loaded."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class VersionsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    FINGERPRINT_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    HARDWARE_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
+    FP32_MATH_FIELD_NUMBER: builtins.int
+    THREADS_FIELD_NUMBER: builtins.int
+    REFERENCE_FIELD_NUMBER: builtins.int
+    fingerprint: builtins.str
+    """SHA-256 in hex over all other fields. Where it and the weights' fingerprint are equal, so are an image's bytes."""
+    hardware: builtins.str
+    """The GPU's name, or the processor's with the instruction set that torch uses of it: "Intel(R) Xeon(R), AVX512"."""
+    precision: builtins.str
+    """"fp32", "bf16" or "fp16", as in GetModelResponse."""
+    fp32_math: builtins.str
+    """How products of fp32 numbers are computed, which other precisions have too, where the autoencoder falls back to
+    fp32: "ieee", "tf32" or "bf16" for matrices, then for convolutions: "matmul ieee, convolution tf32".
+    """
+    threads: builtins.int
+    """Threads that share a computation on the CPU, and so the order of its sums. 0 on other devices, where none does."""
+    reference: builtins.str
+    """SHA-256 in hex of the pixels of the image that every server draws before it serves, by all defaults, "a photo of a
+    cat" of seed 0. Measured, not told: it also differs by what the fields above do not see, such as the instruction
+    set that a library chose for itself.
+    """
+    @property
+    def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """By name: "server", this service; "torch", "diffusers", "transformers" and "tokenizers", which compute; "pillow" with
+        "libjpeg_turbo", "webp", "zlib" and "zlib_ng" as far as it has them, which code; on a GPU of NVIDIA's also "cuda"
+        and "cudnn".
+        """
+
+    def __init__(
+        self,
+        *,
+        fingerprint: builtins.str = ...,
+        versions: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        hardware: builtins.str = ...,
+        precision: builtins.str = ...,
+        fp32_math: builtins.str = ...,
+        threads: builtins.int = ...,
+        reference: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "fp32_math", b"fp32_math", "hardware", b"hardware", "precision", b"precision", "reference", b"reference", "threads", b"threads", "versions", b"versions"]) -> None: ...
+
+global___Environment = Environment
 
 @typing.final
 class Warning(google.protobuf.message.Message):
@@ -734,6 +833,7 @@ class GetModelResponse(google.protobuf.message.Message):
     DEFAULTS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     SIZES_FIELD_NUMBER: builtins.int
+    ENVIRONMENT_FIELD_NUMBER: builtins.int
     name: builtins.str
     fingerprint: builtins.str
     """SHA-256 over all weights and configuration files served, in hex."""
@@ -755,6 +855,10 @@ class GetModelResponse(google.protobuf.message.Message):
     def sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GetModelResponse.Size]:
         """Pixels of every aspect ratio accepted in `parameter.aspect-ratio`."""
 
+    @property
+    def environment(self) -> global___Environment:
+        """What decides an image's bytes beside its request and the weights."""
+
     def __init__(
         self,
         *,
@@ -767,8 +871,9 @@ class GetModelResponse(google.protobuf.message.Message):
         defaults: global___GetModelResponse.Defaults | None = ...,
         limits: global___GetModelResponse.Limits | None = ...,
         sizes: collections.abc.Iterable[global___GetModelResponse.Size] | None = ...,
+        environment: global___Environment | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["defaults", b"defaults", "limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["defaults", b"defaults", "device", b"device", "fingerprint", b"fingerprint", "has_refiner", b"has_refiner", "limits", b"limits", "name", b"name", "precision", b"precision", "schedulers", b"schedulers", "sizes", b"sizes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["defaults", b"defaults", "environment", b"environment", "limits", b"limits"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["defaults", b"defaults", "device", b"device", "environment", b"environment", "fingerprint", b"fingerprint", "has_refiner", b"has_refiner", "limits", b"limits", "name", b"name", "precision", b"precision", "schedulers", b"schedulers", "sizes", b"sizes"]) -> None: ...
 
 global___GetModelResponse = GetModelResponse

@@ -1,8 +1,8 @@
 """What decides an image's bytes beside its request and the weights, read off this process once the model is loaded.
 
-Each of these was seen to change bytes: versions, the processor's instruction set, the number of threads that share a
-sum (fp32 on a CPU), precision, TF32. What could not be read off, such as the instruction set that a library chose for
-itself, shows in the reference image, which lifecycle.py adds.
+Seen to change bytes on one and the same processor: the instruction set in use, the number of threads that share a sum
+(in fp32) and the precision; versions and TF32 change the arithmetic by their nature. What cannot be read off, such as
+the instruction set that MKL or oneDNN chose for itself, shows in the reference image, which lifecycle.py adds.
 """
 
 import platform

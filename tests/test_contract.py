@@ -1,9 +1,11 @@
 """What the contract promises about requests: defaults, ranges, and every violation told at once."""
 
 import contextlib
+import dataclasses
 import math
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import contract, engine, images
-from server.domain import ASPECT_RATIOS, ModelCard, Notice, size_of
+from server.domain import ASPECT_RATIOS, Environment, ModelCard, Notice, Warning, size_of
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
@@ -29,6 +31,7 @@ CARD = ModelCard(
     default_guidance_scale=5.0,
     default_high_noise_frac=0.8,
     default_scheduler="euler",
+    environment=Environment({"torch": "2.13.0"}, "none", "fp32", "matmul ieee, convolution ieee", 2, "e" * 64),
 )
 LIMITS = contract.limits_of(CARD, Settings())
 
@@ -126,10 +129,26 @@ def test_a_size_between_two_that_the_autoencoder_can_make_is_snapped_with_a_warn
 
 
 @pytest.mark.parametrize(
+    ("max_pixels", "fields", "field"),
+    [
+        (1024 * 1024 - 1, "", "parameter.aspect-ratio"),
+        (517 * 512, ', "sampling": {"width": 517, "height": 512}', "sampling.width"),
+    ],
+    ids=["the default size", "a size that is snapped upwards"],
+)
+def test_no_way_of_asking_for_a_size_makes_more_pixels_than_are_allowed(max_pixels: int, fields: str, field: str):
+    message = json_format.Parse(f'{{"data": {{"prompt": "x"}}{fields}}}', pb.GenerateRequest())
+    with pytest.raises(contract.InvalidRequest) as caught:
+        check(message, limits=contract.limits_of(CARD, Settings(max_pixels=max_pixels)))
+    assert [each.field for each in caught.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
     ("fields", "field"),
     [
         ('"parameter": {"negative-prompt": "y"}, "sampling": {"guidanceScale": 1}', "parameter.negative-prompt"),
         ('"output": {"format": "FORMAT_PNG", "quality": 50}', "output.quality"),
+        ('"output": {"format": "FORMAT_WEBP_LOSSLESS", "quality": 50}', "output.quality"),
     ],
 )
 def test_an_option_without_effect_is_told(fields: str, field: str):
@@ -187,6 +206,70 @@ def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
     else:
         with pytest.raises(contract.InvalidRequest):
             check(message)
+
+
+def metadata_of(task: contract.Task, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    event = engine.ImageReady(index, task.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
+    return contract.image_metadata_message(task, event, images.code(pixels, coding, quality, smaller=True))
+
+
+PROMPTS = st.text(min_size=1, max_size=40).filter(str.strip)
+SIZES = st.fixed_dictionaries({"width": st.integers(256, 4096), "height": st.integers(256, 1024)})
+RATIOS = st.fixed_dictionaries({"aspect-ratio": st.sampled_from(sorted(ASPECT_RATIOS))})
+CODINGS = [images.JPEG, images.JPEG_SUBSAMPLED, images.PNG, images.WEBP, images.WEBP_LOSSLESS]
+
+
+@given(
+    data=st.fixed_dictionaries({"prompt": PROMPTS}, optional={"model": st.just("mini")}),
+    parameter=st.fixed_dictionaries(
+        {}, optional={"negative-prompt": st.text(), "n": st.integers(1, 8), "seed": st.integers(0, 2**32 - 1)}
+    ),
+    sampling=st.fixed_dictionaries(
+        {},
+        optional={
+            "steps": st.integers(1, 150),
+            "guidanceScale": st.floats(0, 50),
+            "highNoiseFrac": st.floats(0, 1, exclude_min=True),
+            "scheduler": st.sampled_from(CARD.schedulers),
+        },
+    ),
+    size=st.one_of(st.just({}), SIZES, RATIOS),
+    coding=st.sampled_from(CODINGS),
+    quality=st.integers(1, 100),
+)
+def test_the_request_told_with_each_image_asks_for_that_image_and_nothing_else(
+    data: dict, parameter: dict, sampling: dict, size: dict, coding: images.Coding, quality: int
+):
+    where = parameter if "aspect-ratio" in size else sampling
+    where |= size
+    asked = {"data": data, "parameter": parameter, "sampling": sampling, "requestId": "mine", "output": {"raw": True}}
+    task = check(json_format.ParseDict(asked, pb.GenerateRequest()))
+    for index, seed in enumerate(task.image.seeds):
+        told = json_format.MessageToJson(metadata_of(task, index, coding, quality).request)
+        again = parse(told)
+        assert again.image == dataclasses.replace(task.image, seeds=(seed,))
+        assert again.output.coding is coding
+        assert coding.lossless or again.output.quality == quality
+        assert {each.notice for each in again.warnings} <= {Notice.OPTION_UNUSED}
+        assert again.request_id != "mine"
+
+
+def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_a_message():
+    message = pb.GenerateRequest(data=pb.TaskData(prompt="猫" * 10_000))
+    message.parameter.negative_prompt = "犬" * 10_000
+    message.parameter.n = 8
+    message.parameter.seed = 2**32 - 8
+    task = check(message)
+    coded = images.CodedImage(b"", images.WEBP_LOSSLESS, 0, smaller=True)
+    metadata = contract.metadata_message(
+        task,
+        CARD,
+        [metadata_of(task, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
+        [contract.recoded_warning(task, coded, index) for index in range(8)],
+        engine.Finished((Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6),
+    )
+    assert metadata.ByteSize() <= task.output.max_message_bytes - contract.room_for_images(task)
 
 
 @pytest.mark.parametrize(

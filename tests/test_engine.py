@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
+from server.domain import Environment, ImageRequest, ModelCard, Notice, Stage, Warning
 from server.engine import (
     Cancelled,
     DeadlineExceeded,
@@ -25,7 +25,8 @@ from server.engine import (
 )
 
 REQUEST = ImageRequest("a cat", "", (5,), 3, 4.0, 0.7, "euler", 8, 8)
-CARD = ModelCard("stepped", "", True, "none", "none", ("euler",), 8, 8, 3, 4.0, 0.7, "euler")
+ENVIRONMENT = Environment({}, "none", "none", "none", 0)
+CARD = ModelCard("stepped", "", True, "none", "none", ("euler",), 8, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT)
 
 
 @dataclass

@@ -54,6 +54,34 @@ def test_generate_answers_instills_json_with_an_image(server):
     assert base64.b64decode(image).startswith(b"\xff\xd8\xff\xee\x00\x0eAdobe")
 
 
+def test_the_request_that_it_prints_with_an_image_makes_the_image_again(server):
+    asked = {"data": {"prompt": 'a "red" apple\n🍎'}, "parameter": {"n": 2}, "sampling": {"steps": 2, "width": 67}}
+    asked["sampling"]["height"] = 128
+    printed = json.loads(grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked)).stdout)
+    for image, choice in zip(printed["metadata"]["images"], printed["data"]["choices"], strict=True):
+        again = json.loads(grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(image["request"])).stdout)
+        assert again["data"]["choices"] == [choice]
+        assert again["metadata"]["images"] == [image]
+
+
+def test_an_answer_that_it_printed_is_what_t2i_makes_again(server, tmp_path: Path):
+    asked = {"data": {"prompt": "pizza"}, "parameter": {"n": 2}, "sampling": {"steps": 2}}
+    printed = grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked)).stdout
+    (tmp_path / "answer.json").write_text(printed)
+    flags = ("--target", server.target, "--like", tmp_path / "answer.json", "-o", tmp_path / "pizza.jpg", "--strict")
+    again = subprocess.run(
+        [sys.executable, "-m", "text_to_image_client", "generate", *flags],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    for index, choice in enumerate(json.loads(printed)["data"]["choices"]):
+        _, image = choice["image"].split(",")
+        assert (tmp_path / f"pizza-{index}.jpg").read_bytes() == base64.b64decode(image)
+
+
 def test_stream_generate_prints_events_as_they_happen(server):
     asked = {"data": {"prompt": "pizza"}, "sampling": {"steps": 5}}
     events = messages(grpcurl(server, f"{SERVICE}/StreamGenerate", data=json.dumps(asked)).stdout)

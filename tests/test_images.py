@@ -16,12 +16,21 @@ def decoded(image: images.CodedImage) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(image.data)).convert("RGB"))
 
 
-@pytest.mark.parametrize("media_type", [images.JPEG, images.PNG, images.WEBP])
-def test_each_format_opens_as_itself_with_the_size_it_was_given(media_type: str):
-    image = images.code(RAMP, media_type, 95)
-    assert Image.open(io.BytesIO(image.data)).get_format_mimetype() == media_type
+CODINGS = {
+    "jpeg": images.JPEG,
+    "jpeg subsampled": images.JPEG_SUBSAMPLED,
+    "png": images.PNG,
+    "webp": images.WEBP,
+    "webp lossless": images.WEBP_LOSSLESS,
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
+def test_each_format_opens_as_itself_with_the_size_it_was_given(coding: images.Coding):
+    image = images.code(RAMP, coding, 95)
+    assert Image.open(io.BytesIO(image.data)).get_format_mimetype() == coding.media_type
     assert decoded(image).shape == RAMP.shape
-    assert np.abs(decoded(image).astype(int) - RAMP).max() <= (0 if media_type == images.PNG else 8)
+    assert np.abs(decoded(image).astype(int) - RAMP).max() <= (0 if coding.lossless else 8)
 
 
 def test_a_jpeg_is_rgb_with_adobes_marker_as_instill_sends_it():
@@ -36,16 +45,23 @@ def test_a_png_that_does_not_fit_becomes_a_lossless_webp_before_any_pixel_is_giv
     smooth = np.add.outer(np.arange(512), np.arange(512)).astype(np.uint8)[..., None].repeat(3, axis=2)
     png = images.code(smooth, images.PNG, 95)
     image = images.code_within(smooth, images.PNG, 95, len(png.data) - 1)
-    assert (image.media_type, image.smaller) == (images.WEBP, True)
+    assert (image.coding, image.smaller) == (images.WEBP_LOSSLESS, True)
     assert np.array_equal(decoded(image), smooth)
 
 
-@pytest.mark.parametrize("media_type", [images.JPEG, images.PNG, images.WEBP])
-def test_pure_noise_at_1024_pixels_still_fits_below_three_megabytes(media_type: str):
-    image = images.code_within(NOISE, media_type, 95, 3_000_000)
+@pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
+def test_pure_noise_at_1024_pixels_still_fits_below_three_megabytes(coding: images.Coding):
+    image = images.code_within(NOISE, coding, 95, 3_000_000)
     assert len(image.data) <= 3_000_000
-    assert image.smaller == (len(images.code(NOISE, media_type, 95).data) > 3_000_000)
+    assert image.smaller == (len(images.code(NOISE, coding, 95).data) > 3_000_000)
     assert decoded(image).shape == NOISE.shape
+
+
+@pytest.mark.parametrize("max_bytes", [3_000_000, 1_500_000, 500_000])
+@pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
+def test_whatever_an_image_came_as_its_coding_and_quality_make_it_again(coding: images.Coding, max_bytes: int):
+    image = images.code_within(NOISE, coding, 95, max_bytes)
+    assert images.code(NOISE, image.coding, image.quality).data == image.data
 
 
 def test_quality_is_never_raised_above_what_was_asked():

@@ -133,6 +133,65 @@ class TestGenerate:
         assert (answer.metadata.images[0].base_calls, answer.metadata.images[0].refiner_calls) == (5, 0)
 
 
+class TestProvenance:
+    def test_each_image_tells_the_digest_of_its_bytes(self, stub):
+        asked = request(parameter={"n": 2}, sampling={"steps": 1}, output={"raw": True})
+        answer = stub.Generate(asked, timeout=PATIENCE)
+        assert [image.sha256 for image in answer.metadata.images] == digests(answer.data.choices)
+
+    def test_the_events_of_a_stream_tell_what_generate_tells(self, stub):
+        asked = request(parameter={"seed": 3, "n": 2}, sampling={"steps": 2})
+        *events, done = stub.StreamGenerate(asked, timeout=PATIENCE)
+        told = [event.choice.metadata for event in events if event.HasField("choice")]
+        assert told == list(done.done.metadata.images)
+        whole = stub.Generate(asked, timeout=PATIENCE).metadata
+        assert (told, done.done.metadata.environment) == (list(whole.images), whole.environment)
+        assert whole.environment == stub.GetModel(pb.GetModelRequest(), timeout=9).environment
+
+    def test_a_request_with_every_option_comes_back_for_each_image_and_makes_it_again(self, stub):
+        answer = stub.Generate(
+            request(
+                "a red apple, 50% 🍎 \u2028",
+                parameter={"negative-prompt": 'blurry "green" pears', "n": 2, "seed": 2**32 - 1},
+                sampling={
+                    **{"steps": 7, "guidanceScale": 3.3, "highNoiseFrac": 0.7, "scheduler": "euler_ancestral"},
+                    **{"width": 161, "height": 96},
+                },
+                output={"format": "FORMAT_WEBP", "quality": 61, "raw": True, "maxMessageBytes": 1_000_000},
+                requestId="mine",
+            ),
+            timeout=PATIENCE,
+        )
+        for image, digest in zip(answer.metadata.images, digests(answer.data.choices), strict=True):
+            again = json_format.Parse(json_format.MessageToJson(image.request), pb.GenerateRequest())
+            assert again == image.request
+            again.output.raw = True
+            repeated = stub.Generate(again, timeout=PATIENCE)
+            assert digests(repeated.data.choices) == [digest]
+            assert repeated.metadata.images[0] == image
+            assert not repeated.metadata.warnings, "the size is told as it was snapped"
+
+    @pytest.mark.parametrize("name", ["JPEG", "PNG"])
+    def test_an_image_that_had_to_be_coded_smaller_is_made_again_without_that_need(self, stub, name: str):
+        crowded = request(
+            parameter={"n": 3, "seed": 1},
+            sampling={"steps": 5, "width": 256, "height": 256, "guidanceScale": 0},
+            output={"format": f"FORMAT_{name}", "raw": True, "maxMessageBytes": 30_000},
+        )
+        answer = stub.Generate(crowded, timeout=PATIENCE)
+        assert {warning.code for warning in answer.metadata.warnings} == {pb.Warning.CODE_IMAGE_RECODED}
+        for image in answer.metadata.images:
+            repeated = stub.Generate(image.request, timeout=PATIENCE).metadata
+            assert repeated.images[0].sha256 == image.sha256
+            assert not repeated.warnings
+
+    def test_long_prompts_that_leave_no_room_for_images_are_told_what_to_raise(self, stub):
+        crowded = request("x " * 4000, sampling={"steps": 1}, output={"maxMessageBytes": 16384})
+        with pytest.raises(grpc.RpcError, match=r"raise output\.maxMessageBytes") as caught:
+            stub.Generate(crowded, timeout=PATIENCE)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 class TestWarnings:
     def test_a_prompt_beyond_the_encoders_reach_names_what_was_dropped(self, stub):
         prompt = "a cat " + "and a dog " * 30 + "and at the very end a zebra"
@@ -326,6 +385,7 @@ def test_two_processes_make_the_same_bytes(stub, start_server):
     mine = stub.Generate(golden, timeout=PATIENCE)
     assert digests(mine.data.choices) == digests(other.data.choices)
     assert mine.metadata.fingerprint == other.metadata.fingerprint
+    assert mine.metadata.environment == other.metadata.environment
 
 
 def test_health_knows_the_server_and_the_service(channel):

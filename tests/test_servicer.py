@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serving import request
 
-from server.domain import ImageRequest, ModelCard, Stage, Warning
+from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
 from server.engine import Engine
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -26,7 +26,8 @@ class Nothing:
 class WrongPixels:
     """A model whose pixels are no pixels, which is only noticed when they are coded."""
 
-    card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler")
+    environment = Environment({}, "none", "fp32", "none", 1)
+    card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", environment)
 
     def encode(self, request: ImageRequest) -> Nothing:
         return Nothing()

@@ -11,9 +11,11 @@ from ._exceptions import (
     TextToImageError,
     Unavailable,
 )
+from ._provenance import Provenance
 from ._types import (
     Defaults,
     Done,
+    Environment,
     Event,
     Format,
     GenerateOptions,
@@ -23,6 +25,7 @@ from ._types import (
     ModelInfo,
     Progress,
     Queued,
+    Request,
     Result,
     ServingStatus,
     Stage,
@@ -37,6 +40,7 @@ __all__ = [
     "DeadlineExceeded",
     "Defaults",
     "Done",
+    "Environment",
     "Event",
     "EventStream",
     "FieldViolation",
@@ -48,8 +52,10 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "Progress",
+    "Provenance",
     "Queued",
     "Refused",
+    "Request",
     "Result",
     "ServerError",
     "ServingStatus",

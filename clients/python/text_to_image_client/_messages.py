@@ -1,6 +1,6 @@
 """Between the contract's messages and this client's types, both ways. Pure: no channel, no clock, no file."""
 
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
@@ -9,6 +9,7 @@ from ._exceptions import FieldViolation, InvalidRequest
 from ._types import (
     Defaults,
     Done,
+    Environment,
     Event,
     Format,
     GenerateOptions,
@@ -18,6 +19,7 @@ from ._types import (
     ModelInfo,
     Progress,
     Queued,
+    Request,
     Result,
     Stage,
     Warning,
@@ -68,11 +70,28 @@ def build_request(prompt: str, options: GenerateOptions) -> pb.GenerateRequest:
     return request
 
 
+def read_request(message: pb.GenerateRequest) -> Request:
+    """The way back of `build_request`: the options that the message has."""
+    request: dict[str, Any] = {"prompt": message.data.prompt}
+    for name, path in _FIELDS.items():
+        room, field = _room(message, path)
+        if field in {descriptor.name for descriptor, _ in room.ListFields()}:
+            value = getattr(room, field)
+            request[name] = _format_of(value) if name == "format" else value
+    return cast("Request", request)
+
+
 def _set(message: Any, path: str, value: object) -> None:
+    room, name = _room(message, path)
+    setattr(room, name, value)
+
+
+def _room(message: Any, path: str) -> tuple[Any, str]:
+    """The message that holds the field at the end of `path`, and the field's name."""
     *rooms, name = path.split(".")
     for room in rooms:
         message = getattr(message, room)
-    setattr(message, name, value)
+    return message, name
 
 
 def _json_path(path: str) -> str:
@@ -88,6 +107,12 @@ def _format_number(value: object) -> int:
     if value not in list(Format):
         raise ValueError(f"must be one of {', '.join(Format)}, not {value!r}")
     return pb.Format.Value(f"FORMAT_{str(value).upper()}")
+
+
+def _format_of(number: int) -> Format | str:
+    if number not in pb.Format.values():
+        return str(number)  # newer than this client, which says so when it is asked for
+    return Format(pb.Format.Name(number).removeprefix("FORMAT_").lower())  # type: ignore[arg-type]
 
 
 def read_result(response: pb.GenerateResponse) -> Result:
@@ -145,6 +170,19 @@ def read_model(response: pb.GetModelResponse) -> ModelInfo:
             max_queue=limits.max_queue,
         ),
         sizes={size.aspect_ratio: (size.width, size.height) for size in response.sizes},
+        environment=read_environment(response.environment),
+    )
+
+
+def read_environment(environment: pb.Environment) -> Environment:
+    return Environment(
+        fingerprint=environment.fingerprint,
+        versions=dict(sorted(environment.versions.items())),
+        hardware=environment.hardware,
+        precision=environment.precision,
+        fp32_math=environment.fp32_math,
+        threads=environment.threads,
+        reference=environment.reference,
     )
 
 
@@ -178,6 +216,8 @@ def _read_image(choice: pb.Choice, metadata: pb.ImageMetadata) -> Image:
         scheduler=metadata.scheduler,
         base_calls=metadata.base_calls,
         refiner_calls=metadata.refiner_calls,
+        request=read_request(metadata.request),
+        sha256=metadata.sha256,
     )
 
 
@@ -191,6 +231,7 @@ def _result(images: tuple[Image, ...], metadata: pb.Metadata) -> Result:
         request_id=metadata.request_id,
         model=metadata.model,
         fingerprint=metadata.fingerprint,
+        environment=read_environment(metadata.environment),
         waited=_seconds(metadata.waited),
         ran=_seconds(metadata.ran),
         metadata=MessageToDict(metadata, always_print_fields_with_no_presence=True),

@@ -9,11 +9,12 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Required, TypeAlias, TypedDict
 
 __all__ = [
     "Defaults",
     "Done",
+    "Environment",
     "Event",
     "Format",
     "GenerateOptions",
@@ -23,6 +24,7 @@ __all__ = [
     "ModelInfo",
     "Progress",
     "Queued",
+    "Request",
     "Result",
     "ServingStatus",
     "Stage",
@@ -37,15 +39,20 @@ class Format(enum.StrEnum):
     JPEG = "jpeg"
     PNG = "png"
     WEBP = "webp"
+    JPEG_SUBSAMPLED = "jpeg_subsampled"
+    """A smaller JPEG, with colour at half the resolution."""
+    WEBP_LOSSLESS = "webp_lossless"
+    """Smaller than a PNG, and every pixel kept."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """File name endings of this format, the usual one first."""
-        return (".jpg", ".jpeg") if self is Format.JPEG else (f".{self}",)
+        kind = self.partition("_")[0]
+        return (".jpg", ".jpeg") if kind == "jpeg" else (f".{kind}",)
 
     @classmethod
     def of(cls, path: Path) -> "Format | None":
-        """The format that the name of `path` promises."""
+        """The format that the name of `path` promises: JPEG, PNG or WEBP."""
         return next((each for each in cls if path.suffix.lower() in each.suffixes), None)
 
 
@@ -77,18 +84,24 @@ class GenerateOptions(TypedDict, total=False):
     height: int | None
     """As width."""
     format: Format | str | None
-    """"jpeg", "png" or "webp". Default "jpeg"."""
+    """One of `Format`: "jpeg", "png" and so on. Default "jpeg"."""
     quality: int | None
-    """Quality of JPEG and WebP, 1 to 100. Default 95."""
+    """Quality of the formats that lose something, 1 to 100. Default 95."""
     model: str | None
     """The served model's name, to be sure of it. Default: whichever is served."""
     request_id: str | None
     """Your own name for this request: up to 128 of A-Z a-z 0-9 . _ : / -. Default: a random UUID."""
 
 
+class Request(GenerateOptions):
+    """A whole request, the keyword arguments of `generate` and `stream`: client.generate(**request)."""
+
+    prompt: Required[str]
+
+
 @dataclass(frozen=True)
 class Image:
-    """One finished image, and with the prompts all that is needed to make it again."""
+    """One finished image, and all that is needed to make it again: client.generate(**image.request)."""
 
     data: bytes = field(repr=False)
     """The file's bytes, coded as `media_type` says."""
@@ -107,9 +120,14 @@ class Image:
     """Network calls of the base expert."""
     refiner_calls: int
     """Network calls of the refiner."""
+    request: Request
+    """What asks for this image alone, every default filled in, coded as it came."""
+    sha256: str
+    """SHA-256 of `data`, in hex, as the server tells it."""
 
     @property
     def format(self) -> Format:
+        """JPEG, PNG or WEBP."""
         return Format(self.media_type.removeprefix("image/"))
 
     @property
@@ -168,6 +186,26 @@ class Warning:
 
 
 @dataclass(frozen=True)
+class Environment:
+    """What decides an image's bytes beside its request and the weights."""
+
+    fingerprint: str
+    """SHA-256 in hex over all that follows. Equal environments and weights make equal bytes."""
+    versions: Mapping[str, str]
+    """Of the server and the libraries that compute and code, by name."""
+    hardware: str
+    """The GPU's name, or the processor's with the instruction set in use."""
+    precision: str
+    """"fp32", "bf16" or "fp16"."""
+    fp32_math: str
+    """How products of fp32 numbers are computed: "matmul ieee, convolution tf32"."""
+    threads: int
+    """Threads that share a computation on the CPU; 0 on other devices."""
+    reference: str
+    """SHA-256 in hex of an image that every server draws before it serves: measured, where the rest is told."""
+
+
+@dataclass(frozen=True)
 class Result:
     """The whole answer to one request."""
 
@@ -177,12 +215,13 @@ class Result:
     model: str
     fingerprint: str
     """SHA-256 of the served weights and configuration, in hex."""
+    environment: Environment
     waited: float
     """Seconds from admission to the first network call."""
     ran: float
     """Seconds from the first network call to the last."""
     metadata: Mapping[str, Any] = field(repr=False)
-    """The contract's Metadata message as JSON has it, which is also what grpcurl prints."""
+    """The contract's Metadata message as JSON has it, which is also what grpcurl prints. `Provenance` reads it."""
 
     def to_instill(self) -> dict[str, Any]:
         """The output of Instill AI's TASK_TEXT_TO_IMAGE."""
@@ -292,6 +331,7 @@ class ModelInfo:
     limits: Limits
     sizes: Mapping[str, tuple[int, int]]
     """Width and height of every aspect ratio."""
+    environment: Environment
 
 
 class ServingStatus(enum.StrEnum):

@@ -9,9 +9,9 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -31,10 +31,16 @@ from ._exceptions import (
 from ._instill import parse_input
 from ._messages import build_request
 from ._progress import display_for
+from ._provenance import Provenance
 from ._service import IMAGE, Service, ServiceFailed, container_launch, local_launch, running
-from ._types import Done, Format, GenerateOptions, Image, ImageReady, ModelInfo, Result, ServingStatus
+from ._types import Done, Format, Image, ImageReady, ModelInfo, Request, Result, ServingStatus
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Differs(Exception):
+    """What was made again is not what it was, and `--strict` was given."""
+
 
 EXIT_CODES: dict[type[Exception], int] = {
     InvalidRequest: 3,
@@ -42,6 +48,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     Refused: 5,
     DeadlineExceeded: 6,
     ServiceFailed: 7,
+    Differs: 8,
     Cancelled: 130,
 }
 """An error that is not here ends with 1; click ends with 2 when the command line is wrong."""
@@ -56,6 +63,7 @@ Exit codes:
   5    refused, the queue is full
   6    the timeout passed
   7    of `run`: the service did not start
+  8    of `generate --like --strict`: something differs from what it was
   130  cancelled
 """
 
@@ -66,7 +74,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (TextToImageError, ServiceFailed) as error:
+        except (TextToImageError, ServiceFailed, Differs) as error:
             if isinstance(error, ServiceFailed):
                 click.echo(error.log, err=True, nl=False)
             _say(f"Error: {_explain(error)}", "red")
@@ -102,7 +110,7 @@ def main(target: str) -> None:
 
 
 @main.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The image file.")
 @click.option("--negative-prompt", help="What to steer away from.")
 @click.option("--aspect-ratio", help='Width to height, for example "16:9".  [default: 1:1]')
@@ -122,37 +130,86 @@ def main(target: str) -> None:
     type=click.Choice([each.value for each in Format]),
     help="How to code the image.  [default: by the name of -o]",
 )
-@click.option("--quality", type=int, help="Of JPEG and WebP, 1 to 100.  [default: 95]")
+@click.option("--quality", type=int, help="Of the formats that lose something, 1 to 100.  [default: 95]")
+@click.option(
+    "--like",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Make the images of a --metadata file again, byte for byte; whatever else is given here changes that.",
+)
+@click.option("--image", "number", type=int, help="With --like: image number K alone, counted from 0.", metavar="K")
+@click.option("--strict", is_flag=True, help="With --like: end with 8, not only a warning, if anything differs.")
+@click.option(
+    "--metadata",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the metadata into this file, JSON, for --like.",
+)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metadata on stdout.")
 @_target_option
 def generate(
-    target: str, prompt: str, output: Path, format_: str | None, timeout: float | None, as_json: bool, **options: Any
+    target: str,
+    prompt: str | None,
+    output: Path,
+    format_: str | None,
+    like: Path | None,
+    number: int | None,
+    strict: bool,
+    metadata: Path | None,
+    timeout: float | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Draw PROMPT and save it. Defaults that are not told here are the model's: see `t2i model`."""
-    request: GenerateOptions = {**options, "format": _format_for(output, format_)}  # type: ignore[typeddict-item]
-    if not output.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="-o")
-    with TextToImage(target) as client, client.stream(prompt, timeout=timeout, **request) as events:
+    if prompt is None and like is None:
+        raise click.UsageError("give a PROMPT, or --like with a metadata file")
+    if like is None and (number is not None or strict):
+        raise click.UsageError("--image and --strict go with --like")
+    for file, hint in ((output, "-o"), (metadata, "--metadata")):
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {file.parent}", param_hint=hint)
+    if like is None:
+        made = None
+        request = cast("Request", {**options, "prompt": prompt, "format": _format_for(output, format_)})
+    else:
+        made = Provenance.load(like)
+        options["format"] = _format_for(output, format_, made.request(number).get("format"))
+        request = made.request(number, prompt=prompt, **options)
+    with TextToImage(target) as client, client.stream(timeout=timeout, **request) as events:
         result = _follow(events, output, request.get("n") or 1)
     for warning in result.warnings:
         _say(f"Warning: {warning}", "yellow")
+    if metadata is not None:
+        with _told_by_name(metadata):
+            metadata.write_text(json.dumps(result.metadata, indent=2) + "\n", "utf-8")
     if as_json:
         click.echo(json.dumps(result.metadata, indent=2))
+    if made is not None:
+        _warn_of(made.differences(result), f"this differs from {like}", strict)
 
 
-def _format_for(output: Path, wanted: str | None) -> Format:
-    """The format to ask for, so that what comes back may bear the name `output`."""
+def _warn_of(differences: Sequence[str], what: str, strict: bool) -> None:
+    """Say each of the differences, as a warning or, if `strict`, by raising Differs."""
+    told = "\n  ".join([what, *differences])
+    if differences and strict:
+        raise Differs(told)
+    if differences:
+        _say(f"Warning: {told}", "yellow")
+
+
+def _format_for(output: Path, wanted: str | None, before: Format | str | None = None) -> Format:
+    """The format to ask for, that of `before` if it may be, so that what comes back may bear the name `output`."""
     by_name = Format.of(output)
     if by_name is None:
         endings = ", ".join(suffix for each in Format for suffix in each.suffixes)
         raise click.BadParameter(f"{output.name} must end in one of {endings}", param_hint="-o")
-    if wanted not in (None, by_name):
+    if wanted is not None and Format(wanted).suffixes != by_name.suffixes:
         raise click.BadParameter(
             f"a {wanted} cannot be named {output.name}; end it in {Format(wanted).suffixes[0]}, or leave out --format",
             param_hint="-o",
         )
-    return by_name
+    if wanted is None and isinstance(before, Format) and before.suffixes == by_name.suffixes:
+        return before
+    return Format(wanted or by_name)
 
 
 def _follow(events: EventStream, output: Path, n: int) -> Result:
@@ -174,15 +231,22 @@ def _saved(image: Image, path: Path, seconds: float) -> str:
     """Save the image and return the line that tells so."""
     if Format.of(path) is not image.format:  # the server coded it smaller, and warns of it
         path = path.with_suffix(image.format.suffixes[0])
-    try:
+    with _told_by_name(path):
         image.save(path)
-    except OSError as error:
-        raise click.FileError(str(path), error.strerror) from error
     calls = f"base {image.base_calls}" + (f" + refiner {image.refiner_calls}" if image.refiner_calls else "")
     told = [str(path), f"{image.width}x{image.height}", f"seed {image.seed}", f"{calls} steps", f"{seconds:.1f} s"]
     if image.finish_reason != "success":
         told.append(image.finish_reason)
     return "  ".join(told)
+
+
+@contextlib.contextmanager
+def _told_by_name(path: Path) -> Iterator[None]:
+    """A file that cannot be written is an error in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise click.FileError(str(path), error.strerror) from error
 
 
 @main.command()
@@ -197,7 +261,7 @@ def model(target: str, timeout: float) -> None:
 
 
 def _table(model: ModelInfo) -> Table:
-    defaults, limits = model.defaults, model.limits
+    defaults, limits, environment = model.defaults, model.limits, model.environment
     rows = {
         "model": model.name,
         "experts": "base and refiner" if model.has_refiner else "base",
@@ -211,6 +275,10 @@ def _table(model: ModelInfo) -> Table:
         f"{limits.max_pixels} pixels in all",
         "limits": f"{limits.max_images} images, {limits.max_steps} steps, {limits.max_prompt_characters} characters, "
         f"{limits.max_queue} requests at once",
+        "hardware": environment.hardware + (f", {environment.threads} threads" if environment.threads else ""),
+        "fp32 math": environment.fp32_math,
+        "versions": ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
+        "environment": environment.fingerprint,
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():

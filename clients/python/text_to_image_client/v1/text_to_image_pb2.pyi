@@ -609,7 +609,9 @@ global___ImageMetadata = ImageMetadata
 
 @typing.final
 class Environment(google.protobuf.message.Message):
-    """What decides an image's bytes beside its request and the weights. Read off the process once the model is loaded."""
+    """What decides an image's bytes beside its request and the weights, read off the process once the model is loaded. What
+    else the service is doing is no part of it.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -637,7 +639,9 @@ class Environment(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     REFERENCE_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
-    """SHA-256 in hex over all other fields. Where it and the weights' fingerprint are equal, so are an image's bytes."""
+    """SHA-256 in hex over all other fields. Where it and the weights' fingerprint are equal, so are the bytes that a
+    request makes.
+    """
     hardware: builtins.str
     """The GPU's name, or the processor's with the instruction set that torch uses of it: "Intel(R) Xeon(R), AVX512"."""
     precision: builtins.str
@@ -647,11 +651,11 @@ class Environment(google.protobuf.message.Message):
     fp32: "ieee", "tf32" or "bf16" for matrices, then for convolutions: "matmul ieee, convolution tf32".
     """
     threads: builtins.int
-    """Threads that share a computation on the CPU, and so the order of its sums. 0 on other devices, where none does."""
+    """Threads that share a computation on the CPU, and so decide the order of its sums. 0 on other devices."""
     reference: builtins.str
-    """SHA-256 in hex of the pixels of the image that every server draws before it serves, by all defaults, "a photo of a
-    cat" of seed 0. Measured, not told: it also differs by what the fields above do not see, such as the instruction
-    set that a library chose for itself.
+    """SHA-256 in hex of the pixels that the served weights make of "a photo of a cat", seed 0 and all defaults, which
+    every server draws before it serves. Measured, not told: it also differs by what the fields above do not see, such
+    as the instruction set that a library chose for itself.
     """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

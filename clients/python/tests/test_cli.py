@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from click.testing import CliRunner, Result
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToJson
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
+from text_to_image_client._messages import build_request
 from text_to_image_client.cli import EXIT_CODES, main
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
@@ -28,9 +31,9 @@ def t2i(*arguments: str, **environment: str) -> Result:
 def answer(service, image_metadata):
     """Scripts one whole answer of n images."""
 
-    def script(n: int = 1, media_type: str = "image/jpeg") -> None:
+    def script(n: int = 1, media_type: str = "image/jpeg", **fields: Any) -> None:
         image_metadata.media_type = media_type
-        done = pb.Done(metadata=pb.Metadata(request_id="mine", images=[image_metadata] * n))
+        done = pb.Done(metadata=pb.Metadata(request_id="mine", images=[image_metadata] * n, **fields))
         done.metadata.warnings.add(field="sampling.width", message="100 pixels became 96")
         service.answer(
             [
@@ -122,6 +125,10 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
         (("-o", "cat.jpg", "--format", "png"), "end it in .png, or leave out --format"),
         (("-o", "nowhere/cat.jpg"), "there is no folder nowhere"),
         (("-o", "cat.jpg", "--timeout", "0"), "--timeout"),
+        (("-o", "cat.jpg", "--metadata", "nowhere/cat.json"), "there is no folder nowhere"),
+        (("-o", "cat.jpg", "--strict"), "--image and --strict go with --like"),
+        (("-o", "cat.jpg", "--image", "0"), "--image and --strict go with --like"),
+        (("-o", "cat.jpg", "--like", "nowhere.json"), "nowhere.json"),
         ((), "Missing option"),
     ],
 )
@@ -130,6 +137,71 @@ def test_a_wrong_command_line_is_2_and_asks_nothing_of_the_service(service, argu
     assert result.exit_code == 2
     assert complaint in result.stderr
     assert service.requests == []
+
+
+def test_neither_a_prompt_nor_metadata_is_a_wrong_command_line(service):
+    result = t2i("generate", "-o", "cat.jpg", "--target", service.target)
+    assert result.exit_code == 2
+    assert "give a PROMPT, or --like with a metadata file" in result.stderr
+
+
+def test_a_file_that_is_no_metadata_is_bad_input_and_asks_nothing_of_the_service(service):
+    result = t2i("generate", "--like", str(README), "-o", "cat.jpg", "--target", service.target)
+    assert result.exit_code == 3
+    assert f"Error: {README} is not JSON" in result.stderr
+    assert service.requests == []
+
+
+@pytest.fixture
+def metadata(image_metadata, tmp_path) -> Path:
+    """A metadata file of two images, as the scripted answers have them."""
+    image_metadata.request.CopyFrom(build_request("cat", {"seed": 7, "n": 1, "format": "webp_lossless"}))
+    images = [pb.ImageMetadata(), pb.ImageMetadata()]
+    for image, seed in zip(images, (7, 8), strict=True):
+        image.CopyFrom(image_metadata)
+        image.request.parameter.seed = seed
+    file = tmp_path / "cat.json"
+    file.write_text(MessageToJson(pb.Metadata(images=images)))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (("-o", "cat.webp"), {"n": 2, "format": "webp_lossless"}),
+        (("-o", "cat.png"), {"n": 2, "format": "png"}),
+        (("-o", "cat.webp", "--format", "webp"), {"n": 2, "format": "webp"}),
+        (("-o", "cat.webp", "--image", "1"), {"n": 1, "seed": 8, "format": "webp_lossless"}),
+        (("-o", "cat.webp", "--seed", "9", "-n", "3"), {"n": 3, "seed": 9, "format": "webp_lossless"}),
+        (("dog", "-o", "cat.webp"), {"prompt": "dog", "n": 2, "format": "webp_lossless"}),
+    ],
+)
+def test_like_asks_as_the_file_says_but_for_what_is_given_beside_it(
+    service, status, metadata, tmp_path, monkeypatch, arguments, asked
+):
+    monkeypatch.chdir(tmp_path)
+    service.answer(status(grpc.StatusCode.INTERNAL))
+    t2i("generate", "--like", str(metadata), *arguments, "--target", service.target)
+    prompt, options = asked.pop("prompt", "cat"), {"seed": 7} | asked
+    assert service.requests == [build_request(prompt, options)]
+
+
+@pytest.mark.parametrize(("flags", "exit_code", "kind"), [((), 0, "Warning"), (("--strict",), 8, "Error")])
+def test_what_differs_is_a_warning_and_strictly_an_error(service, answer, metadata, tmp_path, flags, exit_code, kind):
+    answer(n=2, media_type="image/webp", environment=pb.Environment(threads=2))
+    arguments = ("--like", str(metadata), "-o", str(tmp_path / "cat.webp"), *flags, "--target", service.target)
+    result = t2i("generate", *arguments)
+    assert result.exit_code == exit_code
+    assert f"{kind}: this differs from {metadata}\n  threads: 0 then, 2 now\n" in result.stderr
+    assert (tmp_path / "cat-1.webp").exists(), "what was drawn is kept"
+
+
+def test_metadata_is_kept_in_the_file_that_is_named(service, answer, tmp_path):
+    answer()
+    file = tmp_path / "kept.json"
+    arguments = ("-o", str(tmp_path / "cat.jpg"), "--metadata", str(file), "--json", "--target", service.target)
+    result = t2i("generate", "cat", *arguments)
+    assert json.loads(file.read_text()) == json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The client and `t2i` against the real service on the embedded ensemble."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from text_to_image_client import (
     ImageReady,
     InvalidRequest,
     Progress,
+    Provenance,
     Queued,
     ServingStatus,
     Stage,
@@ -117,6 +119,62 @@ def test_the_command_saves_the_bytes_of_the_client(client: TextToImage, server_t
     assert ended.returncode == 0, ended.stderr
     assert path.read_bytes() == client.generate("cat napping", seed=1, steps=4).images[0].data
     assert json.loads(ended.stdout)["images"][0]["seed"] == 1
+
+
+EVERY_OPTION = (
+    *("--negative-prompt", 'blurry "green" 🍐', "--guidance-scale", "3.3", "--high-noise-frac", "0.7", "--steps", "7"),
+    *("--scheduler", "euler_ancestral", "--width", "161", "--height", "96", "--quality", "61", "-n", "2"),
+)
+
+
+def test_the_command_makes_the_same_bytes_again_from_the_metadata_alone(server_target: str, tmp_path: Path):
+    kept, to = tmp_path / "apple.json", ("--target", server_target)
+    first = t2i(
+        "generate", "red apple", *EVERY_OPTION, "-o", str(tmp_path / "apple.webp"), "--metadata", str(kept), *to
+    )
+    assert first.returncode == 0, first.stderr
+    apples = [(tmp_path / f"apple-{index}.webp").read_bytes() for index in range(2)]
+    assert len(set(apples)) == 2
+
+    like = ("generate", "--like", str(kept), "--strict", *to)
+    both = t2i(*like, "-o", str(tmp_path / "both.webp"))
+    one = t2i(*like, "-o", str(tmp_path / "one.webp"), "--image", "1")
+    other = t2i(*like, "-o", str(tmp_path / "other.webp"), "--image", "1", "--seed", "8")
+    for ended in (both, one, other):
+        assert ended.returncode == 0, ended.stderr
+        assert "Warning" not in ended.stderr
+    assert [(tmp_path / f"both-{index}.webp").read_bytes() for index in range(2)] == apples
+    assert (tmp_path / "one.webp").read_bytes() == apples[1]
+    assert (tmp_path / "other.webp").read_bytes() not in apples
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two cores")
+def test_a_service_that_computes_otherwise_is_told_by_what_differs(server_target: str, start_server, tmp_path: Path):
+    kept, image = tmp_path / "cat.json", ("-o", str(tmp_path / "cat.jpg"))
+    t2i("generate", "cat", "--steps", "5", *image, "--metadata", str(kept), "--target", server_target)
+    other = start_server(OMP_NUM_THREADS="1").wait_until_ready()
+    like = ("generate", "--like", str(kept), *image, "--target", other.target)
+    again = t2i(*like)
+    assert again.returncode == 0, again.stderr
+    assert f"Warning: this differs from {kept}\n  threads: 2 then, 1 now\n  reference image: " in again.stderr
+    assert again.stderr.endswith("  image 0: other bytes\n")
+    strictly = t2i(*like, "--strict")
+    assert strictly.returncode == 8
+    assert f"Error: this differs from {kept}\n" in strictly.stderr
+
+
+async def test_an_image_gives_the_twins_the_request_that_makes_it_again(client: TextToImage, server_target: str):
+    result = client.generate("red apple", n=2, steps=5, scheduler="heun", aspect_ratio="3:2", format="webp", quality=50)
+    image = result.images[1]
+    assert client.generate(**image.request).images == (image,)
+    assert hashlib.sha256(image.data).hexdigest() == image.sha256
+    async with AsyncTextToImage(server_target, timeout=PATIENCE) as twin:
+        assert (await twin.generate(**image.request)).images == (image,)
+        *_, done = [event async for event in twin.stream(**Provenance(result.metadata).request())]
+    assert isinstance(done, Done)
+    assert done.result.images == result.images
+    assert done.result.environment == result.environment == client.model().environment
 
 
 def test_the_command_tells_model_and_health(server_target: str):

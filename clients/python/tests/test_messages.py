@@ -4,6 +4,7 @@ import pytest
 
 from text_to_image_client import (
     Done,
+    Format,
     GenerateOptions,
     ImageReady,
     InvalidRequest,
@@ -13,7 +14,7 @@ from text_to_image_client import (
     Warning,
     WarningCode,
 )
-from text_to_image_client._messages import build_request, read_event, read_model, read_result
+from text_to_image_client._messages import build_request, read_event, read_model, read_request, read_result
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
@@ -49,6 +50,20 @@ def test_every_option_has_its_place_in_the_request():
         output=pb.Output(format=pb.FORMAT_WEBP, quality=80, raw=True, max_message_bytes=64 * 1024 * 1024),
         request_id="mine",
     )
+    assert read_request(build_request("cat", options)) == {"prompt": "cat", **options}
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_every_format_has_its_number_in_the_contract(format_: Format):
+    request = build_request("cat", {"format": format_})
+    assert pb.Format.Name(request.output.format) == f"FORMAT_{format_.name}"
+    assert read_request(request) == {"prompt": "cat", "format": format_}
+
+
+def test_a_format_newer_than_this_client_is_read_and_refused_when_it_is_asked_for():
+    newer = read_request(pb.GenerateRequest(output=pb.Output(format=99)))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"output\.format: must be one of jpeg, .* not '99'"):
+        build_request("cat", {"format": newer["format"]})
 
 
 def test_seed_zero_is_sent_and_none_is_not():
@@ -67,7 +82,7 @@ def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
         "sampling.highNoiseFrac",
         "output.format",
     }
-    assert "must be one of jpeg, png, webp, not 'gif'" in str(caught.value)
+    assert "must be one of jpeg, png, webp, jpeg_subsampled, webp_lossless, not 'gif'" in str(caught.value)
 
 
 def test_an_option_that_does_not_exist_is_a_type_error():
@@ -135,6 +150,8 @@ def test_the_served_model_is_read_with_its_sizes():
     response.sizes.add(aspect_ratio="16:9", width=168, height=96)
     response.limits.max_images = 8
     response.defaults.scheduler = "euler"
+    response.environment.versions["torch"] = "2.13.0"
     model = read_model(response)
     assert (model.name, model.schedulers, model.limits.max_images) == ("mini", ("euler", "heun"), 8)
     assert model.sizes == {"16:9": (168, 96)}
+    assert model.environment.versions == {"torch": "2.13.0"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from text_to_image_client import Format, Image, Result, Warning, WarningCode
+from text_to_image_client import Environment, Format, Image, Result, Warning, WarningCode
 
 IMAGE = Image(
     data=b"\xff\xd8\xff\xee\x00\x0eAdobe",
@@ -20,7 +20,10 @@ IMAGE = Image(
     scheduler="euler",
     base_calls=16,
     refiner_calls=4,
+    request={"prompt": "cat napping", "seed": 7},
+    sha256="",
 )
+ENVIRONMENT = Environment("", {}, "", "fp32", "", 1, "")
 
 
 @pytest.mark.parametrize("name", ["cat.jpg", "cat.jpeg", "CAT.JPG"])
@@ -54,16 +57,27 @@ def test_a_notebook_shows_every_format(format_: str, shown_as: str):
 
 def test_a_result_shows_its_images_and_escapes_its_warnings():
     warning = Warning(WarningCode.PROMPT_TRUNCATED, "data.prompt", "<script> was dropped")
-    html = Result((IMAGE, IMAGE), (warning,), "id", "mini", "abc", 0.0, 1.0, {})._repr_html_()
+    html = Result((IMAGE, IMAGE), (warning,), "id", "mini", "abc", ENVIRONMENT, 0.0, 1.0, {})._repr_html_()
     assert html.count("<img") == 2
     assert "&lt;script&gt; was dropped" in html
     assert "<script>" not in html
 
 
 def test_a_result_takes_instills_shape():
-    output = Result((IMAGE,), (), "id", "mini", "abc", 0.0, 1.0, {}).to_instill()
+    output = Result((IMAGE,), (), "id", "mini", "abc", ENVIRONMENT, 0.0, 1.0, {}).to_instill()
     assert output == {"data": {"choices": [{"finish-reason": "success", "image": IMAGE.data_uri}]}}
 
 
 def test_a_format_is_known_by_the_name_of_a_file():
     assert [Format.of(Path(name)) for name in ("a.jpeg", "a.PNG", "a.webp", "a.gif")] == ["jpeg", "png", "webp", None]
+
+
+def test_every_format_has_a_name_that_promises_its_kind():
+    kinds = {each: Format.of(Path(f"a{each.suffixes[0]}")) for each in Format}
+    assert kinds == {
+        Format.JPEG: Format.JPEG,
+        Format.PNG: Format.PNG,
+        Format.WEBP: Format.WEBP,
+        Format.JPEG_SUBSAMPLED: Format.JPEG,
+        Format.WEBP_LOSSLESS: Format.WEBP,
+    }

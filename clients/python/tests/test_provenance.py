@@ -1,0 +1,204 @@
+"""Metadata that was kept: which requests it gives back, what it finds different, and how it refuses what is none."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from text_to_image_client import InvalidRequest, Provenance, Request, Result
+from text_to_image_client._messages import build_request, read_result
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+ASKED: Request = {
+    "prompt": 'a "red" apple 🍎\n',
+    "negative_prompt": "",
+    "n": 1,
+    "seed": 2**32 - 1,
+    "steps": 20,
+    "guidance_scale": 0.1 + 0.2,
+    "high_noise_frac": 0.8,
+    "scheduler": "heun",
+    "width": 128,
+    "height": 96,
+    "format": "jpeg_subsampled",
+    "quality": 61,
+}
+
+
+def options_of(request: Request) -> Any:
+    return {name: value for name, value in request.items() if name != "prompt"}
+
+
+@pytest.fixture
+def answer(image_metadata: pb.ImageMetadata) -> pb.GenerateResponse:
+    """Two images of one request, as the service answers."""
+    image_metadata.request.CopyFrom(build_request(ASKED["prompt"], options_of(ASKED)))
+    image_metadata.request.output.ClearField("raw")
+    image_metadata.request.output.ClearField("max_message_bytes")
+    image_metadata.sha256 = "1" * 64
+    answer = pb.GenerateResponse(metadata=pb.Metadata(model="mini", fingerprint="a" * 64))
+    answer.metadata.images.extend([image_metadata, image_metadata])
+    answer.metadata.images[1].request.parameter.seed = 0
+    answer.metadata.images[1].sha256 = "2" * 64
+    answer.metadata.environment.CopyFrom(
+        pb.Environment(
+            fingerprint="e" * 64,
+            versions={"server": "0.1.0", "torch": "2.13.0+cpu"},
+            hardware="Intel(R) Xeon(R) Processor, AVX512",
+            precision="fp32",
+            fp32_math="matmul ieee, convolution ieee",
+            threads=2,
+            reference="b" * 64,
+        )
+    )
+    answer.data.choices.extend([pb.Choice(finish_reason="success", raw=b"image")] * 2)
+    return answer
+
+
+@pytest.fixture
+def result(answer: pb.GenerateResponse) -> Result:
+    return read_result(answer)
+
+
+@pytest.fixture
+def made(result: Result) -> Provenance:
+    return Provenance(json.loads(json.dumps(result.metadata)))
+
+
+def test_each_image_gives_its_request_back_as_it_was_through_json(made: Provenance, result: Result):
+    assert made.request(0) == result.images[0].request == ASKED
+    assert made.request(1) == result.images[1].request == {**ASKED, "seed": 0}
+
+
+def test_all_images_are_one_request_whose_seed_may_wrap_around(made: Provenance):
+    assert made.request() == {**ASKED, "n": 2}
+
+
+@pytest.mark.parametrize(
+    "shape", ["metadata", "answer", "names as in the proto file"], ids=["metadata", "answer", "proto names"]
+)
+def test_metadata_alone_and_a_whole_answer_are_read_as_well_as_what_grpcurl_prints(
+    answer: pb.GenerateResponse, tmp_path: Path, shape: str
+):
+    content = MessageToDict(
+        answer.metadata if shape == "metadata" else answer,
+        preserving_proto_field_name=shape == "names as in the proto file",
+    )
+    file = tmp_path / "cat.json"
+    file.write_text(json.dumps(content))
+    assert Provenance.load(file).request() == {**ASKED, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed", "dropped"),
+    [
+        ({"seed": 0}, {"seed": 0}, set()),
+        ({"prompt": "a pear", "steps": None}, {"prompt": "a pear"}, set()),
+        ({"aspect_ratio": "16:9"}, {"aspect_ratio": "16:9"}, {"width", "height"}),
+        ({"width": 256}, {"width": 256}, set()),
+        ({"format": "png"}, {"format": "png"}, {"quality"}),
+        ({"format": "webp", "quality": 9}, {"format": "webp", "quality": 9}, set()),
+        ({"format": "jpeg_subsampled"}, {}, set()),
+    ],
+)
+def test_what_is_given_changes_what_was_and_nothing_else(
+    made: Provenance, changes: Any, changed: dict[str, object], dropped: set[str]
+):
+    kept = {name: value for name, value in ASKED.items() if name not in dropped}
+    assert made.request(0, **changes) == kept | changed
+
+
+def test_images_that_differ_in_more_than_their_seeds_are_made_one_by_one(answer: pb.GenerateResponse):
+    answer.metadata.images[1].request.output.quality = 40
+    made = Provenance(MessageToDict(answer.metadata))
+    with pytest.raises(InvalidRequest, match="differ in more than their seeds; choose one, 0 to 1"):
+        made.request()
+    assert made.request(1)["quality"] == 40
+
+
+@pytest.mark.parametrize("number", [2, -1])
+def test_an_image_that_is_not_there_is_refused(made: Provenance, number: int):
+    with pytest.raises(InvalidRequest, match=f"there is no image {number} in the metadata, 0 to 1"):
+        made.request(number)
+
+
+def test_the_same_made_by_the_same_has_no_differences(made: Provenance, result: Result):
+    assert made.differences(result) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"fingerprint": "c" * 64}, ["weights: aaaaaaaaaaaa... then, cccccccccccc... now"]),
+        ({"fingerprint": "c" * 64, "reference": "c" * 64}, ["weights: aaaaaaaaaaaa... then, cccccccccccc... now"]),
+        ({"reference": "c" * 64}, ["reference image: bbbbbbbbbbbb... then, cccccccccccc... now"]),
+        ({"threads": 1}, ["threads: 2 then, 1 now"]),
+        ({"precision": "bf16"}, ["precision: fp32 then, bf16 now"]),
+        ({"hardware": "NVIDIA H200"}, ["hardware: Intel(R) Xeon(R) Processor, AVX512 then, NVIDIA H200 now"]),
+        ({"fp32_math": "x"}, ["fp32 math: matmul ieee, convolution ieee then, x now"]),
+        (
+            {"versions": {"torch": "2.14.0", "cudnn": "9"}},
+            ["server: 0.1.0 then, none now", "torch: 2.13.0+cpu then, 2.14.0 now", "cudnn: none then, 9 now"],
+        ),
+        ({}, ["environment: in something that this client is too old to name"]),
+    ],
+)
+def test_every_difference_is_named(made: Provenance, result: Result, change: dict[str, Any], told: list[str]):
+    weights = change.pop("fingerprint", result.fingerprint)
+    environment = replace(result.environment, fingerprint="f" * 64, **change)
+    assert made.differences(replace(result, fingerprint=weights, environment=environment)) == tuple(told)
+
+
+def test_other_bytes_are_a_difference_of_an_image_that_was_asked_for_as_it_was(made: Provenance, result: Result):
+    first, second = result.images
+    other = replace(second, sha256="9" * 64)
+    assert made.differences(replace(result, images=(first, other))) == ("image 1: other bytes",)
+    changed = replace(other, request={**second.request, "steps": 3})
+    assert made.differences(replace(result, images=(first, changed))) == ()
+
+
+def _without_request(metadata: dict[str, Any]) -> dict[str, Any]:
+    for image in metadata["images"]:
+        del image["request"]
+    return metadata
+
+
+def _with(**fields: object) -> Any:
+    return lambda metadata: metadata | fields
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "complaint"),
+    [
+        (lambda _: b"", "is not JSON: Expecting value"),
+        (lambda _: b"\xff\xd8\xff\xee\x00\x0eAdobe", "is not JSON: 'utf-8' codec can't decode"),
+        (lambda metadata: json.dumps(metadata).encode()[:-9], "is not JSON: "),
+        (lambda _: [], "metadata is a JSON object"),
+        (lambda _: "cat", "metadata is a JSON object"),
+        (lambda _: {"metadata": 3}, "metadata is a JSON object"),
+        (lambda _: {}, "has no images"),
+        (lambda _: {"data": {"choices": []}}, 'no field named "data"'),
+        (lambda _: {"name": "text-to-image-client", "version": "1"}, 'no field named "name"'),
+        (_with(images=[]), "has no images"),
+        (_with(images=3), "not the metadata of an answer"),
+        (_with(images=[3]), "not the metadata of an answer"),
+        (_with(images=[{"seed": 7}]), "image 0 of the metadata lacks its request"),
+        (_with(images=[{"seed": -7}]), "not the metadata of an answer"),
+        (_without_request, "image 0 of the metadata lacks its request; was it made by an old service?"),
+    ],
+)
+def test_a_file_that_is_no_metadata_is_refused_by_name(
+    answer: pb.GenerateResponse, tmp_path: Path, spoilt: Any, complaint: str
+):
+    content = spoilt(copy.deepcopy(MessageToDict(answer.metadata)))
+    file = tmp_path / "cat.json"
+    file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(InvalidRequest) as caught:
+        Provenance.load(file)
+    assert str(caught.value).startswith(f"{file}")
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -121,7 +121,7 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("-o", "cat.gif"), "cat.gif must end in one of .jpg, .jpeg, .png, .webp"),
+        (("-o", "cat.gif"), "cat.gif must end in one of .jpg, .jpeg, .png, .webp\n"),
         (("-o", "cat.jpg", "--format", "png"), "end it in .png, or leave out --format"),
         (("-o", "nowhere/cat.jpg"), "there is no folder nowhere"),
         (("-o", "cat.jpg", "--timeout", "0"), "--timeout"),

@@ -159,7 +159,10 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Draw PROMPT and save it. Defaults that are not told here are the model's: see `t2i model`."""
+    """Draw PROMPT, or what is --like an earlier image, and save it.
+
+    Defaults that are not told here are the model's: see `t2i model`.
+    """
     if prompt is None and like is None:
         raise click.UsageError("give a PROMPT, or --like with a metadata file")
     if like is None and (number is not None or strict):
@@ -200,7 +203,7 @@ def _format_for(output: Path, wanted: str | None, before: Format | str | None = 
     """The format to ask for, that of `before` if it may be, so that what comes back may bear the name `output`."""
     by_name = Format.of(output)
     if by_name is None:
-        endings = ", ".join(suffix for each in Format for suffix in each.suffixes)
+        endings = ", ".join(dict.fromkeys(suffix for each in Format for suffix in each.suffixes))
         raise click.BadParameter(f"{output.name} must end in one of {endings}", param_hint="-o")
     if wanted is not None and Format(wanted).suffixes != by_name.suffixes:
         raise click.BadParameter(

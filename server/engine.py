@@ -101,6 +101,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What image `index` is about to become after `step` network calls of both experts: a small RGB picture."""
+
+    index: int
+    step: int
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class ImageReady:
     """Image `index` is finished: RGB pixels of shape (height, width, 3)."""
 
@@ -127,7 +136,7 @@ class Failed:
     error: EngineError
 
 
-Event = Queued | Progress | ImageReady | Finished | Failed
+Event = Queued | Progress | Preview | ImageReady | Finished | Failed
 
 
 @dataclass(frozen=True)
@@ -191,10 +200,19 @@ class Engine:
         return loaded
 
     def submit(
-        self, name: str, request: ImageRequest, deliver: Callable[[Event], None], timeout: float = math.inf
+        self,
+        name: str,
+        request: ImageRequest,
+        deliver: Callable[[Event], None],
+        timeout: float = math.inf,
+        caller: str = "",
+        priority: int = 0,
+        preview_interval: int = 0,
     ) -> Job:
         """Admit a request that must end within `timeout` seconds.
 
+        `caller` is who asks, between whom the device is shared fairly. A higher `priority` goes earlier. Every so many
+        network calls there is a Preview, with a `preview_interval` of 0 never.
         Raises Draining or QueueFull; later troubles arrive as Failed.
         """
         with self._changed:

@@ -1,0 +1,317 @@
+"""The scheduling core against first come, first served and round robin: a simulation of a million jobs.
+
+The class that the server runs is driven on simulated time: it is told of arrivals and of calls that were made, learns
+what they cost, and says whose call is next. Every policy gets the same jobs. Run: python -m bench.scheduling
+
+The device is an H200 with full-size SDXL, as far as calls go: only ratios between costs matter to the result.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+import tracemalloc
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.call_times import CallTimes, Kind
+from server.domain import Stage
+from server.scheduling import Limits, Order, Schedule, Task
+
+LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
+COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
+# Seconds of one call at 1024 x 1024 on an H200, with guidance; a shape's share of it goes by pixels.
+SECONDS = {Stage.ENCODE: 0.012, Stage.BASE: 0.030, Stage.REFINER: 0.033, Stage.DECODE: 0.035}
+SIDES = (512, 768, 1024)
+SHARE = 0.2
+CALLERS = 20  # the k-th sends in proportion to 1 / k
+UNBOUNDED = Limits(jobs=sys.maxsize)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Trace:
+    """Jobs in the order of arrival. A job's calls each cost `pace` times what is usual for their kind."""
+
+    arrivals: list[float] = field(default_factory=list)
+    callers: list[str] = field(default_factory=list)
+    calls: list[list[tuple[Kind, int]]] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
+    deadlines: list[float] = field(default_factory=list)
+
+    def task(self, number: int) -> Task:
+        return Task(self.callers[number], self.calls[number].copy(), self.deadlines[number])
+
+
+def usual(kind: Kind) -> float:
+    return SECONDS[kind.stage] * kind.width * kind.height / 1024**2
+
+
+def make_trace(jobs: int, load: float, bursty: bool, seed: int) -> Trace:
+    """Poisson arrivals, one by one or in bursts of 1 to 8 at a time; three jobs in ten have a deadline."""
+    rng = random.Random(seed)
+    trace = Trace()
+    names, weights = [f"caller {k}" for k in range(1, CALLERS + 1)], [1 / k for k in range(1, CALLERS + 1)]
+    for _ in range(jobs):
+        side, images, steps = rng.choice(SIDES), rng.randint(1, 4), rng.randint(8, 50)
+        encode, base, refiner, decode = (Kind(stage, side, side, 2) for stage in SECONDS)
+        image = [(base, round(0.8 * steps)), (refiner, steps - round(0.8 * steps)), (decode, 1)]
+        trace.calls.append([(encode, 1), *(image * images)])
+        trace.paces.append(math.exp(rng.gauss(0, 0.03)))
+        trace.sizes.append(trace.paces[-1] * sum(count * usual(kind) for kind, count in trace.calls[-1]))
+        trace.callers.append(rng.choices(names, weights)[0])
+    rate = load / (sum(trace.sizes) / jobs)
+    now = 0.0
+    while len(trace.arrivals) < jobs:
+        burst = rng.randint(1, 8) if bursty else 1
+        now += rng.expovariate(rate / (4.5 if bursty else 1))
+        trace.arrivals += [now] * min(burst, jobs - len(trace.arrivals))
+    for arrival, size in zip(trace.arrivals, trace.sizes, strict=True):
+        trace.deadlines.append(arrival + 1 + size * rng.uniform(2, 10) if rng.random() < SHARE else math.inf)
+    return trace
+
+
+@dataclass
+class Served:
+    """When each job ended, NaN for those refused, and how far forecasts were off, as a share of the time it took."""
+
+    finishes: Floats
+    first_errors: Floats
+    later_errors: Floats
+
+
+def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) -> Served:
+    """Run the core. Calls that certainly follow each other are made in one go, which makes no difference but in speed.
+
+    Every so many arrivals all forecasts are noted: those of the jobs that have just come, and those of the others.
+    """
+    rng = random.Random(0)
+    times = CallTimes()
+    schedule = Schedule(UNBOUNDED, times, order)
+    numbers: dict[Task, int] = {}
+    finishes = np.full(len(trace.arrivals), math.nan)
+    told: dict[bool, list[tuple[int, float, float]]] = {True: [], False: []}
+    coming = iter(enumerate(trace.arrivals))
+    number, arrival = next(coming)
+    now = 0.0
+    while True:
+        while arrival <= now:
+            task = trace.task(number)
+            if not (refuse and schedule.refusal(task, arrival)):
+                schedule.add(task, arrival)
+                numbers[task] = number
+                if rng.random() < 1 / sample:
+                    for forecast in schedule.forecasts(arrival):
+                        told[forecast.task is task].append((numbers[forecast.task], arrival, forecast.eta))
+            number, arrival = next(coming, (0, math.inf))
+        batch = schedule.choose(now)
+        if not batch:
+            if arrival == math.inf:
+                break
+            now = arrival
+            continue
+        (task,) = batch
+        kind, count = task.calls[0]
+        cost = usual(kind) * trace.paces[numbers[task]]
+        until = min(arrival, schedule.holds_until(now))
+        calls = count if until == math.inf else min(count, max(1, math.ceil((until - now) / cost)))
+        now += calls * cost
+        schedule.made(batch, calls * cost, calls)
+        if not task.calls:
+            schedule.remove(task, now)
+            finishes[numbers.pop(task)] = now
+    return Served(finishes, *(_errors(told[new], finishes) for new in (True, False)))
+
+
+def _errors(told: list[tuple[int, float, float]], finishes: Floats) -> Floats:
+    numbers, moments, etas = (np.array(each) for each in zip(*told, strict=True))
+    truths = finishes[numbers.astype(int)] - moments
+    return np.abs(etas - truths) / truths
+
+
+def round_robin(trace: Trace) -> Served:
+    """One call of each job in turn."""
+    finishes = np.empty(len(trace.arrivals))
+    ring: deque[tuple[int, int, float]] = deque()
+    coming = iter(enumerate(trace.arrivals))
+    number, arrival = next(coming)
+    now = 0.0
+    while True:
+        while arrival <= now:
+            calls = sum(count for _, count in trace.calls[number])
+            ring.append((number, calls, trace.sizes[number] / calls))
+            number, arrival = next(coming, (0, math.inf))
+        if not ring:
+            if arrival == math.inf:
+                return Served(finishes, np.empty(0), np.empty(0))
+            now = arrival
+            continue
+        job, calls, cost = ring.popleft()
+        now += cost
+        if calls > 1:
+            ring.append((job, calls - 1, cost))
+        else:
+            finishes[job] = now
+
+
+def summary(trace: Trace, served: Served) -> dict[str, float]:
+    """Latencies in seconds; slowdown is latency over the job's own device time; a refused job missed its deadline."""
+    arrivals, sizes, deadlines = (np.array(each) for each in (trace.arrivals, trace.sizes, trace.deadlines))
+    latency = served.finishes - arrivals
+    slowdown = latency / sizes
+    longest = sizes >= np.quantile(sizes, 0.99)
+    bound = deadlines < math.inf
+    return {
+        "latency": float(np.nanmean(latency)),
+        **{f"latency p{p}": float(np.nanpercentile(latency, p)) for p in (50, 95, 99)},
+        "slowdown": float(np.nanmean(slowdown)),
+        **{f"slowdown p{p}": float(np.nanpercentile(slowdown, p)) for p in (50, 95, 99)},
+        "missed": float(np.mean(~(served.finishes[bound] <= deadlines[bound]))),
+        "longest wait": float(np.nanmax(latency)),
+        "longest jobs": float(np.nanpercentile(latency[longest], 99)),
+        "first error": float(np.median(served.first_errors)) if len(served.first_errors) else math.nan,
+        "later error": float(np.median(served.later_errors)) if len(served.later_errors) else math.nan,
+    }
+
+
+POLICIES: dict[str, Callable[[Trace], Served]] = {
+    "first come": lambda trace: serve(trace, Order.FIRST_COME),
+    "round robin": round_robin,
+    "shortest": lambda trace: serve(trace, Order.SHORTEST),
+    "shortest, refusing": lambda trace: serve(trace, Order.SHORTEST, refuse=True),
+}
+
+
+def simulate(jobs: int, loads: Sequence[float], bursty: bool, seed: int) -> dict[float, dict[str, dict[str, float]]]:
+    """Print a table, a row for each policy at each load."""
+    print(
+        "| load | policy | latency mean | p50 | p95 | p99 | slowdown mean | p50 | p95 | p99 | deadlines missed "
+        "| longest wait | p99 of the longest 1 % | ETA off, new | waiting |"
+    )
+    print("|" + " --- |" * 15)
+    results: dict[float, dict[str, dict[str, float]]] = {}
+    for load in loads:
+        trace = make_trace(jobs, load, bursty, seed)
+        rows = results[load] = {name: summary(trace, policy(trace)) for name, policy in POLICIES.items()}
+        for name, row in rows.items():
+            cells = [f"{row[key]:.3g}" for key in row if key.startswith(("latency", "slowdown"))]
+            errors = [f"{row[key]:.1%}" if row[key] == row[key] else "" for key in ("first error", "later error")]
+            cells += [f"{row['missed']:.2%}", f"{row['longest wait']:.3g}", f"{row['longest jobs']:.3g}", *errors]
+            print(f"| {load} | {name} | " + " | ".join(cells) + " |", flush=True)
+    return results
+
+
+def compared(rows: dict[str, dict[str, float]]) -> str:
+    """The order that is served against first come, first served."""
+    ours, theirs = rows["shortest"], rows["first come"]
+    return (
+        f"mean slowdown {theirs['slowdown'] / ours['slowdown']:.2f} x lower, deadlines missed "
+        f"{theirs['missed'] / ours['missed']:.1f} x fewer, p99 of the longest jobs "
+        f"{ours['longest jobs'] / theirs['longest jobs']:.2f} x as long"
+    )
+
+
+def costs(waiting: int) -> None:
+    """Print what each operation costs with so many jobs waiting, half of them with deadlines."""
+    trace = make_trace(2 * waiting, 1.0, False, seed=0)
+    trace.deadlines = [math.inf if number % 2 else 10 * sum(trace.sizes) + number for number in range(2 * waiting)]
+    times = CallTimes()
+    for kind in {kind for calls in trace.calls for kind, _ in calls}:
+        times.record(kind, usual(kind))
+    took: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.perf_counter()
+        result = work(*arguments)
+        took.setdefault(name, []).append(1e6 * (time.perf_counter() - began))
+        return result
+
+    for pressing in ("", ", a deadline presses"):
+        tracemalloc.start()
+        schedule = Schedule(UNBOUNDED, times)
+        tasks = [trace.task(number) for number in range(waiting)]
+        for task in tasks:
+            schedule.add(task, 0.0)
+        held = tracemalloc.get_traced_memory()[0] / waiting
+        tracemalloc.stop()
+        if pressing:
+            tight = Task("", [(trace.calls[0][1][0], 10**6)])
+            schedule.add(tight, 0.0)
+            schedule.remove(tight, 0.0)
+            tight.deadline = 1.02 * tight.remaining
+            schedule.add(tight, 0.0)
+        for number, task in enumerate(tasks):
+            coming = trace.task(waiting + number)
+            timed("refusal", schedule.refusal, coming, 0.0)
+            timed("add", schedule.add, coming, 0.0)
+            batch = timed("choose" + pressing, schedule.choose, 0.0)
+            timed("made" + pressing, schedule.made, batch, usual(batch[0].kind))
+            timed("forecast of the job that runs", schedule.forecast, batch[0], 0.0)
+            timed("remove", schedule.remove, task, 0.0)
+    timed("forecasts of all", lambda: list(schedule.forecasts(0.0)))
+    print(f"With {waiting} jobs waiting, half of them with deadlines; {held:.0f} bytes a job.\n")
+    print("| operation | median, microseconds | p99 |\n| --- | --- | --- |")
+    for name, each in took.items():
+        print(f"| {name} | {np.median(each):.1f} | {np.percentile(each, 99):.1f} |")
+
+
+def plot(results: dict[float, dict[str, dict[str, float]]], path: Path) -> None:
+    """Draw slowdown, missed deadlines and the latency of the longest jobs over load."""
+    from matplotlib.figure import Figure  # an extra of development, not needed for the table
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 3),
+        ("slowdown", "missed", "longest jobs"),
+        ("Mean slowdown", "Deadlines missed, %", "p99 latency of the longest 1 % of jobs, s"),
+        strict=True,
+    ):
+        for (name, colour), marker in zip(COLOURS.items(), "s^o", strict=True):
+            values = [rows[name][key] * (100 if key == "missed" else 1) for rows in results.values()]
+            axes.plot(list(results), values, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("load")
+        axes.set_xticks(list(results), [f"{load:g}" for load in results])
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=100_000, help="jobs at each of the ten loads (default: 100000)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--again", type=int, default=2, help="other seeds for Poisson at load 0.9 (default: 2)")
+    parser.add_argument("--waiting", type=int, default=10_000, help="jobs waiting when operations are timed")
+    parser.add_argument("--plot", type=Path, help="write a figure of the Poisson results into this file")
+    options = parser.parse_args()
+
+    began = time.perf_counter()
+    costs(options.waiting)
+    for bursty in (False, True):
+        print(f"\n{'Bursts of 1 to 8 jobs' if bursty else 'Poisson'}, {options.jobs} jobs at each load:\n")
+        results = simulate(options.jobs, LOADS, bursty, options.seed)
+        print(f"\nAt load 0.9: {compared(results[0.9])}.", flush=True)
+        if options.plot and not bursty:
+            plot(results, options.plot)
+    for seed in range(options.seed + 1, options.seed + 1 + options.again):
+        trace = make_trace(options.jobs, 0.9, False, seed)
+        rows = {name: summary(trace, POLICIES[name](trace)) for name in ("first come", "shortest")}
+        print(f"\nPoisson at load 0.9, seed {seed}: {compared(rows)}.", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    main()

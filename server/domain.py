@@ -4,6 +4,7 @@ Plain data. No gRPC, no torch, no queue: contract.py fills these in, engine.py c
 """
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
@@ -75,6 +76,21 @@ class ModelCard:
     default_guidance_scale: float
     default_high_noise_frac: float
     default_scheduler: str
+
+
+class StepFailed(Exception):
+    """Some images of one step failed for good, and the others have moved on as if they had been alone.
+
+    `failures` has the cause of each by its place in the list that the step was given.
+    """
+
+    def __init__(self, failures: Mapping[int, Exception]) -> None:
+        super().__init__("; ".join(f"image {place} of the step: {cause}" for place, cause in failures.items()))
+        self.failures = failures
+
+
+class OutOfMemory(Exception):
+    """A call of the model did not fit in the device's memory. It changed nothing, and a smaller one may fit."""
 
 
 def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, int]:

@@ -101,7 +101,7 @@ class Bare:
         began = time.perf_counter()
         trajectory = self._ensemble.plan(request, self._ensemble.encode(request), 1)
         for _ in trajectory.stages:
-            self._ensemble.step(trajectory)
+            self._ensemble.step([trajectory])
         pixels = self._ensemble.decode(trajectory)
         coded = images.code(pixels, images.JPEG, 95).data
         self._made.set_result((coded, time.perf_counter() - began))
@@ -112,8 +112,8 @@ class Bare:
             return conditioning
         return self._ensemble.plan(request, conditioning, seed)
 
-    def step(self, trajectory: Any) -> None:
-        self._ensemble.step(trajectory)
+    def step(self, trajectories: Any) -> None:
+        self._ensemble.step(trajectories)
 
     def decode(self, trajectory: Any) -> Any:
         return trajectory.pixels if trajectory.stages == () else self._ensemble.decode(trajectory)

@@ -52,7 +52,14 @@ def _load(settings: Settings) -> Model:
     from server import model
 
     base, refiner = settings.experts
-    return model.load(base, refiner, settings.device, settings.precision, settings.model_name)
+    return model.load(
+        base,
+        refiner,
+        settings.device,
+        settings.precision,
+        settings.model_name,
+        preview_decoder=settings.preview_decoder,
+    )
 
 
 if __name__ == "__main__":

@@ -110,6 +110,18 @@ def inspect_refiner(folder: Path) -> Checkpoint:
     return _inspect(folder, REFINER_PARTS)
 
 
+def inspect_preview_decoder(folder: Path) -> None:
+    """Raises a CheckpointError unless the folder holds a whole AutoencoderTiny, such as TAESD, in diffusers' layout."""
+    kind = _json(_required(folder / "config.json")).get("_class_name")
+    if kind != "AutoencoderTiny":
+        raise MissingPart(f"{folder} holds {kind or 'no class of diffusers'} where an AutoencoderTiny belongs, a TAESD")
+    files = _weight_files(folder).get(None)
+    if not files:
+        raise MissingPart(f"{folder} has no safetensors weights; fetch it again, with its *.safetensors file")
+    for file in files:
+        _check_whole(file, folder)
+
+
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Defaults:
@@ -182,7 +194,7 @@ def _inspect(folder: Path, parts: tuple[str, ...]) -> Checkpoint:
     weights = {part: variants[variant] for part, variants in found.items()}
     for files in weights.values():
         for file in files:
-            _check_whole(file)
+            _check_whole(file, folder)
     configs = tuple(_config_files(folder, parts))
     for file in configs:
         if file.suffix == ".json":
@@ -227,7 +239,7 @@ def _required(file: Path) -> Path:
     return file
 
 
-def _check_whole(file: Path) -> None:
+def _check_whole(file: Path, clone: Path) -> None:
     try:
         with file.open("rb") as content:
             begin = content.read(len(_LFS))
@@ -235,8 +247,7 @@ def _check_whole(file: Path) -> None:
         raise MissingPart(f"{file} cannot be read ({error.strerror}); fetch the checkpoint again") from error
     if begin == _LFS:
         raise GitLfsPointer(
-            f"{file} is a git-lfs pointer instead of weights; run `git lfs install` and then `git lfs pull` in "
-            f"{file.parent.parent}"
+            f"{file} is a git-lfs pointer instead of weights; run `git lfs install` and then `git lfs pull` in {clone}"
         )
     try:
         with safe_open(file, framework="numpy"):

@@ -101,6 +101,21 @@ class ModelCard:
     environment: Environment
 
 
+class StepFailed(Exception):
+    """Some images of one step failed for good, and the others have moved on as if they had been alone.
+
+    `failures` has the cause of each by its place in the list that the step was given.
+    """
+
+    def __init__(self, failures: Mapping[int, Exception]) -> None:
+        super().__init__("; ".join(f"image {place} of the step: {cause}" for place, cause in failures.items()))
+        self.failures = failures
+
+
+class OutOfMemory(Exception):
+    """A call of the model did not fit in the device's memory. It changed nothing, and a smaller one may fit."""
+
+
 def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, int]:
     """Width and height in pixels of an aspect ratio, at the scale of a model that was trained on `native_side`."""
     width, height = (side * native_side / 1024 for side in ASPECT_RATIOS[aspect_ratio])

@@ -2,7 +2,7 @@
 
 One thread, here called the device thread, makes every call of the model. A job is a script of such calls; between any
 two of them the thread looks at the whole queue again, so a cancelled, expired or abandoned job costs the device no more
-than the call in flight. Nothing here knows of torch or gRPC: the model is a protocol of four calls, and events leave
+than the call in flight. Nothing here knows of torch or gRPC: the model is a protocol of five calls, and events leave
 through a callback.
 """
 
@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,22 +34,41 @@ class Conditioning(Protocol):
 
 
 class Trajectory(Protocol):
-    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order."""
+    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order.
+
+    Trajectories whose `batch_key` is equal may share their next network call. It changes with the expert, and there
+    is none after the last call.
+    """
 
     @property
     def stages(self) -> Sequence[Stage]: ...
+    @property
+    def batch_key(self) -> Hashable: ...
     @property
     def warnings(self) -> Sequence[Warning]: ...
 
 
 class Model(Protocol):
-    """What the engine asks of an ensemble. Each call returns when the device has finished it."""
+    """What the engine asks of an ensemble. Each call returns when the device has finished it.
+
+    `step` makes one network call for 1 to `max_batch` trajectories of one `batch_key` and moves each on by it. An
+    image's bytes do not depend on who shares its calls, but on `max_batch`: each call takes the time and the memory of
+    a full one. `step` raises StepFailed when some failed and the others have moved on. Whatever else it raises, none
+    has moved and each can be stepped again; after OutOfMemory, `limit_batch` makes all later calls smaller.
+
+    `preview` is a small RGB picture of what the trajectory is about to become. It alone may be called from another
+    thread, also while `step` has the same trajectory: it then shows the state before that step or the one after.
+    """
 
     @property
     def card(self) -> ModelCard: ...
+    @property
+    def max_batch(self) -> int: ...
+    def limit_batch(self, images: int) -> None: ...
     def encode(self, request: ImageRequest) -> Any: ...
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any: ...
-    def step(self, trajectory: Any) -> None: ...
+    def step(self, trajectories: Sequence[Any]) -> None: ...
+    def preview(self, trajectory: Any) -> NDArray[np.uint8]: ...
     def decode(self, trajectory: Any) -> NDArray[np.uint8]: ...
 
 
@@ -336,7 +355,7 @@ def _script(job: Job, model: Model) -> Generator[_Call, Any, tuple[Warning, ...]
         done = dict.fromkeys(calls, 0)
         for stage in trajectory.stages:
             done[stage] += 1
-            yield _Call(stage, partial(model.step, trajectory), index, done[stage], calls[stage])
+            yield _Call(stage, partial(model.step, [trajectory]), index, done[stage], calls[stage])
         pixels = yield _Call(Stage.DECODE, partial(model.decode, trajectory), index)
         job.deliver(ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
     return tuple(warnings)

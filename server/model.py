@@ -7,11 +7,11 @@ same latent space. One step here is one network call, so that whoever calls can 
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -25,14 +25,15 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.activations import GEGLU
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server import checkpoint, provenance
+from server import checkpoint, preview, provenance
 from server.checkpoint import Checkpoint, MissingPart, NoDevice, NotEnoughMemory
-from server.domain import ImageRequest, ModelCard, Notice, Stage, Warning
+from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -50,6 +51,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 # What the refiner is told about beauty: the values it was published with, for the prompt and for the negative one.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+
+
+Result = TypeVar("Result")
 
 
 class NonFiniteImage(Exception):
@@ -73,11 +77,14 @@ class Conditioning:
 class Trajectory:
     """One image on its way from noise to clean latents.
 
-    `latents` are fp32 of shape (1, 4, height / 8, width / 8) for an autoencoder that shrinks by 8. `stages` names the
-    expert of every network call, `position` counts the calls made. Each expert has a scheduler of its own.
+    `latents` are fp32 of shape (1, 4, height / 8, width / 8) for an autoencoder that shrinks by 8, and `denoised` is
+    what the last call took them to be without their noise. A step puts new tensors in the place of both and never
+    writes into one, so another thread that has taken one may keep it. `stages` names the expert of every network call,
+    `position` counts the calls made. Each expert has a scheduler of its own.
     """
 
     latents: torch.Tensor
+    denoised: torch.Tensor
     stages: tuple[Stage, ...]
     timesteps: torch.Tensor
     device_timesteps: torch.Tensor
@@ -88,13 +95,48 @@ class Trajectory:
     warnings: tuple[Warning, ...]
     position: int = 0
 
+    @property
+    def batch_key(self) -> Hashable:
+        """Equal for those that may share their next network call: like expert, like shape, with or without guidance."""
+        stage = self.stages[self.position]
+        return stage, self.latents.shape, len(self.conditioning.hidden[stage])
+
+    def network_input(self) -> torch.Tensor:
+        """The rows of the next network call, scaled as the schedule wants. Calling it again gives the same."""
+        stage = self.stages[self.position]
+        rows = torch.cat([self.latents] * len(self.conditioning.hidden[stage]))
+        scaled: torch.Tensor = self.schedulers[stage].scale_model_input(rows, self.timesteps[self.position])
+        return scaled
+
+    def advance(self, predicted: torch.Tensor) -> None:
+        """Move on by what the network made of `network_input`.
+
+        Classifier-free guidance (Ho and Salimans, 2022) joins its two rows, the unconditional one first.
+        """
+        scheduler = self.schedulers[self.stages[self.position]]
+        if len(predicted) == 2:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + self.guidance_scale * (conditional - unconditional)
+        noise = {"generator": self.generator} if _takes_generator(scheduler) else {}
+        moved = scheduler.step(predicted, self.timesteps[self.position], self.latents, **noise)
+        self.latents, self.denoised = moved.prev_sample, _denoised(scheduler, moved)
+        self.position += 1
+
 
 def load(
-    base: Path, refiner: Path | None, device: str = "auto", precision: str = "auto", name: str | None = None
+    base: Path,
+    refiner: Path | None,
+    device: str = "auto",
+    precision: str = "auto",
+    name: str | None = None,
+    max_batch: int = 1,
+    preview_decoder: Path | None = None,
 ) -> "Ensemble":
     """Load the experts from their folders onto a device.
 
     `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16 or fp16. Without a refiner the base works alone.
+    `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one. Previews are
+    drawn by a TAESD from the folder `preview_decoder`, or else by a linear map.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -102,12 +144,14 @@ def load(
 
     base_files = checkpoint.inspect_base(base)
     refiner_files = checkpoint.inspect_refiner(refiner) if refiner is not None else None
+    if preview_decoder is not None:
+        checkpoint.inspect_preview_decoder(preview_decoder)
     device = _device(device)
     precision = _precision(precision, device)
     shared = refiner_files is not None and checkpoint.same_weights(base_files, refiner_files, "text_encoder_2")
     _check_memory(base_files, refiner_files, shared, device, PRECISIONS[precision])
 
-    with _out_of_memory(device):
+    with _loading_on(device):
         base_pipeline = _pipeline(StableDiffusionXLPipeline, base_files, precision).to(device)
         refiner_pipeline = None
         if refiner_files is not None:
@@ -115,14 +159,23 @@ def load(
             if shared:
                 parts["text_encoder_2"] = base_pipeline.text_encoder_2
             refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
-    return Ensemble(base_pipeline, refiner_pipeline, _card(base_files, refiner_files, base_pipeline, precision, name))
+        card = _card(base_files, refiner_files, base_pipeline, precision, name)
+        return Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder)
 
 
 class Ensemble:
-    """The loaded experts. Not for more than one thread at a time. Every call returns when the device is done."""
+    """The loaded experts. Every call returns when the device is done.
+
+    Not for more than one thread at a time, but for `preview`.
+    """
 
     def __init__(
-        self, base: StableDiffusionXLPipeline, refiner: StableDiffusionXLImg2ImgPipeline | None, card: ModelCard
+        self,
+        base: StableDiffusionXLPipeline,
+        refiner: StableDiffusionXLImg2ImgPipeline | None,
+        card: ModelCard,
+        max_batch: int,
+        preview_decoder: Path | None,
     ) -> None:
         self.card = card
         self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
@@ -132,6 +185,27 @@ class Ensemble:
         self._scheduler_config = base.scheduler.config
         self._device = torch.device(card.device)
         self._dtype = PRECISIONS[card.precision]
+        self._by_image: list[_ImageByImage] = []
+        if max_batch > 1:
+            for unet in self._unets.values():
+                self._by_image += _make_place_irrelevant(unet, self._device.type)
+        self.limit_batch(max_batch)
+        # Here and not at the first preview: what torch does on the CPU belongs to the thread that runs the networks.
+        self._preview: preview.LinearPreview | preview.TinyDecoder
+        if preview_decoder is None:
+            self._preview = preview.fit(self._encoded, card.side_multiple)
+        else:
+            channels = self._unets[Stage.BASE].config.in_channels
+            self._preview = preview.load(preview_decoder, channels, self._device, self._dtype)
+
+    def limit_batch(self, images: int) -> None:
+        """From now on let no more than so many images share a call, at most as many as the ensemble was loaded for.
+
+        Every later call has the bytes of an ensemble that was loaded with this `max_batch`, and needs as much memory.
+        """
+        self.max_batch = images
+        for layer in self._by_image:
+            layer.images = images
 
     @torch.inference_mode()
     def encode(self, request: ImageRequest) -> Conditioning:
@@ -184,11 +258,13 @@ class Ensemble:
         shrink = self.card.side_multiple
         shape = (1, self._unets[Stage.BASE].config.in_channels, request.height // shrink, request.width // shrink)
         noise = randn_tensor(shape, generator=generator, device=self._device, dtype=torch.float32)
+        latents = noise * scheduler.init_noise_sigma
         return Trajectory(
-            latents=noise * scheduler.init_noise_sigma,
+            latents=latents,
+            denoised=latents,
             stages=(Stage.BASE,) * split + (Stage.REFINER,) * (calls - split),
             timesteps=scheduler.timesteps,
-            device_timesteps=scheduler.timesteps.to(self._device),
+            device_timesteps=scheduler.timesteps.to(self._device, torch.float32),
             schedulers=schedulers,
             conditioning=conditioning,
             guidance_scale=request.guidance_scale,
@@ -197,31 +273,58 @@ class Ensemble:
         )
 
     @torch.inference_mode()
-    def step(self, trajectory: Trajectory) -> None:
-        """Make one network call of one expert and move the latents on by it.
+    def step(self, trajectories: Sequence[Trajectory]) -> None:
+        """Make one network call of one expert for 1 to `max_batch` trajectories and move each on by it.
 
-        Classifier-free guidance (Ho and Salimans, 2022) runs both rows in one call.
+        Their `batch_key` must be equal; timesteps, guidance scales and schedulers may differ. A trajectory's bytes do
+        not depend on its place in the list, nor on its neighbours.
+
+        Raises StepFailed when some failed and the others have moved on. Whatever else it raises, OutOfMemory for one,
+        none has moved, and each can be stepped again.
         """
-        at = trajectory.position
-        stage = trajectory.stages[at]
-        scheduler, timestep = trajectory.schedulers[stage], trajectory.timesteps[at]
-        hidden = trajectory.conditioning.hidden[stage]
-
-        rows = scheduler.scale_model_input(torch.cat([trajectory.latents] * len(hidden)), timestep)
-        predicted = self._unets[stage](
-            rows.to(self._dtype),
-            trajectory.device_timesteps[at],
-            encoder_hidden_states=hidden,
-            added_cond_kwargs=trajectory.conditioning.added[stage],
-            return_dict=False,
-        )[0].float()
-        if len(hidden) == 2:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + trajectory.guidance_scale * (conditional - unconditional)
-        noise = {"generator": trajectory.generator} if _takes_generator(scheduler) else {}
-        trajectory.latents = scheduler.step(predicted, timestep, trajectory.latents, **noise, return_dict=False)[0]
-        trajectory.position += 1
+        if not 1 <= len(trajectories) <= self.max_batch or len({each.batch_key for each in trajectories}) > 1:
+            raise ValueError(f"a step is for 1 to {self.max_batch} trajectories of one batch key")
+        failures: dict[int, Exception] = {}
+        inputs = {}
+        for place, trajectory in enumerate(trajectories):
+            with _contained(failures, place):
+                inputs[place] = trajectory.network_input()
+        if inputs:
+            with_input = [trajectories[place] for place in inputs]
+            predicted = _within_memory(self._device, partial(self._predicted, with_input, list(inputs.values())))
+            for place, rows in zip(inputs, predicted, strict=True):
+                with _contained(failures, place):
+                    trajectories[place].advance(rows)
         self._finish()
+        if failures:
+            raise StepFailed(failures) from next(iter(failures.values()))
+
+    def _predicted(self, trajectories: list[Trajectory], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the expert predicts for each trajectory's rows, in fp32.
+
+        The network always gets the rows of `max_batch` images, the last one's over again where there are fewer: on
+        every device the kernels, and with them the last bits of a row, depend on the number of rows.
+        """
+        missing = self.max_batch - len(trajectories)
+        trajectories, inputs = trajectories + trajectories[-1:] * missing, inputs + inputs[-1:] * missing
+        stage, rows = trajectories[0].stages[trajectories[0].position], len(inputs[0])
+        timesteps = torch.stack([each.device_timesteps[each.position] for each in trajectories])
+        added = [each.conditioning.added[stage] for each in trajectories]
+        predicted = self._unets[stage](
+            torch.cat(inputs).to(self._dtype),
+            timesteps.repeat_interleave(rows),
+            encoder_hidden_states=torch.cat([each.conditioning.hidden[stage] for each in trajectories]),
+            added_cond_kwargs={name: torch.cat([each[name] for each in added]) for name in added[0]},
+            return_dict=False,
+        )[0]
+        return [predicted[place * rows :][:rows].float() for place in range(len(trajectories) - missing)]
+
+    def preview(self, trajectory: Trajectory) -> NDArray[np.uint8]:
+        """A small picture of the image as the last step foresaw it: RGB of (height / 8, width / 8, 3).
+
+        With a TAESD it is (height, width, 3). This one call may come from another thread, beside any other.
+        """
+        return self._preview(trajectory.denoised)
 
     @torch.inference_mode()
     def decode(self, trajectory: Trajectory) -> NDArray[np.uint8]:
@@ -233,30 +336,55 @@ class Ensemble:
             raise NonFiniteImage(
                 "the latents are not finite; the prompt, the guidance scale or the precision overflowed"
             )
-        pixels = None
-        if not (self._dtype == torch.float16 and self._vae.config.force_upcast):
-            pixels = self._decoded(trajectory.latents, self._dtype)
-        if (pixels is None or not torch.isfinite(pixels).all()) and self._dtype != torch.float32:
-            self._vae.to(torch.float32)
-            pixels = self._decoded(trajectory.latents, torch.float32)
-            self._vae.to(self._dtype)
-        if pixels is None or not torch.isfinite(pixels).all():
+        pixels = _within_memory(self._device, partial(self._pixels, trajectory.latents))
+        if not torch.isfinite(pixels).all():
             raise NonFiniteImage("the autoencoder overflowed, even in fp32")
         rgb = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         return rgb.cpu().numpy()
 
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels as of `_decoded`, in the precision that is served where that does not overflow."""
+        if not (self._dtype == torch.float16 and self._vae.config.force_upcast):
+            pixels = self._decoded(latents, self._dtype)
+            if self._dtype == torch.float32 or torch.isfinite(pixels).all():
+                return pixels
+        with self._autoencoder_in_fp32():
+            return self._decoded(latents, torch.float32)
+
     def _decoded(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Pixels of shape (1, 3, height, width) in -1 to 1, fp32."""
-        config = self._vae.config
-        unscaled = latents / config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (
-                torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
-                for values in (config.latents_mean, config.latents_std)
-            )
-            unscaled = unscaled * std + mean
+        mean, deviation = self._latent_statistics()
+        unscaled = latents / self._vae.config.scaling_factor * deviation + mean
         pixels: torch.Tensor = self._vae.decode(unscaled.to(dtype), return_dict=False)[0].float()
         return pixels
+
+    @torch.no_grad()
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The latents, fp32, that `_decoded` brings back to about these pixels."""
+        mean, deviation = self._latent_statistics()
+        with self._autoencoder_in_fp32():
+            distribution = self._vae.encode(pixels.to(self._device, torch.float32), return_dict=False)[0]
+        latents: torch.Tensor = (distribution.mode() - mean) / deviation * self._vae.config.scaling_factor
+        return latents
+
+    def _latent_statistics(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Mean and standard deviation of the autoencoder's latents, by channel where it was published with them."""
+        config = self._vae.config
+        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
+            return 0.0, 1.0
+        mean, deviation = (
+            torch.tensor(values, device=self._device).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, deviation
+
+    @contextlib.contextmanager
+    def _autoencoder_in_fp32(self) -> Iterator[None]:
+        self._vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            self._vae.to(self._dtype)
 
     def _scheduler(self, request: ImageRequest, begin: int) -> Any:
         """A scheduler of the request's kind, about to make call number `begin`; its tables stay on the CPU."""
@@ -275,6 +403,53 @@ class Ensemble:
     def _finish(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize()
+
+
+class _ImageByImage(torch.nn.Module):
+    """A layer that is given the rows of `images` images, and takes those of each in a call of their own."""
+
+    images: int
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.layer(of_one_image) for of_one_image in rows.chunk(self.images)])
+
+
+# Layers that would make an image's bytes depend on its place in the batch. On the CPU, torch shares the values of SiLU
+# and GELU out to threads without regard to rows, and computes the last few of each share by scalar code, which rounds
+# otherwise than vector code. On CUDA, cuDNN cuts up the sums of some convolutions without regard to rows.
+_PLACE_MATTERS: dict[str, tuple[type[torch.nn.Module], ...]] = {
+    "cpu": (torch.nn.SiLU, GEGLU),
+    "cuda": (torch.nn.Conv2d,),
+}
+
+
+def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_ImageByImage]:
+    for module in list(unet.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, _PLACE_MATTERS.get(device, ())):
+                by_image = _ImageByImage(layer)
+                setattr(module, name, by_image)
+                yield by_image
+
+
+def _denoised(scheduler: Any, moved: Any) -> torch.Tensor:
+    """What a step took the latents to be without noise: multistep schedulers have it as the newest of their history."""
+    denoised: torch.Tensor | None = moved.get("pred_original_sample")
+    if denoised is None:
+        denoised = scheduler.model_outputs[-1]
+    return denoised
+
+
+@contextlib.contextmanager
+def _contained(failures: dict[int, Exception], place: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # the wall between one trajectory's failure and its neighbours
+        failures[place] = error
 
 
 def _takes_generator(scheduler: Any) -> bool:
@@ -363,13 +538,31 @@ def _free_bytes(device: str) -> int:
     return free
 
 
+def _within_memory(device: torch.device, call: Callable[[], Result]) -> Result:
+    """What the call returns. Raises OutOfMemory where it ran out of memory, with all that it had taken given back."""
+    try:
+        return call()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        told = str(error)
+    # Only here is the error gone, and with it its traceback, whose frames hold the activations.
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+    raise OutOfMemory(told)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has an error of its own for this on accelerators, but on the CPU only words.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
-def _out_of_memory(device: str) -> Iterator[None]:
+def _loading_on(device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has an error of its own for this on accelerators, but on the CPU only words.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         raise NotEnoughMemory(
             f"{device} ran out of memory while the weights were loaded; take a larger device"

@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     refiner: Path | None = Field(
         None, description="folder of the refiner; default: embedded, or none when --base is given"
     )
+    preview_decoder: Path | None = Field(
+        None,
+        description="folder of a TAESD (diffusers' AutoencoderTiny) that draws previews; default: a fitted linear map",
+    )
     model_name: str | None = Field(
         None, min_length=1, description="name that clients see and may ask for; default: the checkpoint's own"
     )

@@ -136,9 +136,9 @@ def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, err
 
 
 def test_memory_that_runs_out_while_loading_is_told():
-    with pytest.raises(NotEnoughMemory, match="ran out of memory"), model._out_of_memory("cpu"):
+    with pytest.raises(NotEnoughMemory, match="ran out of memory"), model._loading_on("cpu"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"), model._out_of_memory("cpu"):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), model._loading_on("cpu"):
         torch.empty(2, 3) @ torch.empty(2, 3)  # anything else stays what it is
 
 

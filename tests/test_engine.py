@@ -68,7 +68,8 @@ class SteppedModel:
     def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
         return Path(seed)
 
-    def step(self, trajectory: Path) -> None:
+    def step(self, trajectories: list[Path]) -> None:
+        (trajectory,) = trajectories
         self._call("step", trajectory.seed)
 
     def decode(self, trajectory: Path) -> np.ndarray:

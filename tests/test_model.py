@@ -34,7 +34,7 @@ def ensemble(folders: tuple[Path, Path], device: str) -> model.Ensemble:
 def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> model.Trajectory:
     trajectory = ensemble.plan(request, ensemble.encode(request), seed)
     for _ in trajectory.stages:
-        ensemble.step(trajectory)
+        ensemble.step([trajectory])
     return trajectory
 
 
@@ -201,7 +201,7 @@ def test_two_images_can_take_turns_without_touching_each_other(ensemble):
     together = [ensemble.plan(request, ensemble.encode(request), 1) for request in requests]
     for _ in range(6):
         for trajectory in together:
-            ensemble.step(trajectory)
+            ensemble.step([trajectory])
     assert all(torch.equal(one.latents, other) for one, other in zip(together, alone, strict=True))
 
 

@@ -305,7 +305,7 @@ ROWS: dict[str, Callable[[Subject], Iterator[Row]]] = {
 def _picture(ensemble: model.Ensemble, request: ImageRequest) -> torch.Tensor:
     trajectory = ensemble.plan(request, ensemble.encode(request), request.seeds[0])
     for _ in trajectory.stages:
-        ensemble.step(trajectory)
+        ensemble.step([trajectory])
     return torch.from_numpy(ensemble.decode(trajectory)).permute(2, 0, 1)
 
 

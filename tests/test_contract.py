@@ -193,7 +193,7 @@ def test_images_of_one_message_share_its_room_evenly():
 
 def test_an_answer_that_does_not_fit_into_one_message_says_how_to_get_it():
     task = parse('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 16384}, "requestId": "mine"}')
-    with pytest.raises(images.ImageTooLarge, match="the images of mine, .* use Attach"):
+    with pytest.raises(images.ImageTooLarge, match=r"the images of mine, .* use Attach"):
         contract.whole_answer(task, {0: pb.Choice(raw=b"x" * 16384)}, pb.Metadata())
 
 

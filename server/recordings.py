@@ -197,16 +197,16 @@ class Recordings:
 
         Raises NameTaken if that one was begun by another request, and what Engine.submit raises.
         """
-        if task.detached and (known := self._detached.get(task.request_id)) is not None:
-            if known.error is not None:
-                self._forget(known)
-            elif known.request == request:
-                return known
-            else:
+        known = self._detached.get(task.request_id) if task.detached else None
+        if known is not None and known.error is None:
+            if known.request != request:
                 raise NameTaken(f"{task.request_id} is another request; Cancel it, or give this one another requestId")
+            return known
         recording = Recording(self._engine, request, task, card, timeout, caller)
         self._running.add(recording)
         recording.ended.add_done_callback(lambda _: self._retain(recording))
+        if known is not None:
+            self._forget(known)
         if task.detached:
             self._detached[task.request_id] = recording
         return recording

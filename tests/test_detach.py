@@ -233,7 +233,7 @@ class TestEnding:
         server = start_server().wait_until_ready()
         with connect(server) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
-            left = stream(stub, detached("drained", sampling={"steps": 150}))
+            left = stream(stub, detached("drained", sampling={"steps": 60}))
             first_step(left)
             left.cancel()
             server.terminate()

@@ -14,7 +14,18 @@ from test_contract import CARD, LIMITS
 
 from server import contract
 from server.domain import Stage
-from server.engine import Cancelled, Event, Failed, Finished, ImageReady, ModelFailed, Preview, Progress, Queued
+from server.engine import (
+    Cancelled,
+    Draining,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    ModelFailed,
+    Preview,
+    Progress,
+    Queued,
+)
 from server.recordings import Recording, Recordings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
@@ -272,6 +283,16 @@ class TestWhoseJob:
         assert house.recordings.find("mine") is again
         house.clock.advance(601)
         assert house.recordings.find("mine") is again, "the failed one's time is not its own"
+
+    async def test_a_failed_job_keeps_its_name_when_the_next_request_is_not_admitted(self, house, monkeypatch):
+        def refuse(*arguments: object) -> None:
+            raise Draining("the server is shutting down")
+
+        failed = await house.end("mine", Failed(ModelFailed("broken")))
+        monkeypatch.setattr(house.engine, "submit", refuse)
+        with pytest.raises(Draining):
+            house.begin(**DETACH)
+        assert house.recordings.find("mine") is failed
 
     async def test_cancelling_ends_the_job_and_frees_its_name_at_once(self, house):
         first = house.begin(**DETACH)

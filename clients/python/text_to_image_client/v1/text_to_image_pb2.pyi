@@ -42,8 +42,9 @@ class _OnDisconnectEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
 
     The name stands for the job. The same request under it, equal field by field, begins nothing new but joins: a
     StreamGenerate hears all events from the first, a Generate waits for the whole answer. Another request is
-    ALREADY_EXISTS. So a call whose connection broke can simply be made again. Requests that are not to be detached are
-    no part of this: they neither join nor collide.
+    ALREADY_EXISTS. So a call whose connection broke can simply be made again. A job that failed leaves its name to
+    whichever request comes next; until then Attach tells the error. Requests that are not to be detached are no part of
+    this: they neither join nor collide.
 
     A deadline of the call that began the job holds for the job; those of calls that join are their own alone. Images
     are coded once, for the call that began it: a Generate that joins a StreamGenerate may find that they do not fit
@@ -64,8 +65,9 @@ matters.
 
 The name stands for the job. The same request under it, equal field by field, begins nothing new but joins: a
 StreamGenerate hears all events from the first, a Generate waits for the whole answer. Another request is
-ALREADY_EXISTS. So a call whose connection broke can simply be made again. Requests that are not to be detached are
-no part of this: they neither join nor collide.
+ALREADY_EXISTS. So a call whose connection broke can simply be made again. A job that failed leaves its name to
+whichever request comes next; until then Attach tells the error. Requests that are not to be detached are no part of
+this: they neither join nor collide.
 
 A deadline of the call that began the job holds for the job; those of calls that join are their own alone. Images
 are coded once, for the call that began it: a Generate that joins a StreamGenerate may find that they do not fit

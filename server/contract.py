@@ -8,7 +8,7 @@ import hashlib
 import re
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,12 +45,14 @@ _NOTICES = {
     Notice.IMAGE_RECODED: pb.Warning.CODE_IMAGE_RECODED,
     Notice.EXPERT_IDLE: pb.Warning.CODE_EXPERT_IDLE,
     Notice.OPTION_UNUSED: pb.Warning.CODE_OPTION_UNUSED,
+    Notice.PRIORITY_LOWERED: pb.Warning.CODE_PRIORITY_LOWERED,
 }
 
 _DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
 _MESSAGE_BYTES = (16 * 1024, 64 * 1024 * 1024)
 _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
 _ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
+_PREVIEW_QUALITY = 80
 
 
 class Loading(Exception):
@@ -59,6 +61,21 @@ class Loading(Exception):
 
 class Stalled(Exception):
     """The client has left its stream unread for too long."""
+
+
+class UnknownJob(Exception):
+    """No detached job has this name, or no longer."""
+
+
+class NameTaken(Exception):
+    """The name is that of another detached job."""
+
+
+class Fault(Exception):
+    """The server failed. The cause is in the log, and only there."""
+
+    def __init__(self) -> None:
+        super().__init__("internal error; the server's log has the cause")
 
 
 @dataclass(frozen=True)
@@ -87,33 +104,43 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     engine.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     engine.Cancelled: grpc.StatusCode.CANCELLED,
     Stalled: grpc.StatusCode.CANCELLED,
+    UnknownJob: grpc.StatusCode.NOT_FOUND,
+    NameTaken: grpc.StatusCode.ALREADY_EXISTS,
     engine.ModelFailed: grpc.StatusCode.INTERNAL,
+    Fault: grpc.StatusCode.INTERNAL,
 }
 
 
 @dataclass(frozen=True)
 class Output:
-    """How the images are to be coded."""
+    """How the images are to be coded, and after how many network calls there is a preview, 0 for never."""
 
     coding: images.Coding
     quality: int
     raw: bool
     max_message_bytes: int
+    preview_interval: int = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """A valid request with its defaults filled in, and what had to be changed for that."""
+    """A valid request with its defaults filled in, and what had to be changed for that.
+
+    `detached` tells that the job outlives its callers. `images_per_message` share one message's room.
+    """
 
     request_id: str
     image: ImageRequest
     output: Output
     warnings: tuple[Warning, ...]
+    priority: int = 0
+    detached: bool = False
+    images_per_message: int = 1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served model and the settings allow together. Sides in pixels."""
+    """What the served model and the settings allow together. Sides in pixels, `retention` in seconds."""
 
     max_images: int
     max_steps: int
@@ -123,6 +150,8 @@ class Limits:
     max_pixels: int
     side_multiple: int
     max_queue: int
+    max_priority: int
+    retention: float
 
 
 def limits_of(card: ModelCard, settings: Settings) -> Limits:
@@ -136,13 +165,18 @@ def limits_of(card: ModelCard, settings: Settings) -> Limits:
         max_pixels=settings.max_pixels or 4 * card.native_side**2,
         side_multiple=card.side_multiple,
         max_queue=settings.max_queue,
+        max_priority=settings.max_priority,
+        retention=settings.retention_seconds,
     )
 
 
 def request_id_of(message: pb.GenerateRequest) -> str | None:
     """The caller's name for the request, or a new one; None if it has one that must not come near a log."""
-    if not message.request_id:
-        return str(uuid.uuid4())
+    return name_of(message) if message.request_id else str(uuid.uuid4())
+
+
+def name_of(message: pb.GenerateRequest | pb.AttachRequest | pb.CancelRequest) -> str | None:
+    """The name that the message gives, or None if there is none that may come near a log."""
     return message.request_id if re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", message.request_id) else None
 
 
@@ -179,6 +213,15 @@ def parse(
         f'must be "{card.name}", the model served here, or left out',
     )
     require(request_id is not None, "requestId", "must have at most 128 characters of A-Z a-z 0-9 . _ : / -")
+
+    require(-2 <= message.priority <= 2, "priority", f"must be -2 to 2, is {message.priority}")
+    require(
+        message.on_disconnect in pb.OnDisconnect.values(),
+        "onDisconnect",
+        f"must be one of {', '.join(pb.OnDisconnect.keys())}",
+    )
+    detached = message.on_disconnect == pb.ON_DISCONNECT_DETACH
+    require(bool(message.request_id) or not detached, "requestId", "is required for a job that is to be detached")
 
     n = _given(parameter, "n", 1)
     require(1 <= n <= limits.max_images, "parameter.n", f"must be 1 to {limits.max_images}, is {n}")
@@ -217,6 +260,9 @@ def parse(
         f"must be {least} to {most}, is {max_message_bytes}",
     )
 
+    if message.priority > limits.max_priority:
+        lowered = f"{message.priority} became {limits.max_priority}, the highest that is allowed here"
+        warnings.append(Warning(Notice.PRIORITY_LOWERED, "priority", lowered))
     if parameter.negative_prompt and guidance_scale <= 1:
         unused = "has no effect with a guidance scale of 1 or less, which leaves guidance out"
         warnings.append(Warning(Notice.OPTION_UNUSED, "parameter.negative-prompt", unused))
@@ -239,8 +285,24 @@ def parse(
             width=width,
             height=height,
         ),
-        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes),
+        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes, output.preview_interval),
         warnings=tuple(warnings),
+        priority=min(message.priority, limits.max_priority),
+        detached=detached,
+    )
+
+
+def in_one_message(task: Task) -> Task:
+    """The task of a call that is answered by one message: no previews, and room that all images share."""
+    warnings = task.warnings
+    if task.output.preview_interval:
+        unused = "has no effect in Generate, which has no events; use StreamGenerate"
+        warnings += (Warning(Notice.OPTION_UNUSED, "output.previewInterval", unused),)
+    return dataclasses.replace(
+        task,
+        output=dataclasses.replace(task.output, preview_interval=0),
+        warnings=warnings,
+        images_per_message=len(task.image.seeds),
     )
 
 
@@ -302,19 +364,22 @@ def status_of(error: Exception) -> status_pb2.Status:
     return status
 
 
-def coded(task: Task, event: engine.ImageReady, max_bytes: int) -> images.CodedImage:
-    """The event's image as the task asks for it, in at most `max_bytes` of the answer. Raises images.ImageTooLarge."""
-    output = task.output
-    if not output.raw:
-        max_bytes = (max_bytes - 64) // 4 * 3  # base64, after the data URI's own words
-    return images.code_within(event.pixels, output.coding, output.quality, max_bytes)
+def coded(task: Task, event: engine.ImageReady) -> images.CodedImage:
+    """The event's image as the task asks for it, or so that it fits its message. Raises images.ImageTooLarge."""
+    return images.code_within(event.pixels, task.output.coding, task.output.quality, _file_bytes(task))
 
 
-def room_for_images(task: Task) -> int:
-    """Bytes of one message that its images may fill."""
+def _file_bytes(task: Task) -> int:
+    """Bytes that an image file may have, to fit its message as it travels."""
+    room = room_for_image(task)
+    return room if task.output.raw else (room - 64) // 4 * 3  # base64, after the data URI's own words
+
+
+def room_for_image(task: Task) -> int:
+    """Bytes of a message that one image may fill: its share is the same whichever image is ready first."""
     prompts = len(task.image.prompt.encode()) + len(task.image.negative_prompt.encode())
     envelope = _ENVELOPE_BYTES + (_ENVELOPE_BYTES_PER_IMAGE + prompts) * len(task.image.seeds)
-    return max(0, task.output.max_message_bytes - envelope)
+    return max(0, task.output.max_message_bytes - envelope) // task.images_per_message
 
 
 def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning:
@@ -372,6 +437,18 @@ def _request_message(asked: ImageRequest, seed: int, image: images.CodedImage) -
     )
 
 
+def whole_answer(task: Task, choices: Mapping[int, pb.Choice], metadata: pb.Metadata) -> pb.GenerateResponse:
+    """All images, by index, in one message. Raises images.ImageTooLarge if they were coded to travel one by one."""
+    response = pb.GenerateResponse(
+        data=pb.ResultData(choices=[choices[index] for index in sorted(choices)]), metadata=metadata
+    )
+    if response.ByteSize() > task.output.max_message_bytes:
+        raise images.ImageTooLarge(
+            f"the images of {task.request_id}, which StreamGenerate began, do not fit into one message; use Attach"
+        )
+    return response
+
+
 def metadata_message(
     task: Task,
     card: ModelCard,
@@ -410,6 +487,16 @@ def progress_message(event: engine.Progress) -> pb.StreamGenerateResponse:
     )
 
 
+def preview_message(task: Task, event: engine.Preview) -> pb.StreamGenerateResponse:
+    image = images.code_within(event.pixels, images.JPEG_SUBSAMPLED, _PREVIEW_QUALITY, _file_bytes(task))
+    preview = pb.Preview(choice_index=event.index, step=event.step, steps=event.steps)
+    if task.output.raw:
+        preview.raw = image.data
+    else:
+        preview.image = image.data_uri
+    return pb.StreamGenerateResponse(preview=preview)
+
+
 def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
     return pb.GetModelResponse(
         name=card.name,
@@ -425,7 +512,7 @@ def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
             scheduler=card.default_scheduler,
             aspect_ratio="1:1",
         ),
-        limits=pb.GetModelResponse.Limits(**dataclasses.asdict(limits)),
+        limits=pb.GetModelResponse.Limits(**dataclasses.asdict(limits) | {"retention": _duration(limits.retention)}),
         sizes=[
             pb.GetModelResponse.Size(aspect_ratio=ratio, width=width, height=height)
             for ratio in sorted(ASPECT_RATIOS)

@@ -31,6 +31,7 @@ class Notice(enum.StrEnum):
     IMAGE_RECODED = "image_recoded"
     EXPERT_IDLE = "expert_idle"
     OPTION_UNUSED = "option_unused"
+    PRIORITY_LOWERED = "priority_lowered"
 
 
 @dataclass(frozen=True)

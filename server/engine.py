@@ -121,10 +121,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """What image `index` is about to become after `step` network calls of both experts: a small RGB picture."""
+    """What image `index` is about to become, a small RGB picture, after `step` of `steps` calls of both experts."""
 
     index: int
     step: int
+    steps: int
     pixels: NDArray[np.uint8]
 
 

@@ -1,6 +1,7 @@
-"""gRPC on one side, the engine on the other, contract.py in between: this file only adapts.
+"""gRPC on one side, the jobs' recordings on the other, contract.py in between: this file only adapts.
 
-Each call submits one job, turns its events into messages, and cancels it when the caller is gone, for whatever reason.
+A call begins or joins a recording and hands its messages on. What a call leaves behind when its caller is gone, for
+whatever reason, is the recording's own to say.
 """
 
 import asyncio
@@ -9,39 +10,30 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
 from server import contract
 from server.contract import Limits, Task
-from server.domain import ModelCard, Warning
-from server.engine import Engine, Event, Failed, Finished, ImageReady, Progress, Queued
+from server.domain import ModelCard
+from server.engine import Engine
+from server.recordings import Recording, Recordings
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
-_News = Queued | Progress | ImageReady | Finished  # what happens to a job, as long as it does not fail
-
-Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.StreamGenerateResponse | pb.GenerateResponse]
-
-
-@dataclass
-class _Answer:
-    """What has been sent of one answer so far."""
-
-    images: list[pb.ImageMetadata] = field(default_factory=list)
-    warnings: list[Warning] = field(default_factory=list)
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     """Answers UNAVAILABLE until `open` is called with the card of the loaded model."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine = engine
         self._settings = settings
+        self._recordings = Recordings(engine, settings.retention_seconds, settings.retention_bytes)
         self._served: tuple[ModelCard, Limits] | None = None
         self._under_way: set[Context] = set()
         self._idle = asyncio.Event()
@@ -52,42 +44,41 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._served = card, contract.limits_of(card, self._settings)
 
     async def wait_until_idle(self) -> None:
-        """Wait until no call is under way: each answered to the last byte, or left unread by its client."""
+        """Wait until no job runs, detached ones included, and no call is under way.
+
+        A call is over when it is answered to the last byte, or left unread by its client.
+        """
+        await self._recordings.wait_until_ended()
         await self._idle.wait()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        response = pb.GenerateResponse()
         request_id = contract.request_id_of(request)
         async with self._statuses(f"Generate {request_id}", context):
             card, task = self._parse(request, request_id)
-            answer = _Answer()
-            room = contract.room_for_images(task)
-            async with self._events(task, context) as events:
-                async for event in events:
-                    if isinstance(event, ImageReady):
-                        waiting = len(task.image.seeds) - event.index
-                        choice = await self._choice(task, event, answer, room // waiting)
-                        room -= choice.ByteSize()
-                        response.data.choices.append(choice)
-                    elif isinstance(event, Finished):
-                        response.metadata.CopyFrom(_metadata(task, card, answer, event))
-        return response
+            recording = self._begin(request, contract.in_one_message(task), card, context)
+            choices: dict[int, pb.Choice] = {}
+            with recording.listening() as messages:
+                async for message in messages:
+                    if message.HasField("choice"):
+                        choices[message.choice.choice_index] = message.choice.choice
+            return contract.whole_answer(recording.task, choices, message.done.metadata)
 
     async def StreamGenerate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         request_id = contract.request_id_of(request)
         async with self._statuses(f"StreamGenerate {request_id}", context):
             card, task = self._parse(request, request_id)
-            answer = _Answer()
-            async with self._events(task, context) as events:
-                async for event in events:
-                    message = await self._message(task, card, event, answer)
-                    if unread := await self._write(message, context):
-                        break
-            if unread is not None:
-                log.warning("%s: its stream is left unread; the job is given up", task.request_id)
-                self._leave(context)
-                await unread  # a status can only follow what is already being written
-                raise contract.Stalled("the stream was left unread for too long")
+            await self._tell(self._begin(request, task, card, context), 0, context)
+
+    async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # type: ignore[override]
+        name = contract.name_of(request)
+        async with self._statuses(f"Attach {name}", context):
+            await self._tell(self._recordings.find(name), request.after, context)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        name = contract.name_of(request)
+        async with self._statuses(f"Cancel {name}", context):
+            self._recordings.cancel(name)
+        return pb.CancelResponse()
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         async with self._statuses("GetModel", context):
@@ -102,43 +93,24 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         card, limits = self._model()
         return card, contract.parse(request, request_id, card, limits)
 
-    @contextlib.asynccontextmanager
-    async def _events(self, task: Task, context: Context) -> AsyncIterator[AsyncIterator[_News]]:
-        """The events of the task's job. On the way out, for whatever reason, the job is cancelled if it still runs."""
-        loop = asyncio.get_running_loop()
-        # Unbounded, since the device must never wait for a client; a job has a bounded number of events.
-        queue: asyncio.Queue[Event] = asyncio.Queue()
+    def _begin(self, request: pb.GenerateRequest, task: Task, card: ModelCard, context: Context) -> Recording:
         timeout = context.time_remaining()
+        return self._recordings.begin(
+            request, task, card, math.inf if timeout is None else timeout, caller_of(context.peer())
+        )
 
-        def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, event)
-
-        job = self._engine.submit(task.request_id, task.image, deliver, math.inf if timeout is None else timeout)
-        try:
-            yield _until_terminal(queue)
-        finally:
-            self._engine.cancel(job)
-
-    async def _message(self, task: Task, card: ModelCard, event: _News, answer: _Answer) -> pb.StreamGenerateResponse:
-        match event:
-            case Queued():
-                return contract.queued_message(event)
-            case Progress():
-                return contract.progress_message(event)
-            case ImageReady(index=index):
-                choice = await self._choice(task, event, answer, contract.room_for_images(task))
-                ready = pb.ChoiceReady(choice_index=index, choice=choice, metadata=answer.images[-1])
-                return pb.StreamGenerateResponse(choice=ready)
-            case Finished():
-                return pb.StreamGenerateResponse(done=pb.Done(metadata=_metadata(task, card, answer, event)))
-
-    async def _choice(self, task: Task, event: ImageReady, answer: _Answer, max_bytes: int) -> pb.Choice:
-        """Code one image, on another thread than the event loop's and the device's."""
-        image = await asyncio.to_thread(contract.coded, task, event, max_bytes)
-        answer.images.append(contract.image_metadata_message(task, event, image))
-        if image.smaller:
-            answer.warnings.append(contract.recoded_warning(task, image, event.index))
-        return contract.choice_message(task, image)
+    async def _tell(self, recording: Recording, after: int, context: Context) -> None:
+        """Hand a recording's messages on, as long as the client reads them."""
+        with recording.listening(after) as messages:
+            async for message in messages:
+                if unread := await self._write(message, context):
+                    break
+            else:
+                return
+        log.warning("%s: its stream is left unread and given up", recording.task.request_id)
+        self._leave(context)
+        await unread  # a status can only follow what is already being written
+        raise contract.Stalled("the stream was left unread for too long")
 
     async def _write(self, message: pb.StreamGenerateResponse, context: Context) -> "asyncio.Task[None] | None":
         """Write one message; the task that still writes it, if the client does not read on in time."""
@@ -168,16 +140,14 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             yield
         except tuple(contract.STATUS) as error:
             code = contract.STATUS[type(error)]
-            status = contract.status_of(error)
-            details = (("grpc-status-details-bin", status.SerializeToString()),)
-            await context.abort(code, status.message, trailing_metadata=details)
+            await _abort(context, error)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception:
             code = grpc.StatusCode.INTERNAL
             log.exception("%s failed", call)
-            await context.abort(code, "internal error; the server's log has the cause")
+            await _abort(context, contract.Fault())
         finally:
             log.info("%s %s %.3f s", call, code.name, time.monotonic() - began)
 
@@ -187,16 +157,12 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             self._idle.set()
 
 
-async def _until_terminal(queue: "asyncio.Queue[Event]") -> AsyncIterator[_News]:
-    """Events as they come, Finished the last; raises the error of Failed."""
-    while True:
-        event = await queue.get()
-        if isinstance(event, Failed):
-            raise event.error
-        yield event
-        if isinstance(event, Finished):
-            return
+async def _abort(context: Context, error: Exception) -> None:
+    status = contract.status_of(error)
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(contract.STATUS[type(error)], status.message, trailing_metadata=details)
 
 
-def _metadata(task: Task, card: ModelCard, answer: _Answer, finished: Finished) -> pb.Metadata:
-    return contract.metadata_message(task, card, answer.images, answer.warnings, finished)
+def caller_of(peer: str) -> str:
+    """Whom the device is fairly shared with, from gRPC's "ipv4:HOST:PORT": the host. Unix sockets are one caller."""
+    return peer.partition(":")[0] if peer.startswith("unix") else peer.rpartition(":")[0]

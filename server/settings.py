@@ -67,11 +67,20 @@ class Settings(BaseSettings):
     max_pixels: int | None = Field(
         None, ge=4096, description="largest width x height; default: four times the area the model was trained on"
     )
+    max_priority: int = Field(
+        0, ge=-2, le=2, description="highest priority of a request; a higher one is lowered to it"
+    )
     grace_seconds: float = Field(
-        30, ge=0, le=3600, description="how long running calls may go on after SIGTERM before they are ended"
+        30, ge=0, le=3600, description="how long running jobs may go on after SIGTERM before they are ended"
     )
     stall_seconds: float = Field(
         30, gt=0, le=3600, description="how long a client may leave its stream unread before the call is ended"
+    )
+    retention_seconds: float = Field(600, ge=0, le=86_400, description="how long a detached job is kept after its end")
+    retention_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=0,
+        description="memory for detached jobs that have ended; the oldest are forgotten beyond it",
     )
     reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")

@@ -108,6 +108,10 @@ def test_seed_zero_is_a_seed_and_image_k_has_seed_plus_k():
         ('{"data": {"prompt": "x"}, "output": {"format": 9}}', "output.format"),
         ('{"data": {"prompt": "x"}, "output": {"quality": 101}}', "output.quality"),
         ('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 100}}', "output.maxMessageBytes"),
+        ('{"data": {"prompt": "x"}, "priority": 3}', "priority"),
+        ('{"data": {"prompt": "x"}, "priority": -3}', "priority"),
+        ('{"data": {"prompt": "x"}, "requestId": "x", "onDisconnect": 3}', "onDisconnect"),
+        ('{"data": {"prompt": "x"}, "onDisconnect": "ON_DISCONNECT_DETACH"}', "requestId"),
     ],
 )
 def test_each_bad_field_is_named_in_its_json_words(text: str, field: str):
@@ -154,6 +158,43 @@ def test_no_way_of_asking_for_a_size_makes_more_pixels_than_are_allowed(max_pixe
 def test_an_option_without_effect_is_told(fields: str, field: str):
     (warning,) = parse(f'{{"data": {{"prompt": "x"}}, {fields}}}').warnings
     assert (warning.notice, warning.field) == (Notice.OPTION_UNUSED, field)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ceiling", "given", "told"),
+    [
+        (0, 0, 0, []),
+        (-2, 0, -2, []),
+        (2, 2, 2, []),
+        (2, 1, 1, ["2 became 1, the highest that is allowed here"]),
+        (0, -1, -1, ["0 became -1, the highest that is allowed here"]),
+    ],
+)
+def test_a_priority_above_the_ceiling_is_lowered_with_a_warning(asked: int, ceiling: int, given: int, told: list[str]):
+    message = json_format.ParseDict({"data": {"prompt": "x"}, "priority": asked}, pb.GenerateRequest())
+    task = check(message, limits=contract.limits_of(CARD, Settings(max_priority=ceiling)))
+    assert task.priority == given
+    assert [each.message for each in task.warnings] == told
+    assert {(each.notice, each.field) for each in task.warnings} <= {(Notice.PRIORITY_LOWERED, "priority")}
+
+
+def test_previews_have_no_effect_where_there_are_no_events_and_that_is_told():
+    task = parse('{"data": {"prompt": "x"}, "output": {"previewInterval": 2}}')
+    assert (task.output.preview_interval, task.warnings) == (2, ())
+    whole = contract.in_one_message(task)
+    assert whole.output.preview_interval == 0
+    assert [(each.notice, each.field) for each in whole.warnings] == [(Notice.OPTION_UNUSED, "output.previewInterval")]
+
+
+def test_images_of_one_message_share_its_room_evenly():
+    alone = parse('{"data": {"prompt": "x"}, "parameter": {"n": 4}}')
+    assert contract.room_for_image(contract.in_one_message(alone)) == contract.room_for_image(alone) // 4
+
+
+def test_an_answer_that_does_not_fit_into_one_message_says_how_to_get_it():
+    task = parse('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 16384}, "requestId": "mine"}')
+    with pytest.raises(images.ImageTooLarge, match=r"the images of mine, .* use Attach"):
+        contract.whole_answer(task, {0: pb.Choice(raw=b"x" * 16384)}, pb.Metadata())
 
 
 def test_asking_for_a_refiner_that_is_not_served_is_an_error_and_not_silence():
@@ -260,7 +301,7 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
     message.parameter.negative_prompt = "犬" * 10_000
     message.parameter.n = 8
     message.parameter.seed = 2**32 - 8
-    task = check(message)
+    task = contract.in_one_message(check(message))
     coded = images.CodedImage(b"", images.WEBP_LOSSLESS, 0, smaller=True)
     metadata = contract.metadata_message(
         task,
@@ -269,7 +310,7 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
         [contract.recoded_warning(task, coded, index) for index in range(8)],
         engine.Finished((Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6),
     )
-    assert metadata.ByteSize() <= task.output.max_message_bytes - contract.room_for_images(task)
+    assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * contract.room_for_image(task)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +323,9 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
         (engine.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
         (engine.Cancelled("gone"), grpc.StatusCode.CANCELLED),
         (engine.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
+        (contract.UnknownJob("who?"), grpc.StatusCode.NOT_FOUND),
+        (contract.NameTaken("taken"), grpc.StatusCode.ALREADY_EXISTS),
+        (contract.Fault(), grpc.StatusCode.INTERNAL),
     ],
 )
 def test_every_error_has_its_status(error: Exception, code: grpc.StatusCode):

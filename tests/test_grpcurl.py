@@ -39,7 +39,9 @@ def test_list_and_describe_show_the_contract(server):
         "grpc.reflection.v1alpha.ServerReflection",
         SERVICE,
     }
-    assert "rpc StreamGenerate" in grpcurl(server, "describe", SERVICE).stdout
+    described = grpcurl(server, "describe", SERVICE).stdout
+    for name in ("Generate", "StreamGenerate", "Attach", "Cancel", "GetModel"):
+        assert f"rpc {name} (" in described
     assert 'json_name = "negative-prompt"' in grpcurl(server, "describe", "text_to_image.v1.TaskParameter").stdout
 
 
@@ -92,6 +94,18 @@ def test_stream_generate_prints_events_as_they_happen(server):
         "STAGE_REFINER",
         "STAGE_DECODE",
     ]
+
+
+def test_a_detached_job_is_followed_and_cancelled_by_its_name(server):
+    asked = {"data": {"prompt": "pizza"}, "sampling": {"steps": 5}, "requestId": "curled"}
+    asked["onDisconnect"] = "ON_DISCONNECT_DETACH"
+    begun = messages(grpcurl(server, f"{SERVICE}/StreamGenerate", data=json.dumps(asked)).stdout)
+    attach = f"{SERVICE}/Attach"
+    assert messages(grpcurl(server, attach, data='{"requestId": "curled"}').stdout) == begun
+    assert messages(grpcurl(server, attach, data='{"requestId": "curled", "after": 9}').stdout) == begun[9:]
+    assert [event["number"] for event in begun] == [str(number + 1) for number in range(len(begun))]
+    assert json.loads(grpcurl(server, f"{SERVICE}/Cancel", data='{"requestId": "curled"}').stdout) == {}
+    assert "Code: NotFound" in grpcurl(server, attach, data='{"requestId": "curled"}').stderr
 
 
 def test_a_bad_request_prints_every_violation(server):

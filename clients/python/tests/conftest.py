@@ -62,6 +62,12 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
             else:
                 yield event
 
+    def Attach(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        return self.StreamGenerate(request, context)
+
+    def Cancel(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return self.Generate(request, context)
+
     def GetModel(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return self.Generate(request, context)
 

@@ -41,6 +41,11 @@ def answer(service, image_metadata):
                 pb.StreamGenerateResponse(progress=pb.Progress(stage=pb.STAGE_BASE, step=1, steps=2)),
                 pb.StreamGenerateResponse(progress=pb.Progress(stage=pb.STAGE_BASE, step=2, steps=2)),
                 *(
+                    pb.StreamGenerateResponse(preview=pb.Preview(choice_index=index, raw=b"preview %d" % step))
+                    for step in range(2)
+                    for index in range(n)
+                ),
+                *(
                     pb.StreamGenerateResponse(
                         choice=pb.ChoiceReady(
                             choice_index=index,
@@ -106,6 +111,8 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
         "width": "64",
         "height": "96",
         "quality": "80",
+        "priority": "-1",
+        "request-id": "mine",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     t2i("generate", "cat", *flags, "-o", str(tmp_path / "cat.webp"), "--target", service.target)
@@ -116,6 +123,9 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
         steps=30, guidance_scale=4.5, high_noise_frac=0.9, scheduler="heun", width=64, height=96
     )
     assert (request.output.format, request.output.quality) == (pb.FORMAT_WEBP, 80)
+    assert (request.priority, request.request_id) == (-1, "mine")
+    assert request.on_disconnect == pb.ON_DISCONNECT_UNSPECIFIED
+    assert not request.output.HasField("preview_interval")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +139,11 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
         (("-o", "cat.jpg", "--strict"), "--image and --strict go with --like"),
         (("-o", "cat.jpg", "--image", "0"), "--image and --strict go with --like"),
         (("-o", "cat.jpg", "--like", "nowhere.json"), "nowhere.json"),
+        (("-o", "cat.jpg", "--preview-interval", "3"), "--preview-interval goes with --preview"),
+        (("-o", "cat.jpg", "--preview", "cat.png"), "cat.png must end in .jpg"),
+        (("-o", "cat.jpg", "--preview", "nowhere/cat.jpg"), "there is no folder nowhere"),
+        (("--detach", "--json"), "--detach only begins"),
+        (("--detach", "--preview", "cat.jpg"), "--detach only begins"),
         ((), "Missing option"),
     ],
 )
@@ -204,6 +219,63 @@ def test_metadata_is_kept_in_the_file_that_is_named(service, answer, tmp_path):
     assert json.loads(file.read_text()) == json.loads(result.stdout)
 
 
+@pytest.mark.parametrize(("flags", "interval"), [((), 5), (("--preview-interval", "3"), 3)])
+def test_the_newest_preview_stands_in_the_file_that_is_named(service, answer, tmp_path, flags, interval):
+    answer()
+    file = tmp_path / "preview.jpg"
+    arguments = ("-o", str(tmp_path / "cat.png"), "--preview", str(file), *flags, "--target", service.target)
+    assert t2i("generate", "cat", *arguments).exit_code == 0
+    assert file.read_bytes() == b"preview 1"
+    assert service.requests[0].output.preview_interval == interval
+
+
+def test_previews_of_several_images_are_numbered_as_the_images_are(service, answer, tmp_path):
+    answer(n=2)
+    arguments = ("-n", "2", "-o", str(tmp_path / "cat.jpg"), "--preview", str(tmp_path / "p.jpg"))
+    assert t2i("generate", "cat", *arguments, "--target", service.target).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cat-0.jpg", "cat-1.jpg", "p-0.jpg", "p-1.jpg"}
+
+
+@pytest.mark.parametrize("given", [("--request-id", "mine"), ()])
+def test_detach_begins_leaves_at_once_and_tells_how_to_come_back(service, given):
+    service.answer([pb.StreamGenerateResponse(queued=pb.Queued(), number=1), service.hold])
+    result = t2i("generate", "cat", "--detach", "-o", "cat.png", *given, "--target", service.target)
+    assert result.exit_code == 0, result.output
+    (request,) = service.requests
+    assert (request.on_disconnect, request.output.format) == (pb.ON_DISCONNECT_DETACH, pb.FORMAT_PNG)
+    assert result.stdout == f"{request.request_id}\n"
+    assert request.request_id == "mine" if given else len(request.request_id) == 36
+    for command in ("attach", "cancel"):
+        assert f"t2i --target {service.target} {command} {request.request_id}" in result.stderr
+    assert service.gone.wait(10)
+
+
+@pytest.mark.parametrize(("n", "names"), [(1, ["cat.jpg"]), (2, ["cat-0.jpg", "cat-1.jpg"])])
+def test_attach_saves_the_images_and_tells_what_generate_would(service, answer, tmp_path, n, names):
+    answer(n=n)
+    result = t2i("attach", "mine", "-o", str(tmp_path / "cat.jpg"), "--json", "--target", service.target)
+    assert result.exit_code == 0, result.output
+    assert service.requests == [pb.AttachRequest(request_id="mine")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert json.loads(result.stdout)["requestId"] == "mine"
+    assert "Warning: sampling.width: 100 pixels became 96" in result.stderr
+
+
+def test_cancel_names_the_job_and_says_nothing(service):
+    service.answer(pb.CancelResponse())
+    result = t2i("cancel", "mine", "--target", service.target)
+    assert (result.exit_code, result.output) == (0, "")
+    assert service.requests == [pb.CancelRequest(request_id="mine")]
+
+
+@pytest.mark.parametrize("command", [("attach", "mine", "-o", "cat.jpg"), ("cancel", "mine")])
+def test_a_job_that_is_not_kept_is_9(service, status, command):
+    service.answer(status(grpc.StatusCode.NOT_FOUND, "no detached job is named mine here"))
+    result = t2i(*command, "--target", service.target)
+    assert result.exit_code == 9
+    assert "Error: no detached job is named mine here" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "detail", "exit_code", "words"),
     [
@@ -222,6 +294,7 @@ def test_metadata_is_kept_in_the_file_that_is_named(service, answer, tmp_path):
         ),
         ("RESOURCE_EXHAUSTED", RetryInfo(retry_delay=Duration(seconds=3)), 5, "words (try again in 3 s)"),
         ("DEADLINE_EXCEEDED", None, 6, "Error: the timeout passed"),
+        ("ALREADY_EXISTS", None, 10, "Error: words"),
         ("CANCELLED", None, 130, "Error: words"),
     ],
 )

@@ -15,12 +15,14 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from text_to_image_client import (
+    AlreadyExists,
     AsyncTextToImage,
     Cancelled,
     DeadlineExceeded,
     Done,
     FieldViolation,
     InvalidRequest,
+    NotFound,
     Progress,
     Refused,
     ServerError,
@@ -68,6 +70,8 @@ every = pytest.mark.parametrize("call", [generate_in_a_thread, generate_async, s
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Refused),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
         (grpc.StatusCode.CANCELLED, Cancelled),
+        (grpc.StatusCode.NOT_FOUND, NotFound),
+        (grpc.StatusCode.ALREADY_EXISTS, AlreadyExists),
         (grpc.StatusCode.INTERNAL, ServerError),
         (grpc.StatusCode.UNIMPLEMENTED, ServerError),
     ],
@@ -199,6 +203,75 @@ async def test_a_stream_without_done_is_the_servers_error(service, call):
     service.answer([STEP])
     with pytest.raises(ServerError, match="before its `done` event"):
         await call(service.target)
+
+
+async def attach_in_a_thread(target: str, *arguments: Any) -> Any:
+    with TextToImage(target) as client, client.attach(*arguments) as events:
+        return await asyncio.to_thread(list, events)
+
+
+async def attach_async(target: str, *arguments: Any) -> Any:
+    async with AsyncTextToImage(target) as client, client.attach(*arguments) as events:
+        return [event async for event in events]
+
+
+attaching = pytest.mark.parametrize("call", [attach_in_a_thread, attach_async])
+
+
+@attaching
+async def test_attaching_asks_for_what_came_after_an_event_of_the_named_job(service, call):
+    service.answer([STEP, DONE], [DONE])
+    assert [type(event) for event in await call(service.target, "mine")] == [Progress, Done]
+    assert [type(event) for event in await call(service.target, "mine", 7)] == [Done]
+    assert service.requests == [pb.AttachRequest(request_id="mine"), pb.AttachRequest(request_id="mine", after=7)]
+
+
+@attaching
+async def test_after_the_last_event_there_is_nothing_and_that_is_no_error(service, call):
+    service.answer([], [])
+    assert await call(service.target, "mine", 7) == []
+    with pytest.raises(ServerError, match="before its `done` event"):
+        await call(service.target, "mine")
+
+
+@attaching
+async def test_attaching_to_a_job_that_is_not_kept_is_not_found(service, status, call):
+    service.answer(status(grpc.StatusCode.NOT_FOUND, "no longer kept"))
+    with pytest.raises(NotFound, match="no longer kept"):
+        await call(service.target, "mine")
+
+
+async def test_cancelling_names_the_job(service, status):
+    service.answer(pb.CancelResponse(), pb.CancelResponse(), *[status(grpc.StatusCode.NOT_FOUND, "who?")] * 2)
+    with TextToImage(service.target) as client:
+        async with AsyncTextToImage(service.target) as twin:
+            await asyncio.to_thread(client.cancel, "mine")
+            await twin.cancel("yours")
+            with pytest.raises(NotFound, match=r"who\?"):
+                await asyncio.to_thread(client.cancel, "mine")
+            with pytest.raises(NotFound, match=r"who\?"):
+                await twin.cancel("yours")
+    assert [each.request_id for each in service.requests] == ["mine", "yours", "mine", "yours"]
+
+
+async def test_a_stream_knows_where_to_go_on_when_its_connection_breaks(service, status):
+    first = [pb.StreamGenerateResponse(progress=STEP.progress, number=4), status(grpc.StatusCode.UNAVAILABLE, "gone")]
+    rest = [pb.StreamGenerateResponse(done=pb.Done(), number=5)]
+    service.answer(first, rest, first, rest)
+    with TextToImage(service.target) as client:
+        events = client.stream("cat", request_id="mine", on_disconnect="detach")
+        assert events.number == 0
+        with pytest.raises(Unavailable):
+            await asyncio.to_thread(list, events)
+        (done,) = await asyncio.to_thread(list, client.attach("mine", events.number))
+        assert (events.number, done.number) == (4, 5)
+    async with AsyncTextToImage(service.target) as twin:
+        stream = twin.stream("cat", request_id="mine", on_disconnect="detach")
+        with pytest.raises(Unavailable):
+            [event async for event in stream]
+        (done,) = [event async for event in twin.attach("mine", stream.number)]
+        assert (stream.number, done.number) == (4, 5)
+    assert [each.after for each in service.requests if isinstance(each, pb.AttachRequest)] == [4, 4]
 
 
 def leave_the_block(client: TextToImage) -> None:

@@ -1,13 +1,18 @@
 """Requests are built, and answers read, without a channel."""
 
+from typing import Any
+
 import pytest
 
 from text_to_image_client import (
     Done,
+    Event,
     Format,
     GenerateOptions,
     ImageReady,
     InvalidRequest,
+    OnDisconnect,
+    Preview,
     Progress,
     Queued,
     Stage,
@@ -41,14 +46,21 @@ def test_every_option_has_its_place_in_the_request():
         "quality": 80,
         "model": "mini",
         "request_id": "mine",
+        "priority": -1,
+        "on_disconnect": "detach",
+        "preview_interval": 5,
     }
     assert options.keys() == GenerateOptions.__annotations__.keys()
     assert build_request("cat", options) == pb.GenerateRequest(
         data=pb.TaskData(prompt="cat", model="mini"),
         parameter=pb.TaskParameter(aspect_ratio="16:9", negative_prompt="dogs", n=2, seed=0),
         sampling=pb.Sampling(steps=30, guidance_scale=0, high_noise_frac=0.9, scheduler="heun", width=64, height=96),
-        output=pb.Output(format=pb.FORMAT_WEBP, quality=80, raw=True, max_message_bytes=64 * 1024 * 1024),
+        output=pb.Output(
+            format=pb.FORMAT_WEBP, quality=80, raw=True, max_message_bytes=64 * 1024 * 1024, preview_interval=5
+        ),
         request_id="mine",
+        priority=-1,
+        on_disconnect=pb.ON_DISCONNECT_DETACH,
     )
     assert read_request(build_request("cat", options)) == {"prompt": "cat", **options}
 
@@ -58,6 +70,13 @@ def test_every_format_has_its_number_in_the_contract(format_: Format):
     request = build_request("cat", {"format": format_})
     assert pb.Format.Name(request.output.format) == f"FORMAT_{format_.name}"
     assert read_request(request) == {"prompt": "cat", "format": format_}
+
+
+@pytest.mark.parametrize("choice", OnDisconnect)
+def test_what_becomes_of_a_job_has_its_number_in_the_contract(choice: OnDisconnect):
+    request = build_request("cat", {"on_disconnect": choice})
+    assert pb.OnDisconnect.Name(request.on_disconnect) == f"ON_DISCONNECT_{choice.name}"
+    assert read_request(request) == {"prompt": "cat", "on_disconnect": choice}
 
 
 def test_a_format_newer_than_this_client_is_read_and_refused_when_it_is_asked_for():
@@ -73,7 +92,17 @@ def test_seed_zero_is_sent_and_none_is_not():
 
 def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
     with pytest.raises(InvalidRequest) as caught:
-        build_request("\ud800", {"seed": -1, "n": 2**32, "negative_prompt": 3, "high_noise_frac": "x", "format": "gif"})  # type: ignore[typeddict-item]
+        build_request(
+            "\ud800",
+            {
+                "seed": -1,
+                "n": 2**32,
+                "negative_prompt": 3,
+                "high_noise_frac": "x",
+                "format": "gif",
+                "on_disconnect": "stay",
+            },
+        )  # type: ignore[typeddict-item]
     assert {violation.field for violation in caught.value.violations} == {
         "data.prompt",
         "parameter.seed",
@@ -81,7 +110,9 @@ def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
         "parameter.negative-prompt",
         "sampling.highNoiseFrac",
         "output.format",
+        "onDisconnect",
     }
+    assert "must be one of cancel, detach, not 'stay'" in str(caught.value)
     assert "must be one of jpeg, png, webp, jpeg_subsampled, webp_lossless, not 'gif'" in str(caught.value)
 
 
@@ -119,15 +150,22 @@ def test_each_kind_of_event_is_read(metadata: pb.Metadata, image_metadata: pb.Im
     queued.eta.FromMilliseconds(2500)
     progress = pb.Progress(choice_index=1, stage=pb.STAGE_REFINER, step=3, steps=8)
     choice = pb.ChoiceReady(choice_index=0, choice=pb.Choice(raw=b"first"), metadata=image_metadata)
+    preview = pb.Preview(choice_index=1, step=19, steps=24, raw=b"small")
     images = {}
-    assert read_event(pb.StreamGenerateResponse(queued=queued), images) == Queued(2, 2.5)
-    assert read_event(pb.StreamGenerateResponse(progress=progress), images) == Progress(1, Stage.REFINER, 3, 8, None)
-    ready = read_event(pb.StreamGenerateResponse(choice=choice), images)
+
+    def read(**event: Any) -> Event | None:
+        return read_event(pb.StreamGenerateResponse(**event), images)
+
+    assert read(queued=queued, number=1) == Queued(2, 2.5, 1)
+    assert read(queued=queued) == Queued(2, 2.5, 0), "as a service that numbers nothing has it"
+    assert read(progress=progress, number=3) == Progress(1, Stage.REFINER, 3, 8, None, 3)
+    assert read(preview=preview, number=4) == Preview(1, 19, 24, b"small", 4)
+    ready = read(choice=choice, number=5)
     assert isinstance(ready, ImageReady)
-    assert ready.image.data == b"first"
-    done = read_event(pb.StreamGenerateResponse(done=pb.Done(metadata=metadata)), images)
+    assert (ready.image.data, ready.number) == (b"first", 5)
+    done = read(done=pb.Done(metadata=metadata), number=6)
     assert isinstance(done, Done)
-    assert done.result.images == (ready.image,)
+    assert (done.result.images, done.number) == ((ready.image,), 6)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +187,12 @@ def test_the_served_model_is_read_with_its_sizes():
     response = pb.GetModelResponse(name="mini", schedulers=["euler", "heun"])
     response.sizes.add(aspect_ratio="16:9", width=168, height=96)
     response.limits.max_images = 8
+    response.limits.max_priority = -1
+    response.limits.retention.FromSeconds(600)
     response.defaults.scheduler = "euler"
     response.environment.versions["torch"] = "2.13.0"
     model = read_model(response)
     assert (model.name, model.schedulers, model.limits.max_images) == ("mini", ("euler", "heun"), 8)
+    assert (model.limits.max_priority, model.limits.retention) == (-1, 600.0)
     assert model.sizes == {"16:9": (168, 96)}
     assert model.environment.versions == {"torch": "2.13.0"}

@@ -8,7 +8,7 @@ from text_to_image_client import Progress, Queued, Stage
 from text_to_image_client._progress import display_for
 
 
-def show(images: int, *events: Queued | Progress, terminal: bool) -> str:
+def show(images: int | None, *events: Queued | Progress, terminal: bool) -> str:
     """What stands there at the end, each line stripped."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
     with display_for(console, images) as display:
@@ -39,6 +39,10 @@ def test_plain_lines_name_the_image_when_there_are_several():
         "encode 1/1, 2.0 s left",
         "image 2 of 3 base 2/2, 2.0 s left",
     ]
+
+
+def test_plain_lines_number_the_image_when_nobody_knows_how_many_there_are():
+    assert show(None, *steps(Stage.BASE, 2, choice_index=1), terminal=False).startswith("image 2 base 2/2")
 
 
 def test_on_a_terminal_every_stage_keeps_its_row_above_the_file():

@@ -2,10 +2,12 @@
 
 from ._client import AsyncEventStream, AsyncTextToImage, EventStream, TextToImage
 from ._exceptions import (
+    AlreadyExists,
     Cancelled,
     DeadlineExceeded,
     FieldViolation,
     InvalidRequest,
+    NotFound,
     Refused,
     ServerError,
     TextToImageError,
@@ -23,6 +25,8 @@ from ._types import (
     ImageReady,
     Limits,
     ModelInfo,
+    OnDisconnect,
+    Preview,
     Progress,
     Queued,
     Request,
@@ -34,6 +38,7 @@ from ._types import (
 )
 
 __all__ = [
+    "AlreadyExists",
     "AsyncEventStream",
     "AsyncTextToImage",
     "Cancelled",
@@ -51,6 +56,9 @@ __all__ = [
     "InvalidRequest",
     "Limits",
     "ModelInfo",
+    "NotFound",
+    "OnDisconnect",
+    "Preview",
     "Progress",
     "Provenance",
     "Queued",

@@ -13,7 +13,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from ._exceptions import ServerError, translated
+from ._exceptions import NotFound, ServerError, translated
 from ._messages import MAX_MESSAGE_BYTES, build_request, read_event, read_model, read_result
 from ._types import Done, Event, GenerateOptions, Image, ModelInfo, Result, ServingStatus
 from .v1 import text_to_image_pb2 as pb
@@ -55,11 +55,28 @@ class TextToImage:
         """Draw `prompt` and follow it: an iterator over events, the last of which is `Done`.
 
         The call begins at once. Closing the iterator, leaving its `with` block or dropping it cancels the call, and
-        the device is free within one step.
+        the device is free within one step, unless the request is to be detached.
         """
         request = build_request(prompt, options)
         with translated(self.target):
             return EventStream(self._service.StreamGenerate(request, timeout=self._effective(timeout)), self.target)
+
+    def attach(self, request_id: str, after: int = 0, *, timeout: float | None = None) -> "EventStream":
+        """Follow a detached job: its events after number `after`, those that have happened and those that will.
+
+        `timeout` is the stream's alone. `Done.result` has those images whose events came after `after`. A job that
+        failed raises its error again; `NotFound` is one that is not known here, or no longer kept.
+        """
+        request = pb.AttachRequest(request_id=request_id, after=after)
+        with translated(self.target):
+            call = self._service.Attach(request, timeout=self._effective(timeout))
+            return EventStream(call, self.target, after)
+
+    def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """End a detached job, if it still runs, and have it forgotten in either case. Raises `NotFound`."""
+        request = pb.CancelRequest(request_id=request_id)
+        with translated(self.target):
+            self._service.Cancel(request, timeout=self._effective(timeout))
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """What is served, with its defaults and limits. `Unavailable` until the model is loaded."""
@@ -72,8 +89,8 @@ class TextToImage:
         try:
             with translated(self.target):
                 return _serving_status(self._health.Check(request, timeout=self._effective(timeout)))
-        except ServerError as error:
-            return _absent(error)
+        except NotFound:
+            return ServingStatus.SERVICE_UNKNOWN  # which is how grpc.health.v1 answers Check
 
     def close(self) -> None:
         """Close the connection; calls still under way are cancelled."""
@@ -121,6 +138,18 @@ class AsyncTextToImage:
         request = build_request(prompt, options)
         return AsyncEventStream(self._service().StreamGenerate(request, timeout=self._effective(timeout)), self.target)
 
+    def attach(self, request_id: str, after: int = 0, *, timeout: float | None = None) -> "AsyncEventStream":
+        """As `TextToImage.attach`."""
+        request = pb.AttachRequest(request_id=request_id, after=after)
+        call = self._service().Attach(request, timeout=self._effective(timeout))
+        return AsyncEventStream(call, self.target, after)
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """As `TextToImage.cancel`."""
+        request = pb.CancelRequest(request_id=request_id)
+        with translated(self.target):
+            await self._service().Cancel(request, timeout=self._effective(timeout))
+
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """As `TextToImage.model`."""
         with translated(self.target):
@@ -133,8 +162,8 @@ class AsyncTextToImage:
         try:
             with translated(self.target):
                 return _serving_status(await health.Check(request, timeout=self._effective(timeout)))
-        except ServerError as error:
-            return _absent(error)
+        except NotFound:
+            return ServingStatus.SERVICE_UNKNOWN
 
     async def aclose(self) -> None:
         """Close the connection; calls still under way are cancelled."""
@@ -162,17 +191,22 @@ class AsyncTextToImage:
 
 
 class EventStream(Iterator[Event]):
-    """The events of one request as they happen. A context manager; leaving it early cancels the call."""
+    """The events of one request as they happen. A context manager; leaving it early cancels the call.
 
-    def __init__(self, call: Any, target: str) -> None:
+    `number` is that of the newest event so far: where `attach` goes on, should the connection break.
+    """
+
+    def __init__(self, call: Any, target: str, after: int = 0) -> None:
+        self.number = after
         self._call = call
         self._target = target
         self._images: dict[int, Image] = {}
-        self._complete = False
+        self._complete = after > 0  # there may be nothing after the event that was last heard
 
     def __next__(self) -> Event:
         with translated(self._target):
             for message in self._call:
+                self.number = message.number
                 event = read_event(message, self._images)
                 if event is not None:
                     self._complete = isinstance(event, Done)
@@ -199,16 +233,19 @@ class EventStream(Iterator[Event]):
 class AsyncEventStream(AsyncIterator[Event]):
     """The twin of `EventStream` for asyncio."""
 
-    def __init__(self, call: "grpc.aio.UnaryStreamCall[Any, Any]", target: str) -> None:
+    def __init__(self, call: "grpc.aio.UnaryStreamCall[Any, Any]", target: str, after: int = 0) -> None:
+        self.number = after
         self._call = call
         self._target = target
         self._images: dict[int, Image] = {}
-        self._complete = False
+        self._complete = after > 0  # there may be nothing after the event that was last heard
 
     async def __anext__(self) -> Event:
         with translated(self._target):
-            while (message := await self._call.read()) is not grpc.aio.EOF:
-                event = read_event(cast("pb.StreamGenerateResponse", message), self._images)
+            while (read := await self._call.read()) is not grpc.aio.EOF:
+                message = cast("pb.StreamGenerateResponse", read)
+                self.number = message.number
+                event = read_event(message, self._images)
                 if event is not None:
                     self._complete = isinstance(event, Done)
                     return event
@@ -252,13 +289,6 @@ def _channel_options(retries: int) -> list[tuple[str, Any]]:
 
 def _serving_status(response: health_pb2.HealthCheckResponse) -> ServingStatus:
     return ServingStatus(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
-
-
-def _absent(error: ServerError) -> ServingStatus:
-    # grpc.health.v1 answers Check of a service that it does not know with the status NOT_FOUND.
-    if error.code is grpc.StatusCode.NOT_FOUND:
-        return ServingStatus.SERVICE_UNKNOWN
-    raise error
 
 
 def _check_complete(complete: bool) -> None:

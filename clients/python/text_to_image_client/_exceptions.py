@@ -4,6 +4,8 @@ TextToImageError
 ├── InvalidRequest     INVALID_ARGUMENT: the request breaks a rule; `.violations` names every bad field
 ├── Unavailable        UNAVAILABLE: nobody there, the model is loading, or the server is draining
 ├── Refused            RESOURCE_EXHAUSTED: the queue is full; `.retry_after` says for how long
+├── NotFound           NOT_FOUND: no detached job has this name, or no longer
+├── AlreadyExists      ALREADY_EXISTS: the name is that of another detached job
 ├── DeadlineExceeded   DEADLINE_EXCEEDED: the call's timeout passed
 ├── Cancelled          CANCELLED: the call was given up, here or on its way
 └── ServerError        every other status: the server failed
@@ -21,10 +23,12 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 __all__ = [
+    "AlreadyExists",
     "Cancelled",
     "DeadlineExceeded",
     "FieldViolation",
     "InvalidRequest",
+    "NotFound",
     "Refused",
     "ServerError",
     "TextToImageError",
@@ -107,6 +111,14 @@ class Refused(TextToImageError):
         return cls(message, code)
 
 
+class NotFound(TextToImageError):
+    """No detached job has this `request_id` on this server, or it ended too long ago to be kept."""
+
+
+class AlreadyExists(TextToImageError):
+    """The `request_id` is that of another detached job: this request cannot join it."""
+
+
 class DeadlineExceeded(TextToImageError):
     """The call's timeout passed before its answer was complete."""
 
@@ -123,6 +135,8 @@ _BY_CODE: dict[grpc.StatusCode, type[TextToImageError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Refused,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }

@@ -1,5 +1,6 @@
 """Between the contract's messages and this client's types, both ways. Pure: no channel, no clock, no file."""
 
+import enum
 from typing import Any, cast
 
 from google.protobuf.duration_pb2 import Duration
@@ -17,6 +18,8 @@ from ._types import (
     ImageReady,
     Limits,
     ModelInfo,
+    OnDisconnect,
+    Preview,
     Progress,
     Queued,
     Request,
@@ -44,9 +47,18 @@ _FIELDS = {
     "height": "sampling.height",
     "format": "output.format",
     "quality": "output.quality",
+    "preview_interval": "output.preview_interval",
     "request_id": "request_id",
+    "priority": "priority",
+    "on_disconnect": "on_disconnect",
 }
 """Where each of GenerateOptions stands in a GenerateRequest."""
+
+_ENUMS: dict[str, tuple[type[enum.StrEnum], Any]] = {
+    "output.format": (Format, pb.Format),
+    "on_disconnect": (OnDisconnect, pb.OnDisconnect),
+}
+"""Where an option is a word here and a number there."""
 
 
 def build_request(prompt: str, options: GenerateOptions) -> pb.GenerateRequest:
@@ -62,7 +74,7 @@ def build_request(prompt: str, options: GenerateOptions) -> pb.GenerateRequest:
     violations = []
     for path, value in given.items():
         try:
-            _set(request, path, _format_number(value) if path == "output.format" else value)
+            _set(request, path, _number_of(path, value) if path in _ENUMS else value)
         except (TypeError, ValueError) as error:
             violations.append(FieldViolation(_json_path(path), str(error)))
     if violations:
@@ -77,7 +89,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
         room, field = _room(message, path)
         if field in {descriptor.name for descriptor, _ in room.ListFields()}:
             value = getattr(room, field)
-            request[name] = _format_of(value) if name == "format" else value
+            request[name] = _word_of(path, value) if path in _ENUMS else value
     return cast("Request", request)
 
 
@@ -103,16 +115,22 @@ def _json_path(path: str) -> str:
     return ".".join(names)
 
 
-def _format_number(value: object) -> int:
-    if value not in list(Format):
-        raise ValueError(f"must be one of {', '.join(Format)}, not {value!r}")
-    return pb.Format.Value(f"FORMAT_{str(value).upper()}")
+def _number_of(path: str, value: object) -> int:
+    words, numbers = _ENUMS[path]
+    if value not in list(words):
+        raise ValueError(f"must be one of {', '.join(words)}, not {value!r}")
+    return cast("int", numbers.Value(_prefix(numbers) + str(value).upper()))
 
 
-def _format_of(number: int) -> Format | str:
-    if number not in pb.Format.values():
+def _word_of(path: str, number: int) -> str:
+    words, numbers = _ENUMS[path]
+    if number not in numbers.values():
         return str(number)  # newer than this client, which says so when it is asked for
-    return Format(pb.Format.Name(number).removeprefix("FORMAT_").lower())  # type: ignore[arg-type]
+    return words(numbers.Name(number).removeprefix(_prefix(numbers)).lower())
+
+
+def _prefix(numbers: Any) -> str:
+    return cast("str", numbers.Name(0).removesuffix("UNSPECIFIED"))
 
 
 def read_result(response: pb.GenerateResponse) -> Result:
@@ -126,20 +144,23 @@ def read_event(message: pb.StreamGenerateResponse, images: dict[int, Image]) -> 
 
     `images` holds the stream's images so far, by index, for `Done` to give them all; this call adds to it.
     """
+    number = message.number
     match message.WhichOneof("event"):
         case "queued":
-            return Queued(message.queued.position, _eta(message.queued))
+            return Queued(message.queued.position, _eta(message.queued), number)
         case "progress" if message.progress.stage in _STAGES:
             progress = message.progress
-            return Progress(
-                progress.choice_index, _STAGES[progress.stage], progress.step, progress.steps, _eta(progress)
-            )
+            stage = _STAGES[progress.stage]
+            return Progress(progress.choice_index, stage, progress.step, progress.steps, _eta(progress), number)
+        case "preview":
+            preview = message.preview
+            return Preview(preview.choice_index, preview.step, preview.steps, preview.raw, number)
         case "choice":
             choice = message.choice
             images[choice.choice_index] = _read_image(choice.choice, choice.metadata)
-            return ImageReady(choice.choice_index, images[choice.choice_index])
+            return ImageReady(choice.choice_index, images[choice.choice_index], number)
         case "done":
-            return Done(_result(tuple(images[index] for index in sorted(images)), message.done.metadata))
+            return Done(_result(tuple(images[index] for index in sorted(images)), message.done.metadata), number)
     return None
 
 
@@ -168,6 +189,8 @@ def read_model(response: pb.GetModelResponse) -> ModelInfo:
             max_pixels=limits.max_pixels,
             side_multiple=limits.side_multiple,
             max_queue=limits.max_queue,
+            max_priority=limits.max_priority,
+            retention=_seconds(limits.retention),
         ),
         sizes={size.aspect_ratio: (size.width, size.height) for size in response.sizes},
         environment=read_environment(response.environment),
@@ -199,6 +222,7 @@ _WARNING_CODES = {
     pb.Warning.CODE_IMAGE_RECODED: WarningCode.IMAGE_RECODED,
     pb.Warning.CODE_EXPERT_IDLE: WarningCode.EXPERT_IDLE,
     pb.Warning.CODE_OPTION_UNUSED: WarningCode.OPTION_UNUSED,
+    pb.Warning.CODE_PRIORITY_LOWERED: WarningCode.PRIORITY_LOWERED,
 }
 
 

@@ -29,8 +29,8 @@ class Display(Protocol):
         """Say `line`, now that image `choice_index` is finished."""
 
 
-def display_for(console: Console, images: int) -> Display:
-    """The display that suits `console` and a request for so many images."""
+def display_for(console: Console, images: int | None) -> Display:
+    """The display that suits `console` and a request for so many images, None for a number that is yet to be seen."""
     return LiveDisplay(console, images) if console.is_terminal else PlainDisplay(console, images)
 
 
@@ -44,7 +44,7 @@ class _Elapsed(bars.ProgressColumn):
 class LiveDisplay:
     """One row per stage, added as it is reached. Of several images, a finished one's rows give way to its line."""
 
-    def __init__(self, console: Console, images: int) -> None:
+    def __init__(self, console: Console, images: int | None) -> None:
         self._images = images
         self._rows: dict[tuple[int, Stage], bars.TaskID] = {}
         self._latest = 0.0
@@ -114,7 +114,7 @@ class LiveDisplay:
 class PlainDisplay:
     """A line when the request is queued, at the end of every stage, and every few seconds in between."""
 
-    def __init__(self, console: Console, images: int) -> None:
+    def __init__(self, console: Console, images: int | None) -> None:
         self._console = console
         self._images = images
         self._told = 0.0
@@ -143,10 +143,11 @@ class PlainDisplay:
         self._told = time.monotonic()
 
 
-def _label(event: Progress, images: int) -> str:
+def _label(event: Progress, images: int | None) -> str:
     if images == 1 or event.stage is Stage.ENCODE:  # the prompts are encoded once, whatever the number of images
         return event.stage.value
-    return f"image {event.choice_index + 1} of {images} {event.stage}"
+    of_all = f" of {images}" if images else ""
+    return f"image {event.choice_index + 1}{of_all} {event.stage}"
 
 
 def _ahead(event: Queued) -> str:

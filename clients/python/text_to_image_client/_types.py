@@ -22,6 +22,8 @@ __all__ = [
     "ImageReady",
     "Limits",
     "ModelInfo",
+    "OnDisconnect",
+    "Preview",
     "Progress",
     "Queued",
     "Request",
@@ -54,6 +56,14 @@ class Format(enum.StrEnum):
     def of(cls, path: Path) -> "Format | None":
         """The format that the name of `path` promises: JPEG, PNG or WEBP."""
         return next((each for each in cls if path.suffix.lower() in each.suffixes), None)
+
+
+class OnDisconnect(enum.StrEnum):
+    """What becomes of a job when its caller goes."""
+
+    CANCEL = "cancel"
+    DETACH = "detach"
+    """It goes on, and is kept for a while: `attach` follows it, `cancel` ends it, the same request joins it."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -91,6 +101,12 @@ class GenerateOptions(TypedDict, total=False):
     """The served model's name, to be sure of it. Default: whichever is served."""
     request_id: str | None
     """Your own name for this request: up to 128 of A-Z a-z 0-9 . _ : / -. Default: a random UUID."""
+    priority: int | None
+    """-2 to 2: each step up counts as if the job were four times shorter. Default 0; at most `limits.max_priority`."""
+    on_disconnect: OnDisconnect | str | None
+    """One of `OnDisconnect`. Default "cancel"; "detach" needs a request_id."""
+    preview_interval: int | None
+    """A `Preview` event for every so many network calls of an image. Default 0, none. Not of `generate`."""
 
 
 class Request(GenerateOptions):
@@ -140,14 +156,7 @@ class Image:
 
         Raises ValueError if the name promises another format: an image is never coded again behind your back.
         """
-        path = Path(path)
-        if Format.of(path) is not self.format:
-            raise ValueError(
-                f"{path} cannot hold a {self.media_type}: name it {path.with_suffix(self.format.suffixes[0]).name}, "
-                "or ask for another format"
-            )
-        path.write_bytes(self.data)
-        return path
+        return _write(Path(path), self.data, self.format)
 
     def _base64(self) -> str:
         return base64.b64encode(self.data).decode("ascii")
@@ -162,6 +171,16 @@ class Image:
         return f'<img src="{self.data_uri}" width="{self.width}" height="{self.height}" alt="seed {self.seed}">'
 
 
+def _write(path: Path, data: bytes, format_: Format) -> Path:
+    if Format.of(path) is not format_:
+        raise ValueError(
+            f"{path} cannot hold an image/{format_}: name it {path.with_suffix(format_.suffixes[0]).name}, "
+            "or ask for another format"
+        )
+    path.write_bytes(data)
+    return path
+
+
 class WarningCode(enum.StrEnum):
     """Why an answer is not to the letter of its request."""
 
@@ -171,6 +190,7 @@ class WarningCode(enum.StrEnum):
     IMAGE_RECODED = "image_recoded"
     EXPERT_IDLE = "expert_idle"
     OPTION_UNUSED = "option_unused"
+    PRIORITY_LOWERED = "priority_lowered"
 
 
 @dataclass(frozen=True)
@@ -251,11 +271,13 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Queued:
-    """The request was admitted; the device will finish `position` others first."""
+    """The request was admitted; the device will finish `position` others first. Told again when that has changed."""
 
     position: int
     eta: float | None
     """Estimated seconds until the last image."""
+    number: int = 0
+    """The event's place among all events of its job, from 1. 0: the service is too old to tell."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +290,28 @@ class Progress:
     steps: int
     eta: float | None
     """Estimated seconds until the last image."""
+    number: int = 0
+    """As in Queued."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What image `choice_index` is about to become, after `step` of `steps` network calls: a small picture."""
+
+    choice_index: int
+    step: int
+    steps: int
+    image: bytes = field(repr=False)
+    """A JPEG."""
+    number: int = 0
+    """As in Queued."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture, and return the path. Raises ValueError if the name does not promise a JPEG."""
+        return _write(Path(path), self.image, Format.JPEG)
+
+    def _repr_jpeg_(self) -> bytes:
+        return self.image
 
 
 @dataclass(frozen=True)
@@ -276,6 +320,8 @@ class ImageReady:
 
     choice_index: int
     image: Image
+    number: int = 0
+    """As in Queued."""
 
 
 @dataclass(frozen=True)
@@ -283,9 +329,11 @@ class Done:
     """The last event: the same Result that `generate` would have returned."""
 
     result: Result
+    number: int = 0
+    """As in Queued."""
 
 
-Event: TypeAlias = Queued | Progress | ImageReady | Done
+Event: TypeAlias = Queued | Progress | Preview | ImageReady | Done
 
 
 @dataclass(frozen=True)
@@ -312,6 +360,10 @@ class Limits:
     side_multiple: int
     """Width and height are multiples of this many pixels."""
     max_queue: int
+    max_priority: int
+    """Priorities above it are lowered to it."""
+    retention: float
+    """Seconds for which a detached job is kept after its end, as long as there is room."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command `t2i`: draw, ask what is served, probe, and run a service for the length of one request.
+"""The command `t2i`: draw, now or detached, ask what is served, probe, and run a service for one request.
 
 What a program may want goes to stdout, what a person wants to stderr, and the kind of failure into the exit code.
 """
@@ -9,7 +9,8 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,9 +21,11 @@ from rich.text import Text
 
 from ._client import EventStream, TextToImage
 from ._exceptions import (
+    AlreadyExists,
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    NotFound,
     Refused,
     ServerError,
     TextToImageError,
@@ -33,7 +36,20 @@ from ._messages import build_request
 from ._progress import display_for
 from ._provenance import Provenance
 from ._service import IMAGE, Service, ServiceFailed, container_launch, local_launch, running
-from ._types import Done, Format, Image, ImageReady, ModelInfo, Request, Result, ServingStatus
+from ._types import (
+    Done,
+    Format,
+    Image,
+    ImageReady,
+    ModelInfo,
+    OnDisconnect,
+    Preview,
+    Progress,
+    Queued,
+    Request,
+    Result,
+    ServingStatus,
+)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -49,6 +65,8 @@ EXIT_CODES: dict[type[Exception], int] = {
     DeadlineExceeded: 6,
     ServiceFailed: 7,
     Differs: 8,
+    NotFound: 9,
+    AlreadyExists: 10,
     Cancelled: 130,
 }
 """An error that is not here ends with 1; click ends with 2 when the command line is wrong."""
@@ -64,6 +82,8 @@ Exit codes:
   6    the timeout passed
   7    of `run`: the service did not start
   8    of `generate --like --strict`: something differs from what it was
+  9    no detached job has this name, or it is no longer kept
+  10   the name is that of another detached job
   130  cancelled
 """
 
@@ -109,9 +129,22 @@ def main(target: str) -> None:
     """Text to image over gRPC."""
 
 
+_metadata_option = click.option(
+    "--metadata",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the metadata into this file, JSON, for --like.",
+)
+_timeout_option = click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after so many seconds."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the metadata on stdout.")
+
+
 @main.command()
 @click.argument("prompt", required=False)
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The image file.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The image file; needed unless --detach."
+)
 @click.option("--negative-prompt", help="What to steer away from.")
 @click.option("--aspect-ratio", help='Width to height, for example "16:9".  [default: 1:1]')
 @click.option(
@@ -138,22 +171,34 @@ def main(target: str) -> None:
 )
 @click.option("--image", "number", type=int, help="With --like: image number K alone, counted from 0.", metavar="K")
 @click.option("--strict", is_flag=True, help="With --like: end with 8, not only a warning, if anything differs.")
+@click.option("--priority", type=int, help="-2 to 2; each step up counts as if the job were four times shorter.")
 @click.option(
-    "--metadata",
+    "--preview",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the metadata into this file, JSON, for --like.",
+    help="A .jpg that shows the image while it is being made, written anew with every preview.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after so many seconds.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metadata on stdout.")
+@click.option(
+    "--preview-interval",
+    type=click.IntRange(min=1),
+    help="With --preview: one for every so many network calls.  [default: 5]",
+)
+@click.option("--detach", is_flag=True, help="Only begin, and print the name for `t2i attach` and `t2i cancel`.")
+@click.option("--request-id", help="Your own name for the request.  [default: random]")
+@_metadata_option
+@_timeout_option
+@_json_option
 @_target_option
 def generate(
     target: str,
     prompt: str | None,
-    output: Path,
+    output: Path | None,
     format_: str | None,
     like: Path | None,
     number: int | None,
     strict: bool,
+    preview: Path | None,
+    preview_interval: int | None,
+    detach: bool,
     metadata: Path | None,
     timeout: float | None,
     as_json: bool,
@@ -167,18 +212,84 @@ def generate(
         raise click.UsageError("give a PROMPT, or --like with a metadata file")
     if like is None and (number is not None or strict):
         raise click.UsageError("--image and --strict go with --like")
-    for file, hint in ((output, "-o"), (metadata, "--metadata")):
-        if file is not None and not file.parent.is_dir():
-            raise click.BadParameter(f"there is no folder {file.parent}", param_hint=hint)
-    if like is None:
-        made = None
-        request = cast("Request", {**options, "prompt": prompt, "format": _format_for(output, format_)})
-    else:
-        made = Provenance.load(like)
-        options["format"] = _format_for(output, format_, made.request(number).get("format"))
-        request = made.request(number, prompt=prompt, **options)
+    if detach and (strict or preview or metadata or as_json):
+        raise click.UsageError("--detach only begins: --strict, --preview, --metadata and --json have nothing to tell")
+    if preview is None and preview_interval is not None:
+        raise click.UsageError("--preview-interval goes with --preview")
+    if preview is not None:
+        if Format.of(preview) is not Format.JPEG:
+            raise click.BadParameter(f"{preview.name} must end in .jpg", param_hint="--preview")
+        options["preview_interval"] = preview_interval or 5
+    _check_folders({"-o": output, "--preview": preview, "--metadata": metadata})
+    made = Provenance.load(like) if like is not None else None
+    options["format"] = _format_for(output, format_, made.request(number).get("format") if made else None)
+    request = made.request(number, prompt=prompt, **options) if made else cast("Request", {**options, "prompt": prompt})
+    if detach:
+        _detach(target, timeout, request, output)
+        return
+    if output is None:
+        raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
     with TextToImage(target) as client, client.stream(timeout=timeout, **request) as events:
-        result = _follow(events, output, request.get("n") or 1)
+        result = _follow(events, output, request.get("n") or 1, preview)
+    _tell(result, metadata, as_json)
+    if made is not None:
+        _warn_of(made.differences(result), f"this differs from {like}", strict)
+
+
+def _detach(target: str, timeout: float | None, request: Request, output: Path | None) -> None:
+    """Begin the job and leave it; its name goes to stdout, and how to come back to stderr."""
+    name = request.get("request_id") or str(uuid.uuid4())
+    detached = cast("Request", {**request, "request_id": name, "on_disconnect": OnDisconnect.DETACH})
+    with TextToImage(target) as client, client.stream(timeout=timeout, **detached) as events:
+        next(events)  # once it is told of anything, it is admitted
+    click.echo(name)
+    _say(f"t2i --target {target} attach {name} -o {output or 'FILE'}  # follows it, and saves what it brings")
+    _say(f"t2i --target {target} cancel {name}  # ends it")
+
+
+@main.command()
+@click.argument("name")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The image file; of more than one, -o cat.jpg makes cat-0.jpg, cat-1.jpg ...",
+)
+@_metadata_option
+@_timeout_option
+@_json_option
+@_target_option
+def attach(target: str, name: str, output: Path, metadata: Path | None, timeout: float | None, as_json: bool) -> None:
+    """Follow the detached job NAME from its beginning, and save its images once all are there.
+
+    It goes on, and is kept, when this command ends early.
+    """
+    _format_for(output, None)
+    _check_folders({"-o": output, "--metadata": metadata})
+    with TextToImage(target) as client, client.attach(name, timeout=timeout) as events:
+        result = _follow(events, output, None)
+    _tell(result, metadata, as_json)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Seconds.")
+@_target_option
+def cancel(target: str, name: str, timeout: float) -> None:
+    """End the detached job NAME, or forget its images if it has ended."""
+    with TextToImage(target) as client:
+        client.cancel(name, timeout=timeout)
+
+
+def _check_folders(files: Mapping[str, Path | None]) -> None:
+    for option, file in files.items():
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+
+
+def _tell(result: Result, metadata: Path | None, as_json: bool) -> None:
+    """Tell the warnings, and the metadata where it was asked for."""
     for warning in result.warnings:
         _say(f"Warning: {warning}", "yellow")
     if metadata is not None:
@@ -186,8 +297,6 @@ def generate(
             metadata.write_text(json.dumps(result.metadata, indent=2) + "\n", "utf-8")
     if as_json:
         click.echo(json.dumps(result.metadata, indent=2))
-    if made is not None:
-        _warn_of(made.differences(result), f"this differs from {like}", strict)
 
 
 def _warn_of(differences: Sequence[str], what: str, strict: bool) -> None:
@@ -199,8 +308,10 @@ def _warn_of(differences: Sequence[str], what: str, strict: bool) -> None:
         _say(f"Warning: {told}", "yellow")
 
 
-def _format_for(output: Path, wanted: str | None, before: Format | str | None = None) -> Format:
+def _format_for(output: Path | None, wanted: str | None, before: Format | str | None = None) -> Format | str | None:
     """The format to ask for, that of `before` if it may be, so that what comes back may bear the name `output`."""
+    if output is None:
+        return wanted or before
     by_name = Format.of(output)
     if by_name is None:
         endings = ", ".join(dict.fromkeys(suffix for each in Format for suffix in each.suffixes))
@@ -215,19 +326,32 @@ def _format_for(output: Path, wanted: str | None, before: Format | str | None = 
     return Format(wanted or by_name)
 
 
-def _follow(events: EventStream, output: Path, n: int) -> Result:
-    """Show the events as they come, save each image as soon as it is there, and return the whole."""
+def _follow(events: EventStream, output: Path, n: int | None, preview: Path | None = None) -> Result:
+    """Show the events as they come, save the images, and return the whole.
+
+    Each of `n` images is saved as soon as it is there. Where n is not known, neither are the names until all are there.
+    """
     began = time.monotonic()
     with display_for(Console(stderr=True), n) as display:
         for event in events:
-            if isinstance(event, Done):
-                return event.result
-            if isinstance(event, ImageReady):
-                path = output if n == 1 else output.with_stem(f"{output.stem}-{event.choice_index}")
-                display.finish(event.choice_index, _saved(event.image, path, time.monotonic() - began))
-            else:
-                display.show(event)
+            match event:
+                case Done(result):
+                    for index, image in enumerate(result.images if n is None else ()):
+                        path = _numbered(output, index, len(result.images))
+                        display.finish(index, _saved(image, path, result.waited + result.ran))
+                    return result
+                case ImageReady(index, image) if n is not None:
+                    display.finish(index, _saved(image, _numbered(output, index, n), time.monotonic() - began))
+                case Preview(index) if preview is not None and n is not None:
+                    with _told_by_name(preview):
+                        event.save(_numbered(preview, index, n))
+                case Queued() | Progress():
+                    display.show(event)
     raise AssertionError("a stream without Done raises ServerError")
+
+
+def _numbered(path: Path, index: int, n: int) -> Path:
+    return path if n == 1 else path.with_stem(f"{path.stem}-{index}")
 
 
 def _saved(image: Image, path: Path, seconds: float) -> str:
@@ -277,7 +401,8 @@ def _table(model: ModelInfo) -> Table:
         "sides": f"{limits.min_side} to {limits.max_side} pixels in steps of {limits.side_multiple}, "
         f"{limits.max_pixels} pixels in all",
         "limits": f"{limits.max_images} images, {limits.max_steps} steps, {limits.max_prompt_characters} characters, "
-        f"{limits.max_queue} requests at once",
+        f"{limits.max_queue} requests at once, priority {limits.max_priority}",
+        "detached": f"kept for {limits.retention:g} s after their end, as long as there is room",
         "hardware": environment.hardware + (f", {environment.threads} threads" if environment.threads else ""),
         "fp32 math": environment.fp32_math,
         "versions": ", ".join(f"{name} {version}" for name, version in environment.versions.items()),

@@ -25,6 +25,57 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _OnDisconnect:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OnDisconnectEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OnDisconnect.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ON_DISCONNECT_UNSPECIFIED: _OnDisconnect.ValueType  # 0
+    """CANCEL."""
+    ON_DISCONNECT_CANCEL: _OnDisconnect.ValueType  # 1
+    """The job ends, and the device is free within one step."""
+    ON_DISCONNECT_DETACH: _OnDisconnect.ValueType  # 2
+    """The job goes on to its end, and is kept for some time after it, finished or failed: whoever knows the `request_id`,
+    which is required, can `Attach` to it and `Cancel` it. So the name should be one that nobody guesses, where that
+    matters.
+
+    The name stands for the job. The same request under it, equal field by field, begins nothing new but joins: a
+    StreamGenerate hears all events from the first, a Generate waits for the whole answer. Another request is
+    ALREADY_EXISTS. So a call whose connection broke can simply be made again. A job that failed leaves its name to
+    whichever request comes next; until then Attach tells the error. Requests that are not to be detached are no part of
+    this: they neither join nor collide.
+
+    A deadline of the call that began the job holds for the job; those of calls that join are their own alone. Images
+    are coded once, for the call that began it: a Generate that joins a StreamGenerate may find that they do not fit
+    into one message, which is INVALID_ARGUMENT. Jobs live in one server process; they end with it, after its grace
+    period.
+    """
+
+class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper): ...
+
+ON_DISCONNECT_UNSPECIFIED: OnDisconnect.ValueType  # 0
+"""CANCEL."""
+ON_DISCONNECT_CANCEL: OnDisconnect.ValueType  # 1
+"""The job ends, and the device is free within one step."""
+ON_DISCONNECT_DETACH: OnDisconnect.ValueType  # 2
+"""The job goes on to its end, and is kept for some time after it, finished or failed: whoever knows the `request_id`,
+which is required, can `Attach` to it and `Cancel` it. So the name should be one that nobody guesses, where that
+matters.
+
+The name stands for the job. The same request under it, equal field by field, begins nothing new but joins: a
+StreamGenerate hears all events from the first, a Generate waits for the whole answer. Another request is
+ALREADY_EXISTS. So a call whose connection broke can simply be made again. A job that failed leaves its name to
+whichever request comes next; until then Attach tells the error. Requests that are not to be detached are no part of
+this: they neither join nor collide.
+
+A deadline of the call that began the job holds for the job; those of calls that join are their own alone. Images
+are coded once, for the call that began it: a Generate that joins a StreamGenerate may find that they do not fit
+into one message, which is INVALID_ARGUMENT. Jobs live in one server process; they end with it, after its grace
+period.
+"""
+global___OnDisconnect = OnDisconnect
+
 class _Format:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -95,10 +146,19 @@ class GenerateRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The caller's own name for this request, at most 128 characters of A-Z a-z 0-9 . _ : / -. It comes back in the
-    metadata and stands in the server's log. Default: a random UUID.
+    metadata and stands in the server's log. Several requests may bear one name, as long as none is to be detached.
+    Default: a random UUID.
     """
+    priority: builtins.int
+    """Where the job stands among those that wait, -2 to 2: each step up counts as if it were four times shorter.
+    Default 0. Above `GetModelResponse.limits.max_priority` it is lowered to that, with a warning.
+    """
+    on_disconnect: global___OnDisconnect.ValueType
+    """What becomes of the job when its caller goes, or leaves the stream unread for too long."""
     @property
     def data(self) -> global___TaskData:
         """What to draw. Required."""
@@ -123,9 +183,11 @@ class GenerateRequest(google.protobuf.message.Message):
         sampling: global___Sampling | None = ...,
         output: global___Output | None = ...,
         request_id: builtins.str = ...,
+        priority: builtins.int = ...,
+        on_disconnect: global___OnDisconnect.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["data", b"data", "output", b"output", "parameter", b"parameter", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "output", b"output", "parameter", b"parameter", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "on_disconnect", b"on_disconnect", "output", b"output", "parameter", b"parameter", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
 
 global___GenerateRequest = GenerateRequest
 
@@ -264,6 +326,7 @@ class Output(google.protobuf.message.Message):
     QUALITY_FIELD_NUMBER: builtins.int
     RAW_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    PREVIEW_INTERVAL_FIELD_NUMBER: builtins.int
     format: global___Format.ValueType
     """Default JPEG: Instill's answers are RGB JPEGs."""
     quality: builtins.int
@@ -274,6 +337,10 @@ class Output(google.protobuf.message.Message):
     """The largest message that the caller can take, in bytes, 16384 to 67108864. An image that would not fit is coded
     smaller, with a warning. Default 4194304, which is what a gRPC client takes unless told otherwise.
     """
+    preview_interval: builtins.int
+    """A `preview` event for every so many network calls of an image. 0: none. Previews never slow an image down, and are
+    left out rather than late. Default 0; no effect in Generate, which has no events.
+    """
     def __init__(
         self,
         *,
@@ -281,11 +348,14 @@ class Output(google.protobuf.message.Message):
         quality: builtins.int | None = ...,
         raw: builtins.bool = ...,
         max_message_bytes: builtins.int | None = ...,
+        preview_interval: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "_quality", b"_quality", "max_message_bytes", b"max_message_bytes", "quality", b"quality"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "_quality", b"_quality", "format", b"format", "max_message_bytes", b"max_message_bytes", "quality", b"quality", "raw", b"raw"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "_preview_interval", b"_preview_interval", "_quality", b"_quality", "max_message_bytes", b"max_message_bytes", "preview_interval", b"preview_interval", "quality", b"quality"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "_preview_interval", b"_preview_interval", "_quality", b"_quality", "format", b"format", "max_message_bytes", b"max_message_bytes", "preview_interval", b"preview_interval", "quality", b"quality", "raw", b"raw"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_message_bytes", b"_max_message_bytes"]) -> typing.Literal["max_message_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_preview_interval", b"_preview_interval"]) -> typing.Literal["preview_interval"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_quality", b"_quality"]) -> typing.Literal["quality"] | None: ...
 
@@ -364,6 +434,12 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     PROGRESS_FIELD_NUMBER: builtins.int
     CHOICE_FIELD_NUMBER: builtins.int
     DONE_FIELD_NUMBER: builtins.int
+    PREVIEW_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Events of a job are numbered from 1. A number is missing where a newer event has replaced one before it was sent:
+    only the newest `queued` is kept, and of each image only the newest `preview`, until its `choice`.
+    """
     @property
     def queued(self) -> global___Queued: ...
     @property
@@ -372,6 +448,8 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     def choice(self) -> global___ChoiceReady: ...
     @property
     def done(self) -> global___Done: ...
+    @property
+    def preview(self) -> global___Preview: ...
     def __init__(
         self,
         *,
@@ -379,16 +457,18 @@ class StreamGenerateResponse(google.protobuf.message.Message):
         progress: global___Progress | None = ...,
         choice: global___ChoiceReady | None = ...,
         done: global___Done | None = ...,
+        preview: global___Preview | None = ...,
+        number: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["choice", b"choice", "done", b"done", "event", b"event", "progress", b"progress", "queued", b"queued"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choice", b"choice", "done", b"done", "event", b"event", "progress", b"progress", "queued", b"queued"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["queued", "progress", "choice", "done"] | None: ...
+    def HasField(self, field_name: typing.Literal["choice", b"choice", "done", b"done", "event", b"event", "preview", b"preview", "progress", b"progress", "queued", b"queued"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "done", b"done", "event", b"event", "number", b"number", "preview", b"preview", "progress", b"progress", "queued", b"queued"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["queued", "progress", "choice", "done", "preview"] | None: ...
 
 global___StreamGenerateResponse = StreamGenerateResponse
 
 @typing.final
 class Queued(google.protobuf.message.Message):
-    """The request was admitted."""
+    """The request was admitted; told again when place or time have changed notably, until its first network call."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -449,6 +529,38 @@ class Progress(google.protobuf.message.Message):
 global___Progress = Progress
 
 @typing.final
+class Preview(google.protobuf.message.Message):
+    """What an image is about to become: a small picture, made from the noisy latents without the autoencoder."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHOICE_INDEX_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    IMAGE_FIELD_NUMBER: builtins.int
+    RAW_FIELD_NUMBER: builtins.int
+    choice_index: builtins.int
+    """Which image, from 0."""
+    step: builtins.int
+    """Network calls made for this image, of `steps` of both experts together."""
+    steps: builtins.int
+    image: builtins.str
+    """A JPEG, as a data URI or, if `output.raw` was asked for, as bytes."""
+    raw: builtins.bytes
+    def __init__(
+        self,
+        *,
+        choice_index: builtins.int = ...,
+        step: builtins.int = ...,
+        steps: builtins.int = ...,
+        image: builtins.str = ...,
+        raw: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "image", b"image", "raw", b"raw", "step", b"step", "steps", b"steps"]) -> None: ...
+
+global___Preview = Preview
+
+@typing.final
 class ChoiceReady(google.protobuf.message.Message):
     """One image is finished; others of the request may still be under way."""
 
@@ -493,6 +605,52 @@ class Done(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["metadata", b"metadata"]) -> None: ...
 
 global___Done = Done
+
+@typing.final
+class AttachRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The job's name, as its request gave it."""
+    after: builtins.int
+    """The number of the last event that the caller has. Default 0, all events."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        after: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "request_id", b"request_id"]) -> None: ...
+
+global___AttachRequest = AttachRequest
+
+@typing.final
+class CancelRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The job's name, as its request gave it."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+
+global___CancelRequest = CancelRequest
+
+@typing.final
+class CancelResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CancelResponse = CancelResponse
 
 @typing.final
 class Metadata(google.protobuf.message.Message):
@@ -700,6 +858,8 @@ class Warning(google.protobuf.message.Message):
         """The schedule is so short that the refiner, or the base, has no step in its share."""
         CODE_OPTION_UNUSED: Warning._Code.ValueType  # 5
         """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
+        CODE_PRIORITY_LOWERED: Warning._Code.ValueType  # 6
+        """The priority was above what the server allows."""
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     CODE_UNSPECIFIED: Warning.Code.ValueType  # 0
@@ -713,6 +873,8 @@ class Warning(google.protobuf.message.Message):
     """The schedule is so short that the refiner, or the base, has no step in its share."""
     CODE_OPTION_UNUSED: Warning.Code.ValueType  # 5
     """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
+    CODE_PRIORITY_LOWERED: Warning.Code.ValueType  # 6
+    """The priority was above what the server allows."""
 
     CODE_FIELD_NUMBER: builtins.int
     FIELD_FIELD_NUMBER: builtins.int
@@ -784,6 +946,8 @@ class GetModelResponse(google.protobuf.message.Message):
         MAX_PIXELS_FIELD_NUMBER: builtins.int
         SIDE_MULTIPLE_FIELD_NUMBER: builtins.int
         MAX_QUEUE_FIELD_NUMBER: builtins.int
+        MAX_PRIORITY_FIELD_NUMBER: builtins.int
+        RETENTION_FIELD_NUMBER: builtins.int
         max_images: builtins.int
         max_steps: builtins.int
         max_prompt_characters: builtins.int
@@ -795,6 +959,12 @@ class GetModelResponse(google.protobuf.message.Message):
         """Width and height are multiples of this many pixels."""
         max_queue: builtins.int
         """Requests admitted at once; beyond it RESOURCE_EXHAUSTED."""
+        max_priority: builtins.int
+        """Priorities above it are lowered to it."""
+        @property
+        def retention(self) -> google.protobuf.duration_pb2.Duration:
+            """How long a detached job is kept after its end. The oldest go earlier where they would take too much memory."""
+
         def __init__(
             self,
             *,
@@ -806,8 +976,11 @@ class GetModelResponse(google.protobuf.message.Message):
             max_pixels: builtins.int = ...,
             side_multiple: builtins.int = ...,
             max_queue: builtins.int = ...,
+            max_priority: builtins.int = ...,
+            retention: google.protobuf.duration_pb2.Duration | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["max_images", b"max_images", "max_pixels", b"max_pixels", "max_prompt_characters", b"max_prompt_characters", "max_queue", b"max_queue", "max_side", b"max_side", "max_steps", b"max_steps", "min_side", b"min_side", "side_multiple", b"side_multiple"]) -> None: ...
+        def HasField(self, field_name: typing.Literal["retention", b"retention"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["max_images", b"max_images", "max_pixels", b"max_pixels", "max_priority", b"max_priority", "max_prompt_characters", b"max_prompt_characters", "max_queue", b"max_queue", "max_side", b"max_side", "max_steps", b"max_steps", "min_side", b"min_side", "retention", b"retention", "side_multiple", b"side_multiple"]) -> None: ...
 
     @typing.final
     class Size(google.protobuf.message.Message):

@@ -44,6 +44,16 @@ class TextToImageServiceStub(object):
                 request_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_stream(
+                '/text_to_image.v1.TextToImageService/Attach',
+                request_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.AttachRequest.SerializeToString,
+                response_deserializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.StreamGenerateResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/text_to_image.v1.TextToImageService/Cancel',
+                request_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.CancelRequest.SerializeToString,
+                response_deserializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/text_to_image.v1.TextToImageService/GetModel',
                 request_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.GetModelRequest.SerializeToString,
@@ -59,6 +69,7 @@ class TextToImageServiceServicer(object):
 
         Errors, here and in StreamGenerate:
         INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
+        ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
         RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
         DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
         UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
@@ -70,7 +81,30 @@ class TextToImageServiceServicer(object):
 
     def StreamGenerate(self, request, context):
         """The same request, answered by events as they happen: `queued`, one `progress` for every call of a network, each
-        finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step.
+        finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step, unless
+        the request is to be detached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attach(self, request, context):
+        """The events of a detached job after number `after`, those that have happened and then those that happen, as
+        StreamGenerate would have told them: none twice, none left out but those that newer ones have replaced (see
+        `StreamGenerateResponse.number`). Any number of streams may follow one job. It ends as the job does: after `done`,
+        or with the job's error. A deadline of this call is the stream's alone.
+
+        Errors of its own:
+        NOT_FOUND           no detached job has this name here, or it is no longer kept
+        INVALID_ARGUMENT    `after` is beyond the newest event
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a detached job, if it still runs, within one step, and forgets it in either case: its images are gone, whoever
+        follows it while it runs hears CANCELLED, and its name is free again. NOT_FOUND as in Attach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +129,16 @@ def add_TextToImageServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.GenerateRequest.FromString,
                     response_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.AttachRequest.FromString,
+                    response_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.CancelRequest.FromString,
+                    response_serializer=text__to__image__client_dot_v1_dot_text__to__image__pb2.CancelResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -156,6 +200,60 @@ class TextToImageService(object):
             '/text_to_image.v1.TextToImageService/StreamGenerate',
             text__to__image__client_dot_v1_dot_text__to__image__pb2.GenerateRequest.SerializeToString,
             text__to__image__client_dot_v1_dot_text__to__image__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/text_to_image.v1.TextToImageService/Attach',
+            text__to__image__client_dot_v1_dot_text__to__image__pb2.AttachRequest.SerializeToString,
+            text__to__image__client_dot_v1_dot_text__to__image__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/text_to_image.v1.TextToImageService/Cancel',
+            text__to__image__client_dot_v1_dot_text__to__image__pb2.CancelRequest.SerializeToString,
+            text__to__image__client_dot_v1_dot_text__to__image__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

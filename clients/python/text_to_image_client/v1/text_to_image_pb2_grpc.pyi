@@ -32,6 +32,7 @@ class TextToImageServiceStub:
 
     Errors, here and in StreamGenerate:
       INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
+      ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
       RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
       UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
@@ -43,7 +44,30 @@ class TextToImageServiceStub:
         text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse,
     ]
     """The same request, answered by events as they happen: `queued`, one `progress` for every call of a network, each
-    finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step.
+    finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step, unless
+    the request is to be detached.
+    """
+
+    Attach: grpc.UnaryStreamMultiCallable[
+        text_to_image_client.v1.text_to_image_pb2.AttachRequest,
+        text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse,
+    ]
+    """The events of a detached job after number `after`, those that have happened and then those that happen, as
+    StreamGenerate would have told them: none twice, none left out but those that newer ones have replaced (see
+    `StreamGenerateResponse.number`). Any number of streams may follow one job. It ends as the job does: after `done`,
+    or with the job's error. A deadline of this call is the stream's alone.
+
+    Errors of its own:
+      NOT_FOUND           no detached job has this name here, or it is no longer kept
+      INVALID_ARGUMENT    `after` is beyond the newest event
+    """
+
+    Cancel: grpc.UnaryUnaryMultiCallable[
+        text_to_image_client.v1.text_to_image_pb2.CancelRequest,
+        text_to_image_client.v1.text_to_image_pb2.CancelResponse,
+    ]
+    """Ends a detached job, if it still runs, within one step, and forgets it in either case: its images are gone, whoever
+    follows it while it runs hears CANCELLED, and its name is free again. NOT_FOUND as in Attach.
     """
 
     GetModel: grpc.UnaryUnaryMultiCallable[
@@ -61,6 +85,7 @@ class TextToImageServiceAsyncStub:
 
     Errors, here and in StreamGenerate:
       INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
+      ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
       RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
       UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
@@ -72,7 +97,30 @@ class TextToImageServiceAsyncStub:
         text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse,
     ]
     """The same request, answered by events as they happen: `queued`, one `progress` for every call of a network, each
-    finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step.
+    finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step, unless
+    the request is to be detached.
+    """
+
+    Attach: grpc.aio.UnaryStreamMultiCallable[
+        text_to_image_client.v1.text_to_image_pb2.AttachRequest,
+        text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse,
+    ]
+    """The events of a detached job after number `after`, those that have happened and then those that happen, as
+    StreamGenerate would have told them: none twice, none left out but those that newer ones have replaced (see
+    `StreamGenerateResponse.number`). Any number of streams may follow one job. It ends as the job does: after `done`,
+    or with the job's error. A deadline of this call is the stream's alone.
+
+    Errors of its own:
+      NOT_FOUND           no detached job has this name here, or it is no longer kept
+      INVALID_ARGUMENT    `after` is beyond the newest event
+    """
+
+    Cancel: grpc.aio.UnaryUnaryMultiCallable[
+        text_to_image_client.v1.text_to_image_pb2.CancelRequest,
+        text_to_image_client.v1.text_to_image_pb2.CancelResponse,
+    ]
+    """Ends a detached job, if it still runs, within one step, and forgets it in either case: its images are gone, whoever
+    follows it while it runs hears CANCELLED, and its name is free again. NOT_FOUND as in Attach.
     """
 
     GetModel: grpc.aio.UnaryUnaryMultiCallable[
@@ -92,6 +140,7 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
 
         Errors, here and in StreamGenerate:
           INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
+          ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
           RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
           DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
           UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
@@ -105,7 +154,34 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse], collections.abc.AsyncIterator[text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse]]:
         """The same request, answered by events as they happen: `queued`, one `progress` for every call of a network, each
-        finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step.
+        finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step, unless
+        the request is to be detached.
+        """
+
+    @abc.abstractmethod
+    def Attach(
+        self,
+        request: text_to_image_client.v1.text_to_image_pb2.AttachRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse], collections.abc.AsyncIterator[text_to_image_client.v1.text_to_image_pb2.StreamGenerateResponse]]:
+        """The events of a detached job after number `after`, those that have happened and then those that happen, as
+        StreamGenerate would have told them: none twice, none left out but those that newer ones have replaced (see
+        `StreamGenerateResponse.number`). Any number of streams may follow one job. It ends as the job does: after `done`,
+        or with the job's error. A deadline of this call is the stream's alone.
+
+        Errors of its own:
+          NOT_FOUND           no detached job has this name here, or it is no longer kept
+          INVALID_ARGUMENT    `after` is beyond the newest event
+        """
+
+    @abc.abstractmethod
+    def Cancel(
+        self,
+        request: text_to_image_client.v1.text_to_image_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[text_to_image_client.v1.text_to_image_pb2.CancelResponse, collections.abc.Awaitable[text_to_image_client.v1.text_to_image_pb2.CancelResponse]]:
+        """Ends a detached job, if it still runs, within one step, and forgets it in either case: its images are gone, whoever
+        follows it while it runs hears CANCELLED, and its name is free again. NOT_FOUND as in Attach.
         """
 
     @abc.abstractmethod

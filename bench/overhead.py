@@ -30,7 +30,7 @@ async def main() -> None:
     runs = parser.parse_args().runs
 
     settings = Settings()
-    engine = Engine(settings.max_queue)
+    engine = Engine(settings.queue, settings.schedule)
     thread = Bare()
     card = await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))
     servicer = TextToImageServicer(engine, settings)

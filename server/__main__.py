@@ -1,24 +1,26 @@
 """Flags to settings to a running server, and every way it can end to an exit code.
 
 0 stopped when asked · 1 unexpected error · 2 bad flags · 3 cannot listen · 4 cannot write the ready file ·
-5 the model is loaded but cannot make an image · 10 and up: the checkpoint or the device, see server/checkpoint.py
+5 the model is loaded but cannot make an image · 6 the device did not answer any more ·
+10 and up: the checkpoint or the device, see server/checkpoint.py
 """
 
 import asyncio
 import logging
+import os
 import sys
 from functools import partial
 
 from pydantic import ValidationError
 
 from server.checkpoint import CheckpointError
-from server.engine import Model
+from server.engine import DeviceLost, Model
 from server.lifecycle import CannotListen, CannotWriteReadyFile, Server, WarmUpFailed
 from server.settings import Settings
 
 log = logging.getLogger("server")
 
-_EXIT_CODES: dict[type[Exception], int] = {CannotListen: 3, CannotWriteReadyFile: 4, WarmUpFailed: 5}
+_EXIT_CODES: dict[type[Exception], int] = {CannotListen: 3, CannotWriteReadyFile: 4, WarmUpFailed: 5, DeviceLost: 6}
 
 
 def main() -> int:
@@ -32,19 +34,29 @@ def main() -> int:
         return 2
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    code, device_is_busy = asyncio.run(_serve(settings))
+    if device_is_busy:
+        # Python cannot leave while another thread is inside the device's library, as when a signal comes while a large
+        # model is being loaded.
+        log.warning("the device is still busy; leaving without it")
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+async def _serve(settings: Settings) -> tuple[int, bool]:
+    """The exit code, and whether the device is still inside a call."""
+    server = Server(settings, partial(_load, settings))
+    code = 0
     try:
-        asyncio.run(_serve(settings))
+        await server.serve()
     except CheckpointError as error:
         log.error("%s", error)
-        return error.exit_code
+        code = error.exit_code
     except tuple(_EXIT_CODES) as error:
         log.error("%s", error)
-        return _EXIT_CODES[type(error)]
-    return 0
-
-
-async def _serve(settings: Settings) -> None:
-    await Server(settings, partial(_load, settings)).serve()
+        code = _EXIT_CODES[type(error)]
+    return code, server.device_is_busy
 
 
 def _load(settings: Settings) -> Model:
@@ -58,6 +70,7 @@ def _load(settings: Settings) -> Model:
         settings.device,
         settings.precision,
         settings.model_name,
+        max_batch=settings.max_batch,
         preview_decoder=settings.preview_decoder,
     )
 

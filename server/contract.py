@@ -5,6 +5,7 @@ Pure functions over the generated messages; what the fields mean is said in prot
 
 import dataclasses
 import hashlib
+import math
 import re
 import secrets
 import uuid
@@ -46,6 +47,7 @@ _NOTICES = {
     Notice.EXPERT_IDLE: pb.Warning.CODE_EXPERT_IDLE,
     Notice.OPTION_UNUSED: pb.Warning.CODE_OPTION_UNUSED,
     Notice.PRIORITY_LOWERED: pb.Warning.CODE_PRIORITY_LOWERED,
+    Notice.BATCH_REDUCED: pb.Warning.CODE_BATCH_REDUCED,
 }
 
 _DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
@@ -98,7 +100,9 @@ class InvalidRequest(Exception):
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
-    engine.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    engine.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    engine.DeviceFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    engine.DeviceLost: grpc.StatusCode.UNAVAILABLE,
     Loading: grpc.StatusCode.UNAVAILABLE,
     engine.Draining: grpc.StatusCode.UNAVAILABLE,
     engine.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -359,7 +363,7 @@ def status_of(error: Exception) -> status_pb2.Status:
                 ]
             )
         )
-    elif isinstance(error, engine.QueueFull):
+    elif isinstance(error, engine.Refused) and error.retry_after < math.inf:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
     return status
 
@@ -467,7 +471,7 @@ def metadata_message(
         ],
         waited=_duration(finished.waited),
         ran=_duration(finished.ran),
-        environment=_environment_message(card.environment),
+        environment=_environment_message(dataclasses.replace(card.environment, max_batch=finished.max_batch)),
     )
 
 

@@ -32,6 +32,7 @@ class Notice(enum.StrEnum):
     EXPERT_IDLE = "expert_idle"
     OPTION_UNUSED = "option_unused"
     PRIORITY_LOWERED = "priority_lowered"
+    BATCH_REDUCED = "batch_reduced"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Environment:
     precision: str
     fp32_math: str
     threads: int
+    max_batch: int
     reference: str = ""
 
     @property

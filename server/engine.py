@@ -1,29 +1,44 @@
-"""Who runs next: admission, queue, deadlines, cancellation, events.
+"""Runs the schedule: admission, the device thread, deadlines, cancellation, failures, events.
 
 One thread, here called the device thread, makes every call of the model. A job is a script of such calls; between any
-two of them the thread looks at the whole queue again, so a cancelled, expired or abandoned job costs the device no more
-than the call in flight. Nothing here knows of torch or gRPC: the model is a protocol of five calls, and events leave
-through a callback.
+two of them the thread asks the schedule anew whose call is next, so a cancelled, expired or abandoned job costs the
+device no more than the call in flight, and a short one need not wait for a long one. Nothing here knows of torch or
+gRPC: the model is a protocol of five calls, and events leave through a callback.
 """
 
+import heapq
+import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server.domain import ImageRequest, ModelCard, Stage, Warning
+from server.call_times import CallTimes, Kind
+from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.scheduling import Forecast, Limits, Order, Reason, Refusal, Schedule, Task
 
 log = logging.getLogger(__name__)
 
 _LEAST_WAIT = 0.1  # seconds before a refused caller is asked back: less would be a busy loop over the network
+_RENEWED = 0.5  # seconds between looks at what waiting jobs were told
+_NOTABLE = 0.1  # a share of the time left, by which it must have changed to be told anew
+_AGAIN = 60.0  # seconds until images of a size are tried again that did not fit in the device's memory
+_EXPERTS = (Stage.BASE, Stage.REFINER)
+_DISTURBED = Warning(
+    Notice.BATCH_REDUCED,
+    "",
+    "memory ran out on the way, and the rest was computed in smaller batches, which can change an image's last bits",
+)
 
 
 class Conditioning(Protocol):
@@ -34,16 +49,10 @@ class Conditioning(Protocol):
 
 
 class Trajectory(Protocol):
-    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order.
-
-    Trajectories whose `batch_key` is equal may share their next network call. It changes with the expert, and there
-    is none after the last call.
-    """
+    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order."""
 
     @property
     def stages(self) -> Sequence[Stage]: ...
-    @property
-    def batch_key(self) -> Hashable: ...
     @property
     def warnings(self) -> Sequence[Warning]: ...
 
@@ -51,10 +60,11 @@ class Trajectory(Protocol):
 class Model(Protocol):
     """What the engine asks of an ensemble. Each call returns when the device has finished it.
 
-    `step` makes one network call for 1 to `max_batch` trajectories of one `batch_key` and moves each on by it. An
-    image's bytes do not depend on who shares its calls, but on `max_batch`: each call takes the time and the memory of
-    a full one. `step` raises StepFailed when some failed and the others have moved on. Whatever else it raises, none
-    has moved and each can be stepped again; after OutOfMemory, `limit_batch` makes all later calls smaller.
+    `step` makes one network call for 1 to `max_batch` trajectories of one expert, shape and number of rows, and moves
+    each on by it. An image's bytes do not depend on who shares its calls, but on `max_batch`: each call takes the time
+    and the memory of a full one. `step` raises StepFailed when some failed and the others have moved on. Whatever else
+    it raises, none has moved and each can be stepped again; after OutOfMemory, `limit_batch` makes all later calls
+    smaller.
 
     `preview` is a small RGB picture of what the trajectory is about to become. It alone may be called from another
     thread, also while `step` has the same trajectory: it then shows the state before that step or the one after.
@@ -80,8 +90,12 @@ class Draining(EngineError):
     """The server is on its way out."""
 
 
-class QueueFull(EngineError):
-    """No room in the queue; `retry_after` seconds from now there should be."""
+class DeviceLost(EngineError):
+    """The device does not answer any more."""
+
+
+class Refused(EngineError):
+    """No room for the job, or no time; `retry_after` seconds from now there should be, infinite for never."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -100,9 +114,13 @@ class ModelFailed(EngineError):
     """The model raised on this job. The cause is in the log, and only there."""
 
 
+class DeviceFull(EngineError):
+    """The device's memory has no room for images as large as this job's."""
+
+
 @dataclass(frozen=True)
 class Queued:
-    """Admitted: `position` jobs are ahead, `eta` seconds until the last image."""
+    """Admitted: `position` jobs go first, `eta` seconds until the last image. Told anew when it has changed."""
 
     position: int
     eta: float
@@ -142,11 +160,15 @@ class ImageReady:
 
 @dataclass(frozen=True)
 class Finished:
-    """All images are out. `waited` seconds from admission to the first call, `ran` seconds from there to the last."""
+    """All images are out. `waited` seconds from admission to the first call, `ran` seconds from there to the last.
+
+    So many images as `max_batch` could share a network call.
+    """
 
     warnings: tuple[Warning, ...]
     waited: float
     ran: float
+    max_batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -161,13 +183,18 @@ Event = Queued | Progress | Preview | ImageReady | Finished | Failed
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of the model: which, for whom, and how to make it."""
+    """One call of the model for one job: whatever `make` does or, of an expert, a step of `trajectories`.
+
+    The first of these is image `index`. With this call, each image will have had `calls` of both experts.
+    """
 
     stage: Stage
-    make: Callable[[], Any]
     index: int = 0
     step: int = 1
     steps: int = 1
+    calls: int = 0
+    trajectories: Sequence[Trajectory] = ()
+    make: Callable[[], Any] = lambda: None
 
 
 @dataclass(eq=False)
@@ -175,36 +202,66 @@ class Job:
     """One admitted request, under the `name` that the log knows it by.
 
     `deliver` takes its events: called from any thread, never blocking, exactly one terminal event (Finished or Failed)
-    last. `deadline` is on the engine's clock, infinite for none.
+    last. Times are on the engine's clock.
     """
 
     name: str
     request: ImageRequest
     deliver: Callable[[Event], None]
-    deadline: float
-    admitted: float
+    task: Task
+    preview_interval: int = 0
     script: Generator[_Call, Any, tuple[Warning, ...]] | None = None
     call: _Call | None = None
     started: float | None = None
     ending: EngineError | None = None
+    ended: float = math.inf  # when `ending` was set
+    wasted: float = 0.0  # device seconds after that
     calls_made: int = 0
-    left: dict[Stage, int] = field(default_factory=dict)
+    disturbed: bool = False  # whether the batch was made smaller while it ran
+    foretold: float = 0.0  # when it should end, as was said at its admission
+    told: Queued | None = None
+    told_at: float = 0.0
+
+
+@dataclass
+class Statistics:
+    """What an engine has done so far. Times in seconds; `eta_error` is relative to what a job then took, the median of
+    the last thousand that finished."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    device: float = 0.0
+    wasted: float = 0.0
+    eta_error: float = math.nan
 
 
 class Engine:
-    """The device thread and its queue.
+    """The device thread and what waits for it.
 
-    `clock` is injected so that tests need no waiting. The order is first come, first served: the queue's head runs.
+    `clock` is injected so that tests need no waiting. Admission is bounded by `limits`, the order is the schedule's.
     """
 
-    def __init__(self, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_queue = max_queue
+    def __init__(
+        self, limits: Limits, order: Order = Order.SHORTEST, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock = clock
-        self._jobs: list[Job] = []
-        self._changed = threading.Condition()
-        self._draining = False
-        self._stopping = False
         self._times = CallTimes()
+        self._schedule = Schedule(limits, self._times, order)
+        self._jobs: dict[Task, Job] = {}
+        self._changed = threading.Condition()
+        self._refusing: EngineError | None = None
+        self._stopping = False
+        self._ending: set[Job] = set()
+        self._deadlines: list[tuple[float, int, Job]] = []
+        self._numbers = itertools.count()
+        self._renewed = -math.inf
+        self._max_batch = 1
+        self._calls_per_step: dict[str, float] = {}  # by scheduler, as planning showed
+        self._too_large: tuple[int, float] = (0, -math.inf)  # pixels times rows that had no room at all, until when
+        self._began: float | None = None  # the call in flight
+        self._outcomes: Counter[str] = Counter()
+        self._device_seconds = self._wasted_seconds = 0.0
+        self._eta_errors: deque[float] = deque(maxlen=1000)
+        self._previews = _Previews(self._deliver_preview)
         self._thread: threading.Thread | None = None
 
     def start(self, load: Callable[[], Model]) -> "Future[ModelCard]":
@@ -233,45 +290,142 @@ class Engine:
 
         `caller` is who asks, between whom the device is shared fairly. A higher `priority` goes earlier. Every so many
         network calls there is a Preview, with a `preview_interval` of 0 never.
-        Raises Draining or QueueFull; later troubles arrive as Failed.
+
+        Raises Draining, DeviceLost or Refused; later troubles arrive as Failed.
         """
         with self._changed:
-            if self._draining:
-                raise Draining("the server is shutting down; try another one, or again when it is back")
-            if len(self._jobs) >= self._max_queue:
-                wait = max(_LEAST_WAIT, self._seconds_left(self._jobs[0]))
-                raise QueueFull(f"{self._max_queue} requests are waiting already; try again in {wait:.1f} s", wait)
+            if self._refusing is not None:
+                raise self._refusing
             now = self._clock()
-            job = Job(name, request, deliver, deadline=now + timeout, admitted=now, left=_expected_calls(request))
-            self._jobs.append(job)
-            deliver(Queued(position=len(self._jobs) - 1, eta=self._eta(job)))
+            pixels = request.width * request.height
+            task = Task(
+                caller=caller,
+                calls=[(_kind(request, Stage.ENCODE), 1), *self._expected_calls(request)],
+                deadline=now + timeout,
+                priority=priority,
+                pixels=pixels * len(request.seeds),
+                bytes=_memory(request),
+            )
+            self._check(task, request, now)
+            job = Job(name, request, deliver, task, preview_interval)
+            self._schedule.add(task, now)
+            self._jobs[task] = job
+            if timeout < math.inf:
+                heapq.heappush(self._deadlines, (task.deadline, next(self._numbers), job))
+            self._tell(job, self._schedule.forecast(task, now), now)
+            job.foretold = now + job.told.eta if job.told else now
             self._changed.notify()
         return job
 
     def cancel(self, job: Job) -> None:
         """End a job after the call in flight, if it has not ended yet."""
         with self._changed:
-            job.ending = job.ending or Cancelled("the call was cancelled")
+            self._end_soon(job, Cancelled("the call was cancelled"))
             self._changed.notify()
 
     def drain(self) -> None:
         """Admit nothing more; what is admitted goes on."""
         with self._changed:
-            self._draining = True
+            self._refusing = self._refusing or Draining(
+                "the server is shutting down; try another one, or again when it is back"
+            )
 
     def stop(self) -> None:
         """Admit nothing more and end every job after the call in flight. `join` waits until that has happened."""
+        self.drain()
         with self._changed:
-            self._draining = self._stopping = True
-            for job in self._jobs:
-                job.ending = job.ending or Draining("the server shut down before the images were finished")
+            self._stopping = True
+            for job in self._jobs.values():
+                self._end_soon(job, Draining("the server shut down before the images were finished"))
             self._changed.notify()
+
+    def abandon(self) -> None:
+        """Fail every job now, because the call in flight will not come back. The device thread is left where it is."""
+        with self._changed:
+            self._stopping = True
+            self._refusing = DeviceLost("the device does not answer; this server is about to end")
+            for job in list(self._jobs.values()):
+                self._end(job, Failed(self._refusing))
 
     def join(self, timeout: float) -> bool:
         """Wait for the device thread to end; False if it still runs after `timeout` seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
         return self._thread is None or not self._thread.is_alive()
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the call in flight has taken so far; 0 between calls."""
+        with self._changed:
+            return 0.0 if self._began is None else self._clock() - self._began
+
+    def statistics(self) -> Statistics:
+        with self._changed:
+            return Statistics(
+                outcomes=self._outcomes.copy(),
+                device=self._device_seconds,
+                wasted=self._wasted_seconds,
+                eta_error=median(self._eta_errors) if self._eta_errors else math.nan,
+            )
+
+    # Admission.
+
+    def _check(self, task: Task, request: ImageRequest, now: float) -> None:
+        """Raises Refused if the task cannot be admitted now."""
+        size, until = self._too_large
+        if now < until and _rows(request) * request.width * request.height >= size:
+            raise Refused(
+                f"{request.width} x {request.height} pixels did not fit in the device's memory a moment ago; ask for "
+                f"fewer, or try again in {until - now:.0f} s",
+                until - now,
+            )
+        if (refusal := self._schedule.refusal(task, now)) is not None:
+            retry_after = max(_LEAST_WAIT, refusal.retry_after)
+            raise Refused(f"{self._why(refusal)}; {_when(retry_after)}", retry_after)
+
+    def _why(self, refusal: Refusal) -> str:
+        limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"
+        match refusal.reason:
+            case Reason.JOBS:
+                return f"{limits.jobs} requests are waiting already, for {work}"
+            case Reason.PIXELS:
+                return f"at most {limits.pixels:.0f} pixels may wait at once; those that do need {work}"
+            case Reason.BYTES:
+                return f"what waits may need at most {limits.bytes:.0f} bytes at once; what does needs {work}"
+            case Reason.DEADLINE:
+                return f"the deadline cannot be met: the last image could be there in {refusal.finish:.1f} s"
+            case Reason.OTHERS:
+                count = len(refusal.late)
+                return f"{count} admitted request{'s' * (count > 1)} would miss a deadline for this one"
+
+    def _expected_calls(self, request: ImageRequest) -> list[tuple[Kind, int]]:
+        """The calls of a job after the first, as far as known before it is planned."""
+        per_step = self._calls_per_step.get(request.scheduler, 1.0)
+        base = round(request.steps * request.high_noise_frac * per_step)
+        refiner = round(request.steps * per_step) - base
+        return _calls(request, {Stage.BASE: base, Stage.REFINER: refiner}, len(request.seeds), self._max_batch)
+
+    # What waiting jobs are told.
+
+    def _tell(self, job: Job, forecast: Forecast, now: float) -> None:
+        job.told, job.told_at = Queued(forecast.position, forecast.eta), now
+        job.deliver(job.told)
+
+    def _renew(self) -> None:
+        """Tell waiting jobs anew when they end, where that has changed."""
+        now = self._clock()
+        if now < self._renewed + _RENEWED:
+            return
+        for forecast in self._schedule.forecasts(now):
+            job = self._jobs[forecast.task]
+            if job.script is not None or job.told is None:
+                continue
+            expected = job.told.eta - (now - job.told_at)
+            if forecast.position != job.told.position or abs(forecast.eta - expected) > _NOTABLE * forecast.eta:
+                self._tell(job, forecast, now)
+        self._renewed = self._clock()
+        # With very many waiting, looking takes long; it must not become a notable share of the device's time.
+        self._renewed += 20 * (self._renewed - now)
 
     # The device thread.
 
@@ -281,125 +435,293 @@ class Engine:
         except Exception as error:  # noqa: BLE001  # whatever it is, the thread that waits for it must know
             loaded.set_exception(error)
             return
+        self._max_batch = model.max_batch
+        self._previews.start(model)
         loaded.set_result(model.card)
-        while (job := self._next()) is not None:
-            self._advance(job, model)
+        while jobs := self._next(model):
+            self._advance(jobs, model)
+        self._previews.stop()
 
-    def _next(self) -> Job | None:
-        """End what must end, then wait for the job whose call is made next; None once stopped."""
+    def _next(self, model: Model) -> list[Job]:
+        """End what must end, then wait for the jobs whose call is made next; none once stopped."""
         with self._changed:
             while True:
                 self._sweep()
                 if self._stopping:
-                    return None
-                if self._jobs:
-                    return self._jobs[0]
+                    return []
+                now = self._clock()
+                if tasks := self._schedule.choose(now):
+                    if tasks[0].kind.stage in _EXPERTS and model.max_batch > 1:
+                        tasks = self._schedule.choose(now, model.max_batch)
+                    self._renew()
+                    self._began = self._clock()
+                    return [self._jobs[task] for task in tasks]
                 self._changed.wait()
 
     def _sweep(self) -> None:
         now = self._clock()
-        for job in list(self._jobs):
-            if job.ending is None and now >= job.deadline:
-                job.ending = DeadlineExceeded("the deadline passed before the images were finished")
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, job = heapq.heappop(self._deadlines)
+            self._end_soon(job, DeadlineExceeded("the deadline passed before the images were finished"))
+        for job in list(self._ending):
             if job.ending is not None:
                 self._end(job, Failed(job.ending))
 
-    def _advance(self, job: Job, model: Model) -> None:
-        """Make the job's next call."""
-        started = self._clock()
-        try:
-            if job.script is None or job.call is None:
-                job.started = started
-                job.script = _script(job, model)
+    def _end_soon(self, job: Job, error: EngineError) -> None:
+        if job.task in self._jobs and job.ending is None:
+            job.ending, job.ended = error, self._clock()
+            self._ending.add(job)
+
+    def _advance(self, jobs: list[Job], model: Model) -> None:
+        """Make the next call of these jobs together, and move each on."""
+        for job in jobs:
+            if job.script is None:
+                job.started = self._clock()
+                job.script = _script(job, model, self._planned)
                 job.call = next(job.script)
-            call, result = job.call, job.call.make()
-            job.calls_made += 1
-            with self._changed:
-                job.left[call.stage] -= 1
-                self._times.record(call.stage, job.request, self._clock() - started)
-            job.deliver(Progress(call.index, call.stage, call.step, call.steps, self._seconds_left(job)))
-            job.call = job.script.send(result)
+        failures: dict[Job, Exception] = {}
+        result = None
+        began = self._clock()
+        if trajectories := [(job, each) for job in jobs if job.call for each in job.call.trajectories]:
+            failures = self._step(trajectories, model)
+        else:
+            (job,) = jobs
+            assert job.call is not None
+            try:
+                result = job.call.make()
+            except Exception as error:  # noqa: BLE001  # the wall between one job's failure and all the others
+                failures = {job: error}
+        self._account(jobs, began)
+        for job in jobs:
+            if job.call is None:  # abandoned meanwhile
+                continue
+            if job in failures:
+                self._fail(job, failures[job])
+            else:
+                self._move_on(job, job.call, result)
+
+    def _step(self, together: list[tuple[Job, Trajectory]], model: Model) -> dict[Job, Exception]:
+        """One network call for some trajectories; whose failed, and why.
+
+        What fails for all of several is tried again for each half, so that what is wrong with one is not the end of the
+        others. When memory runs out, this and all later calls are made smaller.
+        """
+        failures: dict[Job, Exception] = {}
+        waiting = [together]
+        while waiting:
+            some = waiting.pop()
+            error: Exception | None = None
+            if len(some) <= model.max_batch:
+                try:
+                    model.step([trajectory for _, trajectory in some])
+                    continue
+                except StepFailed as failed:
+                    failures |= {some[place][0]: cause for place, cause in failed.failures.items()}
+                    continue
+                except Exception as raised:  # noqa: BLE001  # the wall between one job's failure and all the others
+                    error = raised
+            if isinstance(error, OutOfMemory) and model.max_batch > 1:
+                self._shrink(model)
+                waiting.append(some)
+            elif error is not None and len(some) == 1:
+                failures[some[0][0]] = error
+            else:
+                half = len(some) // 2
+                waiting += [some[half:], some[:half]]
+        return failures
+
+    def _shrink(self, model: Model) -> None:
+        """Let fewer images share a call, because memory has run out."""
+        with self._changed:
+            before, self._max_batch = model.max_batch, model.max_batch // 2
+            model.limit_batch(self._max_batch)
+            for job in self._jobs.values():
+                job.disturbed = job.disturbed or job.script is not None
+        log.warning("%d images did not fit in the device's memory together: %d from now on", before, self._max_batch)
+
+    def _account(self, jobs: Sequence[Job], began: float) -> None:
+        """Note what a call has cost, and whom."""
+        with self._changed:
+            now = self._clock()
+            self._began = None
+            self._schedule.made([job.task for job in jobs], now - began)
+            self._device_seconds += now - began
+            for job in jobs:
+                job.calls_made += 1
+                if job.ending is not None:
+                    job.wasted += (now - max(began, job.ended)) / len(jobs)
+
+    def _move_on(self, job: Job, call: _Call, result: Any) -> None:
+        """Tell of the call that was made, and find out which is next."""
+        eta = self._eta(job)
+        for place in range(max(1, len(call.trajectories))):
+            job.deliver(Progress(call.index + place, call.stage, call.step, call.steps, eta))
+        self._offer_previews(job, call)
+        try:
+            job.call = job.script.send(result)  # type: ignore[union-attr]  # it has a call
         except StopIteration as finished:
             now = self._clock()
-            self._end(job, Finished(finished.value, job.started - job.admitted, now - job.started))  # type: ignore[operator]
-        except Exception:  # the wall between one job's failure and all the others
-            log.exception("%s: the model failed", job.name)
-            self._end(job, Failed(ModelFailed("the model failed on this request; the server's log has the cause")))
-
-    def _end(self, job: Job, terminal: Finished | Failed) -> None:
-        with self._changed:
-            self._jobs.remove(job)
-        job.script = job.call = None  # lets go of latents and conditioning
-        outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
-        log.info("%s: %s after %d model calls", job.name, outcome, job.calls_made)
-        job.deliver(terminal)
+            with self._changed:
+                assert job.started is not None
+                waited, ran = job.started - job.task.admitted, now - job.started
+                warnings = (*finished.value, _DISTURBED) if job.disturbed else finished.value
+                self._end(job, Finished(warnings, waited, ran, self._max_batch))
+        except Exception as error:  # noqa: BLE001
+            self._fail(job, error)
 
     def _eta(self, job: Job) -> float:
-        ahead = self._jobs[: self._jobs.index(job) + 1]
-        return sum(self._seconds_left(each) for each in ahead)
+        with self._changed:
+            return self._schedule.forecast(job.task, self._clock()).eta if job.task in self._jobs else 0.0
 
-    def _seconds_left(self, job: Job) -> float:
-        return sum(count * self._times.expect(stage, job.request) for stage, count in job.left.items())
+    def _planned(self, job: Job, calls: Mapping[Stage, int], images: int) -> None:
+        """Each of the job's images, of which so many are left, turns out to need so many calls of each expert."""
+        with self._changed:
+            self._calls_per_step[job.request.scheduler] = sum(calls.values()) / job.request.steps
+            if job.task in self._jobs:
+                self._schedule.replan(job.task, _calls(job.request, calls, images, self._max_batch))
+
+    def _offer_previews(self, job: Job, call: _Call) -> None:
+        if call.trajectories and job.preview_interval and call.calls % job.preview_interval == 0:
+            for place, trajectory in enumerate(call.trajectories):
+                self._previews.offer(job, call.index + place, call.calls, trajectory)
+
+    def _deliver_preview(self, job: Job, preview: Preview) -> None:
+        with self._changed:
+            if job.task in self._jobs:  # nothing may follow the terminal event
+                job.deliver(preview)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        failure: EngineError
+        if isinstance(error, OutOfMemory):
+            request = job.request
+            failure = DeviceFull(
+                f"{request.width} x {request.height} pixels do not fit in the device's memory; ask for fewer"
+            )
+            log.error("%s: %s", job.name, error)
+        else:
+            failure = ModelFailed("the model failed on this request; the server's log has the cause")
+            log.error("%s: the model failed", job.name, exc_info=error)
+        with self._changed:
+            if isinstance(error, OutOfMemory):
+                self._too_large = (_rows(request) * request.width * request.height, self._clock() + _AGAIN)
+            self._end(job, Failed(failure))
+
+    def _end(self, job: Job, terminal: Finished | Failed) -> None:
+        """Let go of a job and tell how it ended. With the lock held."""
+        self._ending.discard(job)
+        if self._jobs.pop(job.task, None) is None:
+            return
+        now = self._clock()
+        self._schedule.remove(job.task, now)
+        self._previews.forget(job)
+        job.script = job.call = None  # lets go of latents and conditioning
+        outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
+        self._outcomes[outcome] += 1
+        self._wasted_seconds += job.wasted
+        took = now - job.task.admitted
+        if isinstance(terminal, Finished) and took > 0:
+            self._eta_errors.append(abs(job.foretold - now) / took)
+        log.info(
+            "%s: %s after %d model calls, %.3f s of the device, %.3f s of them for nobody; %.2f s, foretold %.2f s",
+            job.name, outcome, job.calls_made, job.task.used, job.wasted, took, job.foretold - job.task.admitted,
+        )  # fmt: skip
+        job.deliver(terminal)
 
 
-def _script(job: Job, model: Model) -> Generator[_Call, Any, tuple[Warning, ...]]:
-    """All calls of one job, in order; each yield gets its call's result. Returns the warnings."""
+class _Previews:
+    """Draws previews on a thread of its own. It never holds up a step: of each image only the newest state waits."""
+
+    def __init__(self, deliver: Callable[[Job, Preview], None]) -> None:
+        self._deliver = deliver
+        self._waiting: dict[tuple[Job, int], tuple[int, Trajectory]] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+
+    def start(self, model: Model) -> None:
+        threading.Thread(target=self._run, args=(model,), name="previews", daemon=True).start()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def offer(self, job: Job, index: int, step: int, trajectory: Trajectory) -> None:
+        with self._changed:
+            self._waiting[job, index] = step, trajectory
+            self._changed.notify()
+
+    def forget(self, job: Job) -> None:
+        with self._changed:
+            for waiting in [each for each in self._waiting if each[0] is job]:
+                del self._waiting[waiting]
+
+    def _run(self, model: Model) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if self._stopping:
+                    return
+                job, index = next(iter(self._waiting))
+                step, trajectory = self._waiting.pop((job, index))
+            try:
+                pixels = model.preview(trajectory)
+            except Exception:  # a preview is not worth an image
+                log.exception("%s: no preview of image %d", job.name, index)
+                continue
+            self._deliver(job, Preview(index, step, len(trajectory.stages), pixels))
+
+
+def _script(
+    job: Job, model: Model, planned: Callable[[Job, Mapping[Stage, int], int], None]
+) -> Generator[_Call, Any, tuple[Warning, ...]]:
+    """All calls of one job, in order; each yield gets its call's result. Returns the warnings.
+
+    As many images as may share a call go through the experts together.
+    """
     request = job.request
-    conditioning: Conditioning = yield _Call(Stage.ENCODE, partial(model.encode, request))
+    conditioning: Conditioning = yield _Call(Stage.ENCODE, make=partial(model.encode, request))
     warnings = list(conditioning.warnings)
-    for index, seed in enumerate(request.seeds):
-        trajectory: Trajectory = model.plan(request, conditioning, seed)
-        warnings += (warning for warning in trajectory.warnings if warning not in warnings)
-        calls = {stage: trajectory.stages.count(stage) for stage in (Stage.BASE, Stage.REFINER)}
-        images_left = len(request.seeds) - index
-        job.left |= {stage: images_left * count for stage, count in calls.items()}
+    images = list(enumerate(request.seeds))
+    while images:
+        group = images[: model.max_batch]
+        trajectories: list[Trajectory] = [model.plan(request, conditioning, seed) for _, seed in group]
+        warnings += (each for trajectory in trajectories for each in trajectory.warnings if each not in warnings)
+        stages = trajectories[0].stages
+        calls = {stage: stages.count(stage) for stage in _EXPERTS}
+        planned(job, calls, len(images))
+        images = images[len(group) :]
         done = dict.fromkeys(calls, 0)
-        for stage in trajectory.stages:
+        for made, stage in enumerate(stages, 1):
             done[stage] += 1
-            yield _Call(stage, partial(model.step, [trajectory]), index, done[stage], calls[stage])
-        pixels = yield _Call(Stage.DECODE, partial(model.decode, trajectory), index)
-        job.deliver(ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
+            yield _Call(stage, group[0][0], done[stage], calls[stage], made, trajectories)
+        for (index, seed), trajectory in zip(group, trajectories, strict=True):
+            pixels = yield _Call(Stage.DECODE, index, make=partial(model.decode, trajectory))
+            job.deliver(ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
     return tuple(warnings)
 
 
-def _expected_calls(request: ImageRequest) -> dict[Stage, int]:
-    """Calls per stage as far as known before planning: a second-order scheduler turns out to need nearly twice them."""
-    images = len(request.seeds)
-    base = round(request.steps * request.high_noise_frac)
-    return {
-        Stage.ENCODE: 1,
-        Stage.BASE: images * base,
-        Stage.REFINER: images * (request.steps - base),
-        Stage.DECODE: images,
-    }
+def _calls(request: ImageRequest, calls: Mapping[Stage, int], images: int, batch: int) -> list[tuple[Kind, int]]:
+    """All calls that so many images need after the prompt's, if `batch` of them share the calls of the experts."""
+    planned = []
+    for group in [batch] * (images // batch) + [images % batch]:
+        counts = {**calls, Stage.DECODE: group} if group else {}
+        planned += [(_kind(request, stage), count) for stage, count in counts.items() if count]
+    return planned
 
 
-class CallTimes:
-    """Measured seconds per call, by stage, pixels and rows: an exponential moving average.
-
-    What was never measured is taken from the nearest size of the same stage, scaled by pixels and rows.
-    """
-
-    _WEIGHT = 0.2  # of the newest measurement
-
-    def __init__(self) -> None:
-        self._seconds: dict[Stage, dict[int, float]] = {}
-
-    def record(self, stage: Stage, request: ImageRequest, seconds: float) -> None:
-        sizes = self._seconds.setdefault(stage, {})
-        size = _work(request)
-        sizes[size] = seconds if size not in sizes else sizes[size] + self._WEIGHT * (seconds - sizes[size])
-
-    def expect(self, stage: Stage, request: ImageRequest) -> float:
-        """Expected seconds of one call; 0 before anything of this stage was measured."""
-        sizes = self._seconds.get(stage)
-        if not sizes:
-            return 0.0
-        size = _work(request)
-        nearest = min(sizes, key=lambda known: abs(math.log(known / size)))
-        return sizes[nearest] * size / nearest
+def _kind(request: ImageRequest, stage: Stage) -> Kind:
+    return Kind(stage, request.width, request.height, _rows(request) if stage in _EXPERTS else 1)
 
 
-def _work(request: ImageRequest) -> int:
-    """Pixels times rows: guidance runs a second row, unconditional, beside the first."""
-    return request.width * request.height * (2 if request.guidance_scale > 1 else 1)
+def _rows(request: ImageRequest) -> int:
+    """Guidance runs a second row, unconditional, beside the first."""
+    return 2 if request.guidance_scale > 1 else 1
+
+
+def _memory(request: ImageRequest) -> int:
+    """Bytes that a job may hold at once: the pixels of its images, and latents, which are fewer."""
+    return 2 * 3 * request.width * request.height * len(request.seeds)
+
+
+def _when(retry_after: float) -> str:
+    return f"try again in {retry_after:.1f} s" if retry_after < math.inf else "it never can be"

@@ -22,7 +22,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
 from server.domain import ModelCard, default_request
-from server.engine import Engine, Event, Failed, Finished, ImageReady, Model
+from server.engine import DeviceLost, Engine, Event, Failed, Finished, ImageReady, Model
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -34,6 +34,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
 
 # After the grace period: what calls get to hear their status, connections to close, and the device to end its call.
 _CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
+_LOOKS = 20  # at the device, in the time after which it is given up
 
 
 class CannotListen(Exception):
@@ -54,19 +55,22 @@ class Server:
     def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
         self._settings = settings
         self._load = load
-        self._engine = Engine(settings.max_queue)
+        self._engine = Engine(settings.queue, settings.schedule)
         self._servicer = TextToImageServicer(self._engine, settings)
         self._health = health.HealthServicer()
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
         self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)])
+        self.device_is_busy = False
+        """Whether the device was still inside a call when everything else had stopped."""
+        self._lost = False
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
 
     async def serve(self) -> None:
         """Serve until SIGTERM or SIGINT; a second one cuts the grace period short.
 
-        Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, or whatever loading the model raised.
+        Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, DeviceLost, or whatever loading the model raised.
         """
         self._remove_ready_file()  # that of a server which was killed tells of a port that is no longer ours
         loop = asyncio.get_running_loop()
@@ -75,7 +79,7 @@ class Server:
         address = await self._open_port()
         try:
             await self._unless_stopped(self._get_ready(address))
-            await self._stopping.wait()
+            await self._unless_stopped(self._watch_device())
             await self._drain()
         finally:
             await self._stop()
@@ -130,6 +134,16 @@ class Server:
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
         return reference.hexdigest()
 
+    async def _watch_device(self) -> None:
+        """Raises DeviceLost when a call of the model does not come back; every call has failed with it then."""
+        patience = self._settings.device_seconds
+        while (busy := self._engine.busy) < patience:
+            await asyncio.sleep(patience / _LOOKS)
+        await self._set_health(HealthCheckResponse.NOT_SERVING)
+        self._engine.abandon()
+        self._lost = True
+        raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
+
     async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
@@ -163,12 +177,7 @@ class Server:
         self._engine.stop()
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await self._grpc.stop(_CONNECTIONS_SECONDS)
-        if not await asyncio.to_thread(self._engine.join, _DEVICE_SECONDS):
-            # Python cannot leave while another thread is inside the device's library, as when a signal comes while a
-            # large model is being loaded.
-            log.warning("the device is still busy; leaving without it")
-            logging.shutdown()
-            os._exit(0)
+        self.device_is_busy = not await asyncio.to_thread(self._engine.join, 0 if self._lost else _DEVICE_SECONDS)
         log.info("stopped")
 
     def _remove_ready_file(self) -> None:

@@ -159,7 +159,7 @@ def load(
             if shared:
                 parts["text_encoder_2"] = base_pipeline.text_encoder_2
             refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
-        card = _card(base_files, refiner_files, base_pipeline, precision, name)
+        card = _card(base_files, refiner_files, base_pipeline, precision, name, max_batch)
         return Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder)
 
 
@@ -586,7 +586,12 @@ def _pipeline(kind: Any, files: Checkpoint, precision: str, **parts: Any) -> Any
 
 
 def _card(
-    base: Checkpoint, refiner: Checkpoint | None, pipeline: StableDiffusionXLPipeline, precision: str, name: str | None
+    base: Checkpoint,
+    refiner: Checkpoint | None,
+    pipeline: StableDiffusionXLPipeline,
+    precision: str,
+    name: str | None,
+    max_batch: int,
 ) -> ModelCard:
     defaults = checkpoint.defaults(base)
     return ModelCard(
@@ -602,5 +607,5 @@ def _card(
         default_guidance_scale=defaults.guidance_scale,
         default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
         default_scheduler="euler",
-        environment=provenance.environment(pipeline.device.type, precision),
+        environment=provenance.environment(pipeline.device.type, precision, max_batch),
     )

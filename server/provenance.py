@@ -21,14 +21,15 @@ _PACKAGES = ("diffusers", "transformers", "tokenizers", "pillow")
 _CODECS = ("libjpeg_turbo", "webp", "zlib", "zlib_ng")
 
 
-def environment(device: str, precision: str) -> Environment:
-    """The environment of networks that run on `device` in `precision`, both as ModelCard has them."""
+def environment(device: str, precision: str, max_batch: int) -> Environment:
+    """The environment of networks on `device` in `precision`, as ModelCard has them, with `max_batch` images a call."""
     return Environment(
         versions=_versions(device),
         hardware=torch.cuda.get_device_name() if device == "cuda" else _processor(),
         precision=precision,
         fp32_math=_fp32_math(device),
         threads=torch.get_num_threads() if device == "cpu" else 0,
+        max_batch=max_batch,
     )
 
 

@@ -44,6 +44,7 @@ _NOTABLE = 0.1  # a change by more than this share makes all be ranked anew
 _PRIORITY = 4.0  # a step of priority counts as being so many times shorter
 _CAUTION = 1.05  # the time a deadline's work is taken to need, for one that is expected
 _LOOK = 32  # jobs, in order, that are looked at for one that can share a call
+_FEW = 20  # arrivals: fewer say nothing of those to come
 _RECENT = 300  # arrivals from which those to come are foretold
 
 
@@ -231,7 +232,8 @@ class Schedule:
         """The tasks whose next call is to be made now, in one call together; none if there are none.
 
         The first is the one whose turn it is, up to `most` - 1 others of its kind follow in the order of the schedule,
-        as far as the longer call makes no deadline late.
+        as far as the longer call makes no deadline late. One that could follow after a single call of another kind, as
+        of the text encoders, gets that call first.
         """
         first = self._first(now)
         if first is None:
@@ -240,12 +242,18 @@ class Schedule:
         if most > 1:
             for forecast in itertools.islice(self.forecasts(now), _LOOK):
                 task = forecast.task
-                if task is first or task._held or not task.calls or task.kind != first.kind:
+                if task is first or task._held or first.kind not in (kind for kind, _ in task.calls[:2]):
                     continue
-                longer = self._times.expect(first.kind, len(batch) + 1)
-                if len(batch) == most or self._claims.press(now, longer):
+                alike = task.kind == first.kind
+                before = 0.0 if alike else self._times.expect(task.kind)
+                if len(batch) == most or self._claims.press(
+                    now, before + self._times.expect(first.kind, len(batch) + 1)
+                ):
                     break
-                batch.append(task)
+                if alike:
+                    batch.append(task)
+                elif task.calls[0][1] == 1:
+                    return [task]
         return batch
 
     def holds_until(self, now: float) -> float:
@@ -568,7 +576,8 @@ class _Arrivals:
         self._fresh += 1
 
     def rates(self, now: float) -> "_Rates":
-        if self._fresh >= max(1, len(self._recent) // 50) and now > self._recent[0][0]:
+        enough = len(self._recent) >= _FEW and self._fresh >= len(self._recent) // 50
+        if enough and now > self._recent[0][0]:
             span = now - self._recent[0][0]
             self._fresh, self._rates = 0, _Rates(sorted(each[1:] for each in self._recent), span)
         return self._rates

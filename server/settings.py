@@ -11,6 +11,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.scheduling import Limits, Order
+
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -25,7 +27,7 @@ class Settings(BaseSettings):
 
     Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops. Exit codes: 0 stopped when asked,
     1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
-    10 and up: the checkpoint or the device, each said in one sentence.
+    6 the device did not answer any more, 10 and up: the checkpoint or the device, each said in one sentence.
     """
 
     model_config = SettingsConfigDict(
@@ -60,7 +62,22 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="arithmetic of the networks; auto is bf16 on cuda, fp16 on mps, fp32 on cpu"
     )
+    schedule: Order = Field(
+        Order.SHORTEST,
+        description="shortest: short requests and deadlines first, fair between callers, nobody waits for ever; "
+        "first-come: each to its end in the order of arrival",
+    )
     max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
+    max_queue_pixels: int = Field(2**28, ge=4096, description="pixels of all images of the requests admitted at once")
+    max_queue_bytes: int = Field(
+        2**30, ge=2**20, description="memory that the requests admitted at once may need for their images and latents"
+    )
+    max_batch: int = Field(
+        1, ge=1, le=64, description="images that share a network call; every call then costs as much as a full one"
+    )
+    device_seconds: float = Field(
+        300, gt=0, description="after so long in one call of the model the device is given up, and the server with it"
+    )
     max_images: int = Field(8, ge=1, le=64, description="largest n of a request")
     max_steps: int = Field(150, ge=1, le=1000, description="largest number of denoising steps of a request")
     max_prompt_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest prompt, in characters")
@@ -90,6 +107,11 @@ class Settings(BaseSettings):
         if self.refiner is not None and self.base is None:
             raise ValueError("--refiner was given without --base; give both folders, or neither")
         return self
+
+    @property
+    def queue(self) -> Limits:
+        """What may be admitted at once."""
+        return Limits(self.max_queue, self.max_queue_pixels, self.max_queue_bytes)
 
     @property
     def experts(self) -> tuple[Path, Path | None]:

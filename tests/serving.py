@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grpc
@@ -44,14 +44,14 @@ def first_step(stream: Iterable[pb.StreamGenerateResponse]) -> pb.Progress:
 
 
 class ServerProcess:
-    """`python -m server` on a free port of this machine, its log line by line."""
+    """`python -m server`, or another program around it, on a free port of this machine, its log line by line."""
 
-    def __init__(self, *flags: str, **environment: str) -> None:
+    def __init__(self, *flags: str, program: Sequence[str] = ("-m", "server"), **environment: str) -> None:
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._closed = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", *flags],
+            [sys.executable, *program, "--listen", "127.0.0.1:0", *flags],
             cwd=ROOT,
             env=os.environ | environment,
             stderr=subprocess.PIPE,

@@ -31,7 +31,7 @@ CARD = ModelCard(
     default_guidance_scale=5.0,
     default_high_noise_frac=0.8,
     default_scheduler="euler",
-    environment=Environment({"torch": "2.13.0"}, "none", "fp32", "matmul ieee, convolution ieee", 2, "e" * 64),
+    environment=Environment({"torch": "2.13.0"}, "none", "fp32", "matmul ieee, convolution ieee", 2, 1, "e" * 64),
 )
 LIMITS = contract.limits_of(CARD, Settings())
 
@@ -317,7 +317,7 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
     ("error", "code"),
     [
         (contract.InvalidRequest([contract.Violation("data.prompt", "is required")]), grpc.StatusCode.INVALID_ARGUMENT),
-        (engine.QueueFull("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (engine.Refused("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (contract.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
         (engine.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
         (engine.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -337,5 +337,5 @@ def test_a_bad_request_and_a_full_queue_carry_googles_details():
     status = contract.status_of(contract.InvalidRequest([contract.Violation("data.prompt", "is required")]))
     assert status.details[0].Unpack(bad)
     assert bad.field_violations[0].field == "data.prompt"
-    assert contract.status_of(engine.QueueFull("full", 2.5)).details[0].Unpack(retry)
+    assert contract.status_of(engine.Refused("full", 2.5)).details[0].Unpack(retry)
     assert retry.retry_delay.ToSeconds() == 2

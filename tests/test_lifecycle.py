@@ -141,3 +141,35 @@ def test_a_folder_without_a_checkpoint_ends_the_server_before_it_serves(start_se
     assert str(tmp_path) in server.log
     assert "lifecycle: serving" not in server.log
     assert "Traceback" not in server.log
+
+
+def test_a_device_that_does_not_answer_ends_the_process_for_an_orchestrator_to_restart(start_server):
+    server = start_server("--device-seconds", "2", program=("tests/faulty_server.py",)).wait_until_ready()
+    with connect(server) as channel:
+        stub, health = pb_grpc.TextToImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
+        assert next(watch).status == SERVING
+        calls = [stub.Generate.future(request(prompt), timeout=PATIENCE) for prompt in ("hang", "a cat")]
+        assert next(watch).status == NOT_SERVING
+        for call in calls:
+            assert call.code() == grpc.StatusCode.UNAVAILABLE
+            assert "the device does not answer" in call.details()
+    assert server.wait() == 6
+    assert "Traceback" not in server.log
+
+
+def test_faults_of_the_device_end_the_call_that_met_them_and_no_other(start_server):
+    server = start_server("--max-batch", "4", program=("tests/faulty_server.py",)).wait_until_ready()
+    with connect(server) as channel:
+        stub = pb_grpc.TextToImageServiceStub(channel)
+        prompts = ("a cat", "broken", "a dog")
+        calls = [stub.Generate.future(request(prompt), timeout=PATIENCE) for prompt in prompts]
+        assert [call.code() for call in calls] == [
+            grpc.StatusCode.OK,
+            grpc.StatusCode.INTERNAL,
+            grpc.StatusCode.OK,
+        ]
+        full = stub.Generate.future(request("no memory", sampling={"width": 512, "height": 512}), timeout=PATIENCE)
+        assert full.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "do not fit in the device's memory" in full.details()
+        assert stub.Generate(request(), timeout=PATIENCE).data.choices

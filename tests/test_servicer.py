@@ -1,6 +1,7 @@
 """What callers hear of a fault that nobody foresaw: the real servicer and engine around a model that is broken."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -10,6 +11,7 @@ from serving import request
 
 from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
 from server.engine import Engine
+from server.scheduling import Limits
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -26,7 +28,8 @@ class Nothing:
 class WrongPixels:
     """A model whose pixels are no pixels, which is only noticed when they are coded."""
 
-    environment = Environment({}, "none", "fp32", "none", 1)
+    max_batch = 1
+    environment = Environment({}, "none", "fp32", "none", 1, 1)
     card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", environment)
 
     def encode(self, request: ImageRequest) -> Nothing:
@@ -35,7 +38,7 @@ class WrongPixels:
     def plan(self, request: ImageRequest, conditioning: Nothing, seed: int) -> Nothing:
         return conditioning
 
-    def step(self, trajectory: Nothing) -> None:
+    def step(self, trajectories: Sequence[Nothing]) -> None:
         pass
 
     def decode(self, trajectory: Nothing) -> np.ndarray:
@@ -51,7 +54,7 @@ async def _read(stream) -> None:
 async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_log(
     method: str, caplog: pytest.LogCaptureFixture
 ):
-    engine = Engine(max_queue=1)
+    engine = Engine(Limits(jobs=1))
     servicer = TextToImageServicer(engine, Settings())
     servicer.open(await asyncio.wrap_future(engine.start(WrongPixels)))
     server = grpc.aio.server()

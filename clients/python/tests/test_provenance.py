@@ -52,6 +52,7 @@ def answer(image_metadata: pb.ImageMetadata) -> pb.GenerateResponse:
             precision="fp32",
             fp32_math="matmul ieee, convolution ieee",
             threads=2,
+            max_batch=1,
             reference="b" * 64,
         )
     )

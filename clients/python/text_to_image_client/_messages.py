@@ -205,6 +205,7 @@ def read_environment(environment: pb.Environment) -> Environment:
         precision=environment.precision,
         fp32_math=environment.fp32_math,
         threads=environment.threads,
+        max_batch=environment.max_batch,
         reference=environment.reference,
     )
 

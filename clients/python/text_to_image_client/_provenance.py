@@ -126,6 +126,7 @@ def _facts(fingerprint: str, environment: Environment) -> dict[str, str]:
         "precision": environment.precision,
         "fp32 math": environment.fp32_math,
         "threads": str(environment.threads),
+        "largest batch": str(environment.max_batch),
         "reference image": environment.reference,
     }
 

@@ -221,6 +221,8 @@ class Environment:
     """How products of fp32 numbers are computed: "matmul ieee, convolution tf32"."""
     threads: int
     """Threads that share a computation on the CPU; 0 on other devices."""
+    max_batch: int
+    """Images that can share a network call, whose shape that decides."""
     reference: str
     """SHA-256 in hex of an image that every server draws before it serves: measured, where the rest is told."""
 

@@ -796,6 +796,7 @@ class Environment(google.protobuf.message.Message):
     FP32_MATH_FIELD_NUMBER: builtins.int
     THREADS_FIELD_NUMBER: builtins.int
     REFERENCE_FIELD_NUMBER: builtins.int
+    MAX_BATCH_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     """SHA-256 in hex over all other fields. Where it and the weights' fingerprint are equal, so are the bytes that a
     request makes.
@@ -815,6 +816,10 @@ class Environment(google.protobuf.message.Message):
     every server draws before it serves. Measured, not told: it also differs by what the fields above do not see, such
     as the instruction set that a library chose for itself.
     """
+    max_batch: builtins.int
+    """Images that can share a network call, the server's `--max-batch`. It decides the shape of every call, whoever shares
+    it. Smaller than it was once memory has run out.
+    """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """By name: "server", this service; "torch", "diffusers", "transformers" and "tokenizers", which compute; "pillow" with
@@ -832,8 +837,9 @@ class Environment(google.protobuf.message.Message):
         fp32_math: builtins.str = ...,
         threads: builtins.int = ...,
         reference: builtins.str = ...,
+        max_batch: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "fp32_math", b"fp32_math", "hardware", b"hardware", "precision", b"precision", "reference", b"reference", "threads", b"threads", "versions", b"versions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "fp32_math", b"fp32_math", "hardware", b"hardware", "max_batch", b"max_batch", "precision", b"precision", "reference", b"reference", "threads", b"threads", "versions", b"versions"]) -> None: ...
 
 global___Environment = Environment
 
@@ -860,6 +866,8 @@ class Warning(google.protobuf.message.Message):
         """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
         CODE_PRIORITY_LOWERED: Warning._Code.ValueType  # 6
         """The priority was above what the server allows."""
+        CODE_BATCH_REDUCED: Warning._Code.ValueType  # 7
+        """Memory ran out while the image was made, and later calls had fewer rows, which can change its last bits."""
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     CODE_UNSPECIFIED: Warning.Code.ValueType  # 0
@@ -875,6 +883,8 @@ class Warning(google.protobuf.message.Message):
     """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
     CODE_PRIORITY_LOWERED: Warning.Code.ValueType  # 6
     """The priority was above what the server allows."""
+    CODE_BATCH_REDUCED: Warning.Code.ValueType  # 7
+    """Memory ran out while the image was made, and later calls had fewer rows, which can change its last bits."""
 
     CODE_FIELD_NUMBER: builtins.int
     FIELD_FIELD_NUMBER: builtins.int

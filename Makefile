@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead run test lint generate generate-check lock weights evaluate clean
+.PHONY: help demo gallery bench-overhead bench-batching run test lint generate generate-check lock weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -20,6 +20,9 @@ gallery: $(VENV)/.runtime ## draw the README's pictures through the running serv
 
 bench-overhead: $(VENV)/.runtime ## what the service costs beyond the bare loop over the model's calls
 	$(BIN)/python -m bench.overhead $(ARGS)
+
+bench-batching: $(VENV)/.runtime ## images per second by the number of images that share a network call
+	$(BIN)/python -m bench.batching $(ARGS)
 
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)

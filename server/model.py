@@ -414,7 +414,9 @@ class _ImageByImage(torch.nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor) -> Any:
+        if self.images == 1:
+            return self.layer(rows)
         return torch.cat([self.layer(of_one_image) for of_one_image in rows.chunk(self.images)])
 
 

@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead bench-scheduling run test lint generate generate-check lock weights evaluate clean
+.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching run test lint generate \
+	generate-check lock weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -23,6 +24,12 @@ bench-overhead: $(VENV)/.runtime ## what the service costs beyond the bare loop 
 
 bench-scheduling: $(VENV)/.dev ## simulate a million jobs against other orders; ARGS="--jobs 5000" is quick
 	$(BIN)/python -m bench.scheduling --plot docs/scheduling.png $(ARGS)
+
+bench-trace: $(VENV)/.runtime ## two hundred callers through gRPC, against first come, first served
+	$(BIN)/python -m bench.trace $(ARGS)
+
+bench-batching: $(VENV)/.runtime ## images per second by the number of images that share a network call
+	$(BIN)/python -m bench.batching $(ARGS)
 
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)

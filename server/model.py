@@ -44,7 +44,8 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "heun_karras": partial(HeunDiscreteScheduler.from_config, use_karras_sigmas=True),
     "dpmpp_2m": partial(DPMSolverMultistepScheduler.from_config, use_karras_sigmas=False),
     "dpmpp_2m_karras": partial(DPMSolverMultistepScheduler.from_config, use_karras_sigmas=True),
-    "ddim": DDIMScheduler.from_config,
+    # Clipping is for pixels, which end at 1; latents do not. A configuration that does not say so would get it.
+    "ddim": partial(DDIMScheduler.from_config, clip_sample=False),
 }
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -414,7 +415,9 @@ class _ImageByImage(torch.nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor) -> Any:
+        if self.images == 1:
+            return self.layer(rows)
         return torch.cat([self.layer(of_one_image) for of_one_image in rows.chunk(self.images)])
 
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 from server import model
-from server.domain import ImageRequest, Notice, Stage
+from server.domain import ImageRequest, Notice, Stage, default_request
+from server.settings import EMBEDDED
 
 REQUEST = ImageRequest("a cat", "a dog", (1,), 20, 5.0, 0.8, "euler", 32, 32)
 
@@ -186,6 +187,14 @@ def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_d
             vae.register_to_config(latents_mean=None, latents_std=None)
     assert np.array_equal(mine, np.asarray(theirs.images[0]))
     assert not np.array_equal(mine, plain)
+
+
+def test_ddim_draws_what_euler_draws():
+    # Without noise of its own DDIM is Euler's method in other words (Song et al., 2021, section 4.3).
+    embedded = model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu")
+    request = replace(default_request(embedded.card, "cat napping"), steps=10)
+    euler, ddim = (finished(embedded, replace(request, scheduler=name)).latents for name in ("euler", "ddim"))
+    assert relative_error(ddim, euler) < 0.1
 
 
 def test_the_same_request_gives_the_same_bytes_and_another_seed_others(ensemble):

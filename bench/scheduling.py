@@ -29,6 +29,7 @@ LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
 # Seconds of one call at 1024 x 1024 on an H200, with guidance; a shape's share of it goes by pixels.
 SECONDS = {Stage.ENCODE: 0.012, Stage.BASE: 0.030, Stage.REFINER: 0.033, Stage.DECODE: 0.035}
+BATCH = 8
 SIDES = (512, 768, 1024)
 SHARE = 0.2
 CALLERS = 20  # the k-th sends in proportion to 1 / k
@@ -254,8 +255,9 @@ def costs(waiting: int) -> None:
             timed("refusal", schedule.refusal, coming, 0.0)
             timed("add", schedule.add, coming, 0.0)
             batch = timed("choose" + pressing, schedule.choose, 0.0)
-            timed("made" + pressing, schedule.made, batch, usual(batch[0].kind))
+            timed(f"choose up to {BATCH}" + pressing, schedule.choose, 0.0, BATCH)
             timed("forecast of the job that runs", schedule.forecast, batch[0], 0.0)
+            timed("made" + pressing, schedule.made, batch, usual(batch[0].kind))
             timed("remove", schedule.remove, task, 0.0)
     timed("forecasts of all", lambda: list(schedule.forecasts(0.0)))
     print(f"With {waiting} jobs waiting, half of them with deadlines; {held:.0f} bytes a job.\n")

@@ -237,15 +237,19 @@ class Schedule:
         if first is None:
             return []
         batch = [first]
-        if most > 1:
-            for forecast in itertools.islice(self.forecasts(now), _LOOK):
-                task = forecast.task
-                if task is first or task._held or not task.calls or task.kind != first.kind:
-                    continue
-                longer = self._times.expect(first.kind, len(batch) + 1)
-                if len(batch) == most or self._claims.press(now, longer):
-                    break
+        looked: list[Task] = []
+        while len(batch) < most and len(looked) < _LOOK and (caller := self._turns.first()):
+            if self._claims.press(now, self._times.expect(first.kind, len(batch) + 1)):
+                break
+            task = caller.queue.first()
+            assert task is not None
+            if task is not first and task.kind == first.kind:
                 batch.append(task)
+            looked.append(task)
+            caller.queue.drop(task)
+            self._place(caller)
+        for task in looked:
+            self._rank(task)
         return batch
 
     def holds_until(self, now: float) -> float:
@@ -531,10 +535,11 @@ class _Claims:
         Tasks lose their claims here if not all can be met.
         """
         while now + step > self.latest_start:
-            needed = np.cumsum(self._remaining)
+            needed = self._remaining.cumsum()
             if not self._exact:
                 self._exact, self.latest_start = True, float((self._deadlines - _CAUTION * needed).min())
-                continue
+                if now + step <= self.latest_start:
+                    break
             late = self._deadlines < now + needed
             if not late.any():
                 return next((task for task in self._tasks if task.calls and not task._held), None)

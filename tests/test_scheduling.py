@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -403,6 +403,27 @@ def test_a_choice_holds_as_long_as_it_says():
 
 
 # Everything at once, at random.
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 20), st.integers(1, 30), st.sampled_from([math.inf, 1.06, 1.5, 3.0, 6.0])),
+        max_size=40,
+    )
+)
+def test_every_deadline_that_was_admitted_is_met(arrivals: list[tuple[int, int, float]]):
+    schedule = schedule_of()
+    now = 0.0
+    ends: list[tuple[Task, float]] = []
+    for gap, count, slack in arrivals:
+        ends += run(schedule, now, until=now + gap)
+        now += gap
+        task = steps(count, deadline=now + slack * count)
+        if schedule.refusal(task, now) is None:
+            schedule.add(task, now)
+    for task, end in ends + run(schedule, now):
+        assert end <= task.deadline
 
 
 class AnyLife(RuleBasedStateMachine):

@@ -56,9 +56,10 @@ class Order(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be admitted at once: jobs, pixels of all their images, bytes of memory."""
+    """What may be admitted at once: jobs, of all callers and of each, pixels of all their images, bytes of memory."""
 
     jobs: int
+    jobs_of_caller: float = math.inf
     pixels: float = math.inf
     bytes: float = math.inf
 
@@ -97,6 +98,7 @@ class Reason(enum.StrEnum):
     """Why a task is refused: which limit it exceeds, or whose deadline would be missed."""
 
     JOBS = "jobs"
+    JOBS_OF_CALLER = "jobs of one caller"
     PIXELS = "pixels"
     BYTES = "bytes"
     DEADLINE = "its own deadline"
@@ -176,13 +178,15 @@ class Schedule:
         else:
             ahead, late = self._claims.effect(task.deadline, size, now)
             finish = ahead + size
+        caller = self._callers.get(task.caller)
         for reason, taken, limit in (
+            (Reason.JOBS_OF_CALLER, (caller.tasks if caller else 0) + 1, self.limits.jobs_of_caller),
             (Reason.JOBS, len(self) + 1, self.limits.jobs),
             (Reason.PIXELS, self.pixels + task.pixels, self.limits.pixels),
             (Reason.BYTES, self.bytes + task.bytes, self.limits.bytes),
         ):
             if taken > limit:
-                return Refusal(reason, finish, self._until_free(reason, taken - limit, now))
+                return Refusal(reason, finish, self._until_free(reason, task.caller, taken - limit, now))
         over = now + _CAUTION * finish - task.deadline
         if over > 0:
             alone = now + _CAUTION * size > task.deadline
@@ -192,7 +196,7 @@ class Schedule:
     def add(self, task: Task, now: float) -> None:
         """Admit a task, whatever `refusal` says of it."""
         self._follow_times()
-        caller = self._callers.setdefault("" if self._first_come else task.caller, _Caller(turn=now))
+        caller = self._callers.setdefault(task.caller, _Caller(turn=now))
         caller.tasks += 1
         self._tasks[task] = caller
         task.admitted = now
@@ -218,11 +222,10 @@ class Schedule:
         self.bytes -= task.bytes
         self._counted -= caller.tasks <= _MANY
         caller.tasks -= 1
-        if task.used > 0 and caller.tasks >= _MANY:
+        if task.used > 0 and self._takes_turns(caller.tasks):
             caller.turn = now
         if caller.tasks == 0:
-            name = "" if self._first_come else task.caller
-            del self._callers[name]
+            del self._callers[task.caller]
         self._place(caller)
 
     # What runs.
@@ -348,7 +351,7 @@ class Schedule:
                 claims.drop(task)
                 yield task, end - now
                 end += task.remaining
-            next_turn(caller, end if len(own[caller]) >= _MANY else turn)
+            next_turn(caller, end if self._takes_turns(len(own[caller])) else turn)
 
     # Inside.
 
@@ -393,6 +396,10 @@ class Schedule:
         else:
             self._turns.put(caller, _turn_rank(task, caller.turn), task._number)
 
+    def _takes_turns(self, tasks: int) -> bool:
+        """Whether a caller with so many tasks left has to wait for its turn after one has left."""
+        return tasks >= _MANY and not self._first_come
+
     def _follow_times(self) -> None:
         """Reckon anew when calls have turned out to cost notably more or less: rare, and O(n)."""
         if self._version != self._times.version:
@@ -415,12 +422,17 @@ class Schedule:
             for each in self._tasks:
                 self._rank(each)
 
-    def _until_free(self, reason: Reason, excess: float, now: float) -> float:
+    def _until_free(self, reason: Reason, caller: str, excess: float, now: float) -> float:
         """Seconds until so many jobs, pixels or bytes are free."""
-        for forecast in self.forecasts(now):
-            excess -= {Reason.JOBS: 1, Reason.PIXELS: forecast.task.pixels, Reason.BYTES: forecast.task.bytes}[reason]
+        for task, _, eta in self.forecasts(now):
+            excess -= {
+                Reason.JOBS: 1,
+                Reason.JOBS_OF_CALLER: task.caller == caller,
+                Reason.PIXELS: task.pixels,
+                Reason.BYTES: task.bytes,
+            }[reason]
             if excess <= 0:
-                return forecast.eta
+                return eta
         return math.inf
 
 

@@ -320,6 +320,7 @@ def test_a_batched_call_is_made_for_each_and_its_time_shared():
     ("limits", "reason"),
     [
         (Limits(jobs=2), Reason.JOBS),
+        (Limits(jobs=9, jobs_of_caller=2), Reason.JOBS_OF_CALLER),
         (Limits(jobs=9, pixels=29), Reason.PIXELS),
         (Limits(jobs=9, bytes=299), Reason.BYTES),
     ],
@@ -333,6 +334,13 @@ def test_what_does_not_fit_is_refused_until_something_has_left(limits: Limits, r
     assert refusal.retry_after == pytest.approx(4, abs=1)
     run(schedule, until=4.0)
     assert schedule.refusal(steps(1, pixels=10, bytes=100), 4.0) is None
+
+
+def test_one_caller_at_its_limit_leaves_room_for_others():
+    schedule = schedule_of(limits=Limits(jobs=9, jobs_of_caller=1))
+    added(schedule, steps(4, "many"))
+    assert schedule.refusal(steps(4, "many"), 0.0) is not None
+    assert schedule.refusal(steps(4, "other"), 0.0) is None
 
 
 def test_what_is_larger_than_a_limit_is_never_asked_back():

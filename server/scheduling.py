@@ -469,7 +469,7 @@ class _Queue(Generic[_Item]):
         self._changes += 1
         entry = self._live[item] = (key, number, self._changes, item)
         heap = self._heap
-        if before is not None and heap[0] is before and key <= before[0]:
+        if before is not None and heap[0] is before and entry[:2] <= before[:2]:
             heap[0] = entry  # as at nearly every call: the task that runs was first already, and has less left
             return
         heapq.heappush(heap, entry)

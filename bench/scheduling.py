@@ -13,7 +13,7 @@ import sys
 import time
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
 # Seconds of one call at 1024 x 1024 on an H200, with guidance; a shape's share of it goes by pixels.
 SECONDS = {Stage.ENCODE: 0.012, Stage.BASE: 0.030, Stage.REFINER: 0.033, Stage.DECODE: 0.035}
+BATCH = 8
 SIDES = (512, 768, 1024)
-SHARE = 0.2
-CALLERS = 20  # the k-th sends in proportion to 1 / k
+SHARE = 0.2  # of jobs have a deadline
 UNBOUNDED = Limits(jobs=sys.maxsize)
 
 Floats = NDArray[np.float64]
@@ -56,11 +56,11 @@ def usual(kind: Kind) -> float:
     return SECONDS[kind.stage] * kind.width * kind.height / 1024**2
 
 
-def make_trace(jobs: int, load: float, bursty: bool, seed: int) -> Trace:
-    """Poisson arrivals, one by one or in bursts of 1 to 8 at a time; three jobs in ten have a deadline."""
+def make_trace(jobs: int, load: float, bursty: bool, seed: int, callers: int = 20) -> Trace:
+    """Poisson arrivals, one by one or in bursts of 1 to 8 at a time; the k-th caller sends in proportion to 1 / k."""
     rng = random.Random(seed)
     trace = Trace()
-    names, weights = [f"caller {k}" for k in range(1, CALLERS + 1)], [1 / k for k in range(1, CALLERS + 1)]
+    names, weights = [f"caller {k}" for k in range(1, callers + 1)], [1 / k for k in range(1, callers + 1)]
     for _ in range(jobs):
         side, images, steps = rng.choice(SIDES), rng.randint(1, 4), rng.randint(8, 50)
         encode, base, refiner, decode = (Kind(stage, side, side, 2) for stage in SECONDS)
@@ -191,7 +191,7 @@ POLICIES: dict[str, Callable[[Trace], Served]] = {
 }
 
 
-def simulate(jobs: int, loads: Sequence[float], bursty: bool, seed: int) -> dict[float, dict[str, dict[str, float]]]:
+def simulate(jobs: int, bursty: bool, seed: int, callers: int) -> dict[float, dict[str, dict[str, float]]]:
     """Print a table, a row for each policy at each load."""
     print(
         "| load | policy | latency mean | p50 | p95 | p99 | slowdown mean | p50 | p95 | p99 | deadlines missed "
@@ -199,8 +199,8 @@ def simulate(jobs: int, loads: Sequence[float], bursty: bool, seed: int) -> dict
     )
     print("|" + " --- |" * 15)
     results: dict[float, dict[str, dict[str, float]]] = {}
-    for load in loads:
-        trace = make_trace(jobs, load, bursty, seed)
+    for load in LOADS:
+        trace = make_trace(jobs, load, bursty, seed, callers)
         rows = results[load] = {name: summary(trace, policy(trace)) for name, policy in POLICIES.items()}
         for name, row in rows.items():
             cells = [f"{row[key]:.3g}" for key in row if key.startswith(("latency", "slowdown"))]
@@ -254,8 +254,9 @@ def costs(waiting: int) -> None:
             timed("refusal", schedule.refusal, coming, 0.0)
             timed("add", schedule.add, coming, 0.0)
             batch = timed("choose" + pressing, schedule.choose, 0.0)
-            timed("made" + pressing, schedule.made, batch, usual(batch[0].kind))
+            timed(f"choose up to {BATCH}" + pressing, schedule.choose, 0.0, BATCH)
             timed("forecast of the job that runs", schedule.forecast, batch[0], 0.0)
+            timed("made" + pressing, schedule.made, batch, usual(batch[0].kind))
             timed("remove", schedule.remove, task, 0.0)
     timed("forecasts of all", lambda: list(schedule.forecasts(0.0)))
     print(f"With {waiting} jobs waiting, half of them with deadlines; {held:.0f} bytes a job.\n")
@@ -293,6 +294,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100_000, help="jobs at each of the ten loads (default: 100000)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--callers", type=int, default=20, help="the k-th sends 1 / k as many as the first (default: 20)"
+    )
     parser.add_argument("--again", type=int, default=2, help="other seeds for Poisson at load 0.9 (default: 2)")
     parser.add_argument("--waiting", type=int, default=10_000, help="jobs waiting when operations are timed")
     parser.add_argument("--plot", type=Path, help="write a figure of the Poisson results into this file")
@@ -302,12 +306,12 @@ def main() -> None:
     costs(options.waiting)
     for bursty in (False, True):
         print(f"\n{'Bursts of 1 to 8 jobs' if bursty else 'Poisson'}, {options.jobs} jobs at each load:\n")
-        results = simulate(options.jobs, LOADS, bursty, options.seed)
+        results = simulate(options.jobs, bursty, options.seed, options.callers)
         print(f"\nAt load 0.9: {compared(results[0.9])}.", flush=True)
         if options.plot and not bursty:
             plot(results, options.plot)
     for seed in range(options.seed + 1, options.seed + 1 + options.again):
-        trace = make_trace(options.jobs, 0.9, False, seed)
+        trace = make_trace(options.jobs, 0.9, False, seed, options.callers)
         rows = {name: summary(trace, POLICIES[name](trace)) for name in ("first come", "shortest")}
         print(f"\nPoisson at load 0.9, seed {seed}: {compared(rows)}.", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s in all.")

@@ -57,9 +57,10 @@ class Order(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be admitted at once: jobs, pixels of all their images, bytes of memory."""
+    """What may be admitted at once: jobs, of all callers and of each, pixels of all their images, bytes of memory."""
 
     jobs: int
+    jobs_of_caller: float = math.inf
     pixels: float = math.inf
     bytes: float = math.inf
 
@@ -93,11 +94,16 @@ class Task:
         """The kind of the next call."""
         return self.calls[0][0]
 
+    def follows_with(self, kind: Kind) -> bool:
+        """Whether the call after the next is of this kind, and the next is not."""
+        return len(self.calls) > 1 and self.calls[0][1] == 1 and self.calls[1][0] == kind != self.kind
+
 
 class Reason(enum.StrEnum):
     """Why a task is refused: which limit it exceeds, or whose deadline would be missed."""
 
     JOBS = "jobs"
+    JOBS_OF_CALLER = "jobs of one caller"
     PIXELS = "pixels"
     BYTES = "bytes"
     DEADLINE = "its own deadline"
@@ -177,13 +183,15 @@ class Schedule:
         else:
             ahead, late = self._claims.effect(task.deadline, size, now)
             finish = ahead + size
+        caller = self._callers.get(task.caller)
         for reason, taken, limit in (
+            (Reason.JOBS_OF_CALLER, (caller.tasks if caller else 0) + 1, self.limits.jobs_of_caller),
             (Reason.JOBS, len(self) + 1, self.limits.jobs),
             (Reason.PIXELS, self.pixels + task.pixels, self.limits.pixels),
             (Reason.BYTES, self.bytes + task.bytes, self.limits.bytes),
         ):
             if taken > limit:
-                return Refusal(reason, finish, self._until_free(reason, taken - limit, now))
+                return Refusal(reason, finish, self._until_free(reason, task.caller, taken - limit, now))
         over = now + _CAUTION * finish - task.deadline
         if over > 0:
             alone = now + _CAUTION * size > task.deadline
@@ -193,7 +201,7 @@ class Schedule:
     def add(self, task: Task, now: float) -> None:
         """Admit a task, whatever `refusal` says of it."""
         self._follow_times()
-        caller = self._callers.setdefault("" if self._first_come else task.caller, _Caller(turn=now))
+        caller = self._callers.setdefault(task.caller, _Caller(turn=now))
         caller.tasks += 1
         self._tasks[task] = caller
         task.admitted = now
@@ -219,11 +227,10 @@ class Schedule:
         self.bytes -= task.bytes
         self._counted -= caller.tasks <= _MANY
         caller.tasks -= 1
-        if task.used > 0 and caller.tasks >= _MANY:
+        if task.used > 0 and self._takes_turns(caller.tasks):
             caller.turn = now
         if caller.tasks == 0:
-            name = "" if self._first_come else task.caller
-            del self._callers[name]
+            del self._callers[task.caller]
         self._place(caller)
 
     # What runs.
@@ -239,21 +246,26 @@ class Schedule:
         if first is None:
             return []
         batch = [first]
-        if most > 1:
-            for forecast in itertools.islice(self.forecasts(now), _LOOK):
-                task = forecast.task
-                if task is first or task._held or first.kind not in (kind for kind, _ in task.calls[:2]):
-                    continue
-                alike = task.kind == first.kind
-                before = 0.0 if alike else self._times.expect(task.kind)
-                if len(batch) == most or self._claims.press(
-                    now, before + self._times.expect(first.kind, len(batch) + 1)
-                ):
-                    break
-                if alike:
-                    batch.append(task)
-                elif task.calls[0][1] == 1:
-                    return [task]
+        looked: list[Task] = []
+        joining: Task | None = None
+        while len(batch) < most and len(looked) < _LOOK and (caller := self._turns.first()):
+            if self._claims.press(now, self._times.expect(first.kind, len(batch) + 1)):
+                break
+            task = caller.queue.first()
+            assert task is not None
+            if task is not first and task.kind == first.kind:
+                batch.append(task)
+            elif joining is None and task is not first and task.follows_with(first.kind):
+                joining = task
+            looked.append(task)
+            caller.queue.drop(task)
+            self._place(caller)
+        for task in looked:
+            self._rank(task)
+        if joining is not None and len(batch) < most:
+            longer = self._times.expect(joining.kind) + self._times.expect(first.kind, len(batch) + 1)
+            if not self._claims.press(now, longer):
+                return [joining]
         return batch
 
     def holds_until(self, now: float) -> float:
@@ -352,7 +364,7 @@ class Schedule:
                 claims.drop(task)
                 yield task, end - now
                 end += task.remaining
-            next_turn(caller, end if len(own[caller]) >= _MANY else turn)
+            next_turn(caller, end if self._takes_turns(len(own[caller])) else turn)
 
     # Inside.
 
@@ -397,6 +409,10 @@ class Schedule:
         else:
             self._turns.put(caller, _turn_rank(task, caller.turn), task._number)
 
+    def _takes_turns(self, tasks: int) -> bool:
+        """Whether a caller with so many tasks left has to wait for its turn after one has left."""
+        return tasks >= _MANY and not self._first_come
+
     def _follow_times(self) -> None:
         """Reckon anew when calls have turned out to cost notably more or less: rare, and O(n)."""
         if self._version != self._times.version:
@@ -419,12 +435,17 @@ class Schedule:
             for each in self._tasks:
                 self._rank(each)
 
-    def _until_free(self, reason: Reason, excess: float, now: float) -> float:
+    def _until_free(self, reason: Reason, caller: str, excess: float, now: float) -> float:
         """Seconds until so many jobs, pixels or bytes are free."""
-        for forecast in self.forecasts(now):
-            excess -= {Reason.JOBS: 1, Reason.PIXELS: forecast.task.pixels, Reason.BYTES: forecast.task.bytes}[reason]
+        for task, _, eta in self.forecasts(now):
+            excess -= {
+                Reason.JOBS: 1,
+                Reason.JOBS_OF_CALLER: task.caller == caller,
+                Reason.PIXELS: task.pixels,
+                Reason.BYTES: task.bytes,
+            }[reason]
             if excess <= 0:
-                return forecast.eta
+                return eta
         return math.inf
 
 
@@ -461,7 +482,7 @@ class _Queue(Generic[_Item]):
         self._changes += 1
         entry = self._live[item] = (key, number, self._changes, item)
         heap = self._heap
-        if before is not None and heap[0] is before and key <= before[0]:
+        if before is not None and heap[0] is before and entry[:2] <= before[:2]:
             heap[0] = entry  # as at nearly every call: the task that runs was first already, and has less left
             return
         heapq.heappush(heap, entry)
@@ -539,10 +560,11 @@ class _Claims:
         Tasks lose their claims here if not all can be met.
         """
         while now + step > self.latest_start:
-            needed = np.cumsum(self._remaining)
+            needed = self._remaining.cumsum()
             if not self._exact:
                 self._exact, self.latest_start = True, float((self._deadlines - _CAUTION * needed).min())
-                continue
+                if now + step <= self.latest_start:
+                    break
             late = self._deadlines < now + needed
             if not late.any():
                 return next((task for task in self._tasks if task.calls and not task._held), None)

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -320,6 +320,7 @@ def test_a_batched_call_is_made_for_each_and_its_time_shared():
     ("limits", "reason"),
     [
         (Limits(jobs=2), Reason.JOBS),
+        (Limits(jobs=9, jobs_of_caller=2), Reason.JOBS_OF_CALLER),
         (Limits(jobs=9, pixels=29), Reason.PIXELS),
         (Limits(jobs=9, bytes=299), Reason.BYTES),
     ],
@@ -333,6 +334,13 @@ def test_what_does_not_fit_is_refused_until_something_has_left(limits: Limits, r
     assert refusal.retry_after == pytest.approx(4, abs=1)
     run(schedule, until=4.0)
     assert schedule.refusal(steps(1, pixels=10, bytes=100), 4.0) is None
+
+
+def test_one_caller_at_its_limit_leaves_room_for_others():
+    schedule = schedule_of(limits=Limits(jobs=9, jobs_of_caller=1))
+    added(schedule, steps(4, "many"))
+    assert schedule.refusal(steps(4, "many"), 0.0) is not None
+    assert schedule.refusal(steps(4, "other"), 0.0) is None
 
 
 def test_what_is_larger_than_a_limit_is_never_asked_back():
@@ -403,6 +411,27 @@ def test_a_choice_holds_as_long_as_it_says():
 
 
 # Everything at once, at random.
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 20), st.integers(1, 30), st.sampled_from([math.inf, 1.06, 1.5, 3.0, 6.0])),
+        max_size=40,
+    )
+)
+def test_every_deadline_that_was_admitted_is_met(arrivals: list[tuple[int, int, float]]):
+    schedule = schedule_of()
+    now = 0.0
+    ends: list[tuple[Task, float]] = []
+    for gap, count, slack in arrivals:
+        ends += run(schedule, now, until=now + gap)
+        now += gap
+        task = steps(count, deadline=now + slack * count)
+        if schedule.refusal(task, now) is None:
+            schedule.add(task, now)
+    for task, end in ends + run(schedule, now):
+        assert end <= task.deadline
 
 
 class AnyLife(RuleBasedStateMachine):

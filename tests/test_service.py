@@ -58,6 +58,21 @@ class TestStream:
         kinds = [(event.WhichOneof("event"), event.progress.choice_index) for event in stream]
         assert kinds.index(("choice", 0)) < kinds.index(("progress", 1))
 
+    def test_shows_previews_at_their_interval_without_changing_the_image(self, stub):
+        asked = {"parameter": {"seed": 3}, "sampling": {"steps": 6}}
+        plain = stub.Generate(request(**asked, output={"raw": True}), timeout=PATIENCE)
+        events = list(
+            stub.StreamGenerate(request(**asked, output={"raw": True, "previewInterval": 2}), timeout=PATIENCE)
+        )
+        (choice,) = [event.choice for event in events if event.HasField("choice")]
+        assert choice.choice.raw == plain.data.choices[0].raw
+        previews = [event.preview for event in events if event.HasField("preview")]
+        assert previews  # some may be dropped, rather than hold up a step
+        for preview in previews:
+            assert preview.step % 2 == 0
+            assert preview.steps == choice.metadata.base_calls + choice.metadata.refiner_calls
+            assert Image.open(io.BytesIO(preview.raw)).format == "JPEG"
+
     def test_counts_real_calls_of_a_second_order_scheduler(self, stub):
         stream = stub.StreamGenerate(request(sampling={"steps": 5, "scheduler": "heun"}), timeout=PATIENCE)
         *_, done = stream

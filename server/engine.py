@@ -381,17 +381,20 @@ class Engine:
             )
         if (refusal := self._schedule.refusal(task, now)) is not None:
             retry_after = max(_LEAST_WAIT, refusal.retry_after)
-            raise Refused(f"{self._why(refusal)}; {_when(retry_after)}", retry_after)
+            when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", were it alone"
+            raise Refused(self._why(refusal) + when, retry_after)
 
     def _why(self, refusal: Refusal) -> str:
         limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"
         match refusal.reason:
             case Reason.JOBS:
                 return f"{limits.jobs} requests are waiting already, for {work}"
+            case Reason.JOBS_OF_CALLER:
+                return f"{limits.jobs_of_caller:.0f} requests of this caller are waiting already"
             case Reason.PIXELS:
-                return f"at most {limits.pixels:.0f} pixels may wait at once; those that do need {work}"
+                return f"the images that wait would have more than {limits.pixels:.0f} pixels with these"
             case Reason.BYTES:
-                return f"what waits may need at most {limits.bytes:.0f} bytes at once; what does needs {work}"
+                return f"the requests that wait would need more than {limits.bytes:.0f} bytes with this one"
             case Reason.DEADLINE:
                 return f"the deadline cannot be met: the last image could be there in {refusal.finish:.1f} s"
             case Reason.OTHERS:
@@ -721,7 +724,3 @@ def _rows(request: ImageRequest) -> int:
 def _memory(request: ImageRequest) -> int:
     """Bytes that a job may hold at once: the pixels of its images, and latents, which are fewer."""
     return 2 * 3 * request.width * request.height * len(request.seeds)
-
-
-def _when(retry_after: float) -> str:
-    return f"try again in {retry_after:.1f} s" if retry_after < math.inf else "it never can be"

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
         "first-come: each to its end in the order of arrival",
     )
     max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
+    max_queue_of_caller: int | None = Field(
+        None, ge=1, le=10_000, description="requests of one caller, a host, admitted at once; default: --max-queue"
+    )
     max_queue_pixels: int = Field(2**28, ge=4096, description="pixels of all images of the requests admitted at once")
     max_queue_bytes: int = Field(
         2**30, ge=2**20, description="memory that the requests admitted at once may need for their images and latents"
@@ -111,7 +114,12 @@ class Settings(BaseSettings):
     @property
     def queue(self) -> Limits:
         """What may be admitted at once."""
-        return Limits(self.max_queue, self.max_queue_pixels, self.max_queue_bytes)
+        return Limits(
+            jobs=self.max_queue,
+            jobs_of_caller=self.max_queue_of_caller or self.max_queue,
+            pixels=self.max_queue_pixels,
+            bytes=self.max_queue_bytes,
+        )
 
     @property
     def experts(self) -> tuple[Path, Path | None]:

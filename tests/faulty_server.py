@@ -1,6 +1,7 @@
 """The real server around the real model, which does as a failing device does when a prompt says so.
 
-"hang" never comes back from the text encoders, "no memory" has none for the networks, "broken" raises inside a step.
+"hang" never comes back from the text encoders and "slow" after eight seconds, "no memory" has none for the networks,
+"broken" raises inside a step.
 """
 
 import sys
@@ -27,6 +28,8 @@ class Faulty:
     def encode(self, request: ImageRequest) -> Any:
         if "hang" in request.prompt:
             threading.Event().wait()
+        if "slow" in request.prompt:
+            threading.Event().wait(8)
         return self._ensemble.encode(request)
 
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any:

@@ -269,7 +269,11 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine,
 
 
 def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clock: Clock):
-    for limits, words in ((Limits(9, pixels=100), "100 pixels"), (Limits(9, bytes=500), "500 bytes")):
+    for limits, words in (
+        (Limits(9, pixels=100), "100 pixels"),
+        (Limits(9, bytes=500), "500 bytes"),
+        (Limits(9, 1), "1 requests of this"),
+    ):
         with running(Engine(limits, clock=clock), model) as engine:
             events = Events()
             engine.submit("job", REQUEST, events)

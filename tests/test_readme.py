@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 def flag_table() -> list[str]:
     rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = {None: "", True: "on"}.get(field.default, field.default)
+        default = "" if field.default is None else "on" if field.default is True else field.default
         assert field.default is not PydanticUndefined
         rows.append(
             f"| `--{name.replace('_', '-')}` | {f'`{default}`' if default != '' else ''} | {field.description} |"

@@ -475,10 +475,10 @@ class Queued(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     ETA_FIELD_NUMBER: builtins.int
     position: builtins.int
-    """Requests that the device will finish first. 0: this one is next, or running."""
+    """Requests that are to end first, as far as is known. 0: this one is next, or running."""
     @property
     def eta(self) -> google.protobuf.duration_pb2.Duration:
-        """Estimated time until the last image, from measured step times."""
+        """Estimated time until the last image, from measured step times and from what has lately come and gone first."""
 
     def __init__(
         self,

@@ -70,9 +70,10 @@ class TextToImageServiceServicer(object):
         Errors, here and in StreamGenerate:
         INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
         ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-        RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
+        RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
+        message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
         DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-        UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
+        UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
         INTERNAL            the model failed on this request, and on this request alone
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -33,9 +33,10 @@ class TextToImageServiceStub:
     Errors, here and in StreamGenerate:
       INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
       ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-      RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
+      RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
+                          message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-      UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
+      UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
       INTERNAL            the model failed on this request, and on this request alone
     """
 
@@ -86,9 +87,10 @@ class TextToImageServiceAsyncStub:
     Errors, here and in StreamGenerate:
       INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
       ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-      RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
+      RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
+                          message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-      UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
+      UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
       INTERNAL            the model failed on this request, and on this request alone
     """
 
@@ -141,9 +143,10 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
         Errors, here and in StreamGenerate:
           INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request
           ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-          RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again
+          RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
+                              message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
           DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-          UNAVAILABLE         the model is loading, or the server is draining; try again, or another replica
+          UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
           INTERNAL            the model failed on this request, and on this request alone
         """
 

@@ -641,12 +641,15 @@ class _Previews:
         self._stopping = False
 
     def start(self, model: Model) -> None:
-        threading.Thread(target=self._run, args=(model,), name="previews", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(model,), name="previews", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
+        """Draw nothing more, and wait for the thread: one that still ends while the process does can abort it."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+        self._thread.join()
 
     def offer(self, job: Job, index: int, step: int, trajectory: Trajectory) -> None:
         with self._changed:

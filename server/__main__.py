@@ -14,7 +14,8 @@ from functools import partial
 from pydantic import ValidationError
 
 from server.checkpoint import CheckpointError
-from server.engine import DeviceLost, Model
+from server.engine import Model
+from server.events import DeviceLost
 from server.lifecycle import CannotListen, CannotWriteReadyFile, Server, WarmUpFailed
 from server.settings import Settings
 

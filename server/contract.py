@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from server import engine, images
+from server import events, images
 from server.domain import ASPECT_RATIOS, Environment, ImageRequest, ModelCard, Notice, Stage, Warning, size_of, snapped
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -100,17 +100,17 @@ class InvalidRequest(Exception):
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
-    engine.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    engine.DeviceFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    engine.DeviceLost: grpc.StatusCode.UNAVAILABLE,
+    events.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    events.DeviceFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    events.DeviceLost: grpc.StatusCode.UNAVAILABLE,
     Loading: grpc.StatusCode.UNAVAILABLE,
-    engine.Draining: grpc.StatusCode.UNAVAILABLE,
-    engine.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    engine.Cancelled: grpc.StatusCode.CANCELLED,
+    events.Draining: grpc.StatusCode.UNAVAILABLE,
+    events.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    events.Cancelled: grpc.StatusCode.CANCELLED,
     Stalled: grpc.StatusCode.CANCELLED,
     UnknownJob: grpc.StatusCode.NOT_FOUND,
     NameTaken: grpc.StatusCode.ALREADY_EXISTS,
-    engine.ModelFailed: grpc.StatusCode.INTERNAL,
+    events.ModelFailed: grpc.StatusCode.INTERNAL,
     Fault: grpc.StatusCode.INTERNAL,
 }
 
@@ -363,12 +363,12 @@ def status_of(error: Exception) -> status_pb2.Status:
                 ]
             )
         )
-    elif isinstance(error, engine.Refused) and error.retry_after < math.inf:
+    elif isinstance(error, events.Refused) and error.retry_after < math.inf:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
     return status
 
 
-def coded(task: Task, event: engine.ImageReady) -> images.CodedImage:
+def coded(task: Task, event: events.ImageReady) -> images.CodedImage:
     """The event's image as the task asks for it, or so that it fits its message. Raises images.ImageTooLarge."""
     return images.code_within(event.pixels, task.output.coding, task.output.quality, _file_bytes(task))
 
@@ -403,7 +403,7 @@ def choice_message(task: Task, image: images.CodedImage) -> pb.Choice:
     return pb.Choice(finish_reason="success", image=image.data_uri)
 
 
-def image_metadata_message(task: Task, event: engine.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
+def image_metadata_message(task: Task, event: events.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
     asked = task.image
     return pb.ImageMetadata(
         seed=event.seed,
@@ -458,7 +458,7 @@ def metadata_message(
     card: ModelCard,
     image_metadata: Sequence[pb.ImageMetadata],
     warnings: Sequence[Warning],
-    finished: engine.Finished,
+    finished: events.Finished,
 ) -> pb.Metadata:
     return pb.Metadata(
         request_id=task.request_id,
@@ -475,11 +475,11 @@ def metadata_message(
     )
 
 
-def queued_message(event: engine.Queued) -> pb.StreamGenerateResponse:
+def queued_message(event: events.Queued) -> pb.StreamGenerateResponse:
     return pb.StreamGenerateResponse(queued=pb.Queued(position=event.position, eta=_duration(event.eta)))
 
 
-def progress_message(event: engine.Progress) -> pb.StreamGenerateResponse:
+def progress_message(event: events.Progress) -> pb.StreamGenerateResponse:
     return pb.StreamGenerateResponse(
         progress=pb.Progress(
             choice_index=event.index,
@@ -491,7 +491,7 @@ def progress_message(event: engine.Progress) -> pb.StreamGenerateResponse:
     )
 
 
-def preview_message(task: Task, event: engine.Preview) -> pb.StreamGenerateResponse:
+def preview_message(task: Task, event: events.Preview) -> pb.StreamGenerateResponse:
     image = images.code_within(event.pixels, images.JPEG_SUBSAMPLED, _PREVIEW_QUALITY, _file_bytes(task))
     preview = pb.Preview(choice_index=event.index, step=event.step, steps=event.steps)
     if task.output.raw:

@@ -3,7 +3,7 @@
 One thread, here called the device thread, makes every call of the model. A job is a script of such calls; between any
 two of them the thread asks the schedule anew whose call is next, so a cancelled, expired or abandoned job costs the
 device no more than the call in flight, and a short one need not wait for a long one. Nothing here knows of torch or
-gRPC: the model is a protocol of five calls, and events leave through a callback.
+gRPC: the model is a protocol of a few calls, and events leave through a callback.
 """
 
 import heapq
@@ -25,6 +25,23 @@ from numpy.typing import NDArray
 
 from server.call_times import CallTimes, Kind
 from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.events import (
+    Cancelled,
+    DeadlineExceeded,
+    DeviceFull,
+    DeviceLost,
+    Draining,
+    EngineError,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    ModelFailed,
+    Preview,
+    Progress,
+    Queued,
+    Refused,
+)
 from server.scheduling import Forecast, Limits, Order, Reason, Refusal, Schedule, Task
 
 log = logging.getLogger(__name__)
@@ -80,105 +97,6 @@ class Model(Protocol):
     def step(self, trajectories: Sequence[Any]) -> None: ...
     def preview(self, trajectory: Any) -> NDArray[np.uint8]: ...
     def decode(self, trajectory: Any) -> NDArray[np.uint8]: ...
-
-
-class EngineError(Exception):
-    """A job was not admitted, or ended without its images."""
-
-
-class Draining(EngineError):
-    """The server is on its way out."""
-
-
-class DeviceLost(EngineError):
-    """The device does not answer any more."""
-
-
-class Refused(EngineError):
-    """No room for the job, or no time; `retry_after` seconds from now there should be, infinite for never."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class DeadlineExceeded(EngineError):
-    """The deadline passed before the job was finished."""
-
-
-class Cancelled(EngineError):
-    """Nobody waits for the job any more."""
-
-
-class ModelFailed(EngineError):
-    """The model raised on this job. The cause is in the log, and only there."""
-
-
-class DeviceFull(EngineError):
-    """The device's memory has no room for images as large as this job's."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """Admitted: `position` jobs go first, `eta` seconds until the last image. Told anew when it has changed."""
-
-    position: int
-    eta: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Call number `step` of `steps` in `stage` of image `index` has ended; `eta` seconds until the last image."""
-
-    index: int
-    stage: Stage
-    step: int
-    steps: int
-    eta: float
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What image `index` is about to become, a small RGB picture, after `step` of `steps` calls of both experts."""
-
-    index: int
-    step: int
-    steps: int
-    pixels: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class ImageReady:
-    """Image `index` is finished: RGB pixels of shape (height, width, 3)."""
-
-    index: int
-    seed: int
-    pixels: NDArray[np.uint8]
-    base_calls: int
-    refiner_calls: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All images are out. `waited` seconds from admission to the first call, `ran` seconds from there to the last.
-
-    So many images as `max_batch` could share a network call.
-    """
-
-    warnings: tuple[Warning, ...]
-    waited: float
-    ran: float
-    max_batch: int = 1
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The job ended without finishing."""
-
-    error: EngineError
-
-
-Event = Queued | Progress | Preview | ImageReady | Finished | Failed
 
 
 @dataclass(frozen=True)

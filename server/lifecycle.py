@@ -22,7 +22,8 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
 from server.domain import ModelCard, default_request
-from server.engine import DeviceLost, Engine, Event, Failed, Finished, ImageReady, Model
+from server.engine import Engine, Model
+from server.events import DeviceLost, Event, Failed, Finished, ImageReady
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb

@@ -13,7 +13,8 @@ from typing import Protocol
 from server import contract
 from server.contract import InvalidRequest, NameTaken, Task, UnknownJob, Violation
 from server.domain import ModelCard, Warning
-from server.engine import Engine, Event, Failed, Finished, ImageReady, Preview, Progress, Queued
+from server.engine import Engine
+from server.events import Event, Failed, Finished, ImageReady, Preview, Progress, Queued
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 log = logging.getLogger(__name__)

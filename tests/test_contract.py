@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import contract, engine, images
+from server import contract, events, images
 from server.domain import ASPECT_RATIOS, Environment, ModelCard, Notice, Warning, size_of
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -251,7 +251,7 @@ def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
 
 def metadata_of(task: contract.Task, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
     pixels = np.zeros((8, 8, 3), np.uint8)
-    event = engine.ImageReady(index, task.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
+    event = events.ImageReady(index, task.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
     return contract.image_metadata_message(task, event, images.code(pixels, coding, quality, smaller=True))
 
 
@@ -308,7 +308,7 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
         CARD,
         [metadata_of(task, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
         [contract.recoded_warning(task, coded, index) for index in range(8)],
-        engine.Finished((Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6),
+        events.Finished((Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6),
     )
     assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * contract.room_for_image(task)
 
@@ -317,12 +317,12 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
     ("error", "code"),
     [
         (contract.InvalidRequest([contract.Violation("data.prompt", "is required")]), grpc.StatusCode.INVALID_ARGUMENT),
-        (engine.Refused("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (events.Refused("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (contract.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
-        (engine.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
-        (engine.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (engine.Cancelled("gone"), grpc.StatusCode.CANCELLED),
-        (engine.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
+        (events.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
+        (events.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
+        (events.Cancelled("gone"), grpc.StatusCode.CANCELLED),
+        (events.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
         (contract.UnknownJob("who?"), grpc.StatusCode.NOT_FOUND),
         (contract.NameTaken("taken"), grpc.StatusCode.ALREADY_EXISTS),
         (contract.Fault(), grpc.StatusCode.INTERNAL),
@@ -337,5 +337,5 @@ def test_a_bad_request_and_a_full_queue_carry_googles_details():
     status = contract.status_of(contract.InvalidRequest([contract.Violation("data.prompt", "is required")]))
     assert status.details[0].Unpack(bad)
     assert bad.field_violations[0].field == "data.prompt"
-    assert contract.status_of(engine.Refused("full", 2.5)).details[0].Unpack(retry)
+    assert contract.status_of(events.Refused("full", 2.5)).details[0].Unpack(retry)
     assert retry.retry_delay.ToSeconds() == 2

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from server.domain import Environment, ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
-from server.engine import (
+from server.engine import Engine
+from server.events import (
     Cancelled,
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
     Draining,
-    Engine,
     Event,
     Failed,
     Finished,

@@ -14,7 +14,7 @@ from test_contract import CARD, LIMITS
 
 from server import contract
 from server.domain import Stage
-from server.engine import (
+from server.events import (
     Cancelled,
     Draining,
     Event,

@@ -179,7 +179,12 @@ class Server:
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await self._grpc.stop(_CONNECTIONS_SECONDS)
         self.device_is_busy = not await asyncio.to_thread(self._engine.join, 0 if self._lost else _DEVICE_SECONDS)
-        log.info("stopped")
+        done = self._engine.statistics()
+        log.info(
+            "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold with a median error of %.0f %%",
+            ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
+            done.device, done.wasted, 100 * done.eta_error,
+        )  # fmt: skip
 
     def _remove_ready_file(self) -> None:
         if self._settings.ready_file is not None:

@@ -1,5 +1,6 @@
 """What a server process promises from its first moment to its exit code."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_sigterm_refuses_new_calls_lets_the_running_one_finish_and_exits_with_0(
         assert [event.WhichOneof("event") for event in running][-2:] == ["choice", "done"]
     assert server.wait() == 0
     assert "Traceback" not in server.log
+    assert re.search(
+        r"stopped; 2 finished, \d+\.\d s of the device, 0\.000 s of them for nobody, times foretold", server.log
+    )
 
 
 @pytest.mark.parametrize("how", ["the grace period ends", "a second signal comes"])

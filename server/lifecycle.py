@@ -181,7 +181,7 @@ class Server:
         self.device_is_busy = not await asyncio.to_thread(self._engine.join, 0 if self._lost else _DEVICE_SECONDS)
         done = self._engine.statistics()
         log.info(
-            "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold with a median error of %.0f %%",
+            "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold to %.0f %% (median error)",
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
             done.device, done.wasted, 100 * done.eta_error,
         )  # fmt: skip

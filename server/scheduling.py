@@ -240,7 +240,7 @@ class Schedule:
 
         The first is the one whose turn it is, up to `most` - 1 others of its kind follow in the order of the schedule,
         as far as the longer call makes no deadline late. One that could follow after a single call of another kind, as
-        of the text encoders, gets that call first.
+        of the text encoders, gets that call first, if it came before the bound of all that wait.
         """
         first = self._first(now)
         if first is None:
@@ -255,14 +255,15 @@ class Schedule:
             assert task is not None
             if task is not first and task.kind == first.kind:
                 batch.append(task)
-            elif joining is None and task is not first and task.follows_with(first.kind):
-                joining = task
             looked.append(task)
+            bound = looked[0].admitted + looked[0].handicap  # the least rank
+            if joining is None and task is not first and task.follows_with(first.kind) and task.admitted <= bound:
+                joining = task
             caller.queue.drop(task)
             self._place(caller)
         for task in looked:
             self._rank(task)
-        if joining is not None and len(batch) < most:
+        if joining is not None and len(batch) < most and not self._first_come:
             longer = self._times.expect(joining.kind) + self._times.expect(first.kind, len(batch) + 1)
             if not self._claims.press(now, longer):
                 return [joining]

@@ -21,7 +21,7 @@ def environment_of(server) -> pb.Environment:
 
 
 def test_versions_are_those_of_the_packages_that_compute_and_code():
-    versions = provenance.environment("cpu", "fp32").versions
+    versions = provenance.environment("cpu", "fp32", 1).versions
     assert versions["server"] == __version__
     assert versions["torch"] == torch.__version__
     for package in ("diffusers", "transformers", "tokenizers", "pillow"):
@@ -30,10 +30,10 @@ def test_versions_are_those_of_the_packages_that_compute_and_code():
 
 
 def test_a_coarser_way_to_multiply_fp32_shows():
-    assert provenance.environment("cpu", "fp32").fp32_math == "matmul ieee, convolution ieee"
+    assert provenance.environment("cpu", "fp32", 1).fp32_math == "matmul ieee, convolution ieee"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
-        assert provenance.environment("cpu", "fp32").fp32_math == "matmul bf16, convolution ieee"
+        assert provenance.environment("cpu", "fp32", 1).fp32_math == "matmul bf16, convolution ieee"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 

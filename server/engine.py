@@ -215,13 +215,12 @@ class Engine:
             if self._refusing is not None:
                 raise self._refusing
             now = self._clock()
-            pixels = request.width * request.height
             task = Task(
                 caller=caller,
                 calls=[(_kind(request, Stage.ENCODE), 1), *self._expected_calls(request)],
                 deadline=now + timeout,
                 priority=priority,
-                pixels=pixels * len(request.seeds),
+                pixels=request.width * request.height * len(request.seeds),
                 bytes=_memory(request),
             )
             self._check(task, request, now)
@@ -230,8 +229,9 @@ class Engine:
             self._jobs[task] = job
             if timeout < math.inf:
                 heapq.heappush(self._deadlines, (task.deadline, next(self._numbers), job))
-            self._tell(job, self._schedule.forecast(task, now), now)
-            job.foretold = now + job.told.eta if job.told else now
+            forecast = self._schedule.forecast(task, now)
+            self._tell(job, forecast, now)
+            job.foretold = now + forecast.eta
             self._changed.notify()
         return job
 
@@ -385,8 +385,8 @@ class Engine:
             _, _, job = heapq.heappop(self._deadlines)
             self._end_soon(job, DeadlineExceeded("the deadline passed before the images were finished"))
         for job in list(self._ending):
-            if job.ending is not None:
-                self._end(job, Failed(job.ending))
+            assert job.ending is not None
+            self._end(job, Failed(job.ending))
 
     def _end_soon(self, job: Job, error: EngineError) -> None:
         if job.task in self._jobs and job.ending is None:
@@ -534,6 +534,9 @@ class Engine:
             return
         now = self._clock()
         self._schedule.remove(job.task, now)
+        if len(self._deadlines) > 2 * len(self._jobs) + 8:  # most are of jobs that have ended, and hold on to them
+            self._deadlines = [each for each in self._deadlines if each[2].task in self._jobs]
+            heapq.heapify(self._deadlines)
         self._previews.forget(job)
         job.script = job.call = None  # lets go of latents and conditioning
         outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__

@@ -4,6 +4,7 @@ import contextlib
 import math
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -577,3 +578,13 @@ def test_the_eta_counts_what_planning_showed_of_a_scheduler(engine: Engine, mode
     assert events.next() == Queued(0, eta=pytest.approx(1 + 6 + 1))
     model.allow(100)
     events.to_the_end()
+
+
+def test_jobs_that_have_ended_are_let_go_though_their_deadlines_are_far(engine: Engine, model: SteppedModel):
+    model.allow(1000)
+    jobs = []
+    for _ in range(40):
+        events = Events()
+        jobs.append(weakref.ref(engine.submit("job", REQUEST, events, timeout=1e6)))
+        assert isinstance(events.to_the_end()[-1], Finished)
+    assert sum(job() is not None for job in jobs) < 15

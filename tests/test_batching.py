@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_ensemble
 import torch
 
 from server import model
@@ -18,16 +17,6 @@ from server.settings import EMBEDDED
 
 ROOM = 8  # images to a call
 REQUEST = ImageRequest("a cat", "a dog", (1,), 6, 5.0, 0.6, "euler", 32, 32)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
-
-
-@pytest.fixture(scope="module", params=[name for name, is_there in model._DEVICES.items() if is_there()])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_ensemble
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
@@ -15,16 +14,6 @@ from server.domain import ImageRequest, Notice, Stage, default_request
 from server.settings import EMBEDDED
 
 REQUEST = ImageRequest("a cat", "a dog", (1,), 20, 5.0, 0.8, "euler", 32, 32)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
-
-
-@pytest.fixture(scope="module", params=[name for name, is_there in model._DEVICES.items() if is_there()])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="module")

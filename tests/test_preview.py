@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_ensemble
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.nn.functional import avg_pool2d
@@ -19,11 +18,6 @@ from server import model, preview
 from server.checkpoint import CheckpointError, GitLfsPointer, MissingPart, TruncatedFile
 from server.domain import ImageRequest, default_request
 from server.settings import EMBEDDED, Settings
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
 
 
 @pytest.fixture(scope="module")

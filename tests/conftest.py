@@ -1,0 +1,18 @@
+"""Fixtures for the tests of the ensemble itself: a tiny one, and the devices of this machine."""
+
+from pathlib import Path
+
+import pytest
+import tiny_ensemble
+
+from server import model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
+
+
+@pytest.fixture(scope="module", params=[name for name, is_there in model._DEVICES.items() if is_there()])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param

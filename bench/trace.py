@@ -9,24 +9,24 @@ import argparse
 import asyncio
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 
+from text_to_image_client._service import local_launch, running
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 ORDERS = ("first-come", "shortest")
 SIDES, STEPS, IMAGES = (64, 128, 192), (4, 8, 16), (1, 2, 4)
 WITH_DEADLINE = 0.3  # share of the requests; of 2 to 10 times what they take alone, and one second
+_READY_SECONDS = 300.0
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -163,18 +163,10 @@ def row(order: str, outcomes: list[Outcome]) -> str:
 def server(order: str) -> Iterator[str]:
     """A server process of that order; its address, once it is ready."""
     with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder, "ready")
-        flags = ["--listen", "127.0.0.1:0", "--schedule", order, "--max-queue", "1000", "--log-level", "warning"]
-        process = subprocess.Popen([sys.executable, "-m", "server", *flags, "--ready-file", str(ready)])
-        try:
-            while not ready.exists():
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {process.returncode}")
-                time.sleep(0.05)
-            yield ready.read_text().strip()
-        finally:
-            process.terminate()
-            process.wait()
+        launch = local_launch(Path(folder), gpu=False)
+        flags = ("--schedule", order, "--max-queue", "1000", "--log-level", "warning")
+        with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
+            yield service.wait_until_serving(_READY_SECONDS)
 
 
 if __name__ == "__main__":

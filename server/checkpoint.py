@@ -101,13 +101,16 @@ def inspect_base(folder: Path) -> Checkpoint:
 
 
 def inspect_refiner(folder: Path) -> Checkpoint:
-    """The refiner's folder. Raises a CheckpointError unless it is one, and whole."""
+    """The refiner's folder. Raises a CheckpointError unless it is one, and whole.
+
+    It may be without a text encoder, which is the base's then: the published ones carry the very same.
+    """
     index = _index(folder)
     if index.get("text_encoder", [None])[0] is not None:
         raise WrongExpert(
             f"{folder} holds a base where the refiner belongs; give it to --base, and the refiner to --refiner"
         )
-    return _inspect(folder, REFINER_PARTS)
+    return _inspect(folder, tuple(part for part in REFINER_PARTS if part == "unet" or (folder / part).exists()))
 
 
 def inspect_preview_decoder(folder: Path) -> None:
@@ -145,8 +148,8 @@ def defaults(base: Checkpoint) -> Defaults:
 
 
 def same_weights(one: Checkpoint, other: Checkpoint, part: str) -> bool:
-    """Whether both checkpoints have the very same weights of a part."""
-    return _digest(one.weights[part]) == _digest(other.weights[part])
+    """Whether the other checkpoint has the very same weights of a part, or none of its own."""
+    return part not in other.weights or _digest(one.weights[part]) == _digest(other.weights[part])
 
 
 def fingerprint(checkpoints: Iterable[Checkpoint]) -> str:

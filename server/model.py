@@ -156,9 +156,9 @@ def load(
         base_pipeline = _pipeline(StableDiffusionXLPipeline, base_files, precision).to(device)
         refiner_pipeline = None
         if refiner_files is not None:
-            parts = {"vae": base_pipeline.vae}  # both experts work in the latents of one autoencoder
+            parts: dict[str, Any] = {"vae": base_pipeline.vae}  # both experts work in the latents of one autoencoder
             if shared:
-                parts["text_encoder_2"] = base_pipeline.text_encoder_2
+                parts |= {"text_encoder_2": base_pipeline.text_encoder_2, "tokenizer_2": base_pipeline.tokenizer_2}
             refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
         card = _card(base_files, refiner_files, base_pipeline, precision, name, max_batch)
         return Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder)

@@ -13,16 +13,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import distributed
+from torch import distributed, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training import architecture, art, autoencoder, captions, colours, denoisers, export, text, vocabulary
+from training import architecture, art, autoencoder, captions, colours, denoisers, export, synonyms, text, vocabulary
 from training.art import RUNS, WEIGHTS
+from training.denoisers import Bucket, Encoders
+from training.optimisation import Trainer
 from training.scenes import Director
+from training.synonyms import Synonyms
 
 log = logging.getLogger("training")
 
@@ -38,6 +42,7 @@ def main() -> None:
     parser.add_argument("--refiner", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--sitting", type=float, default=math.inf, metavar="SECONDS", help="stop after so long")
     parser.add_argument("--batch", type=int, default=256, help="scenes in a step of the experts, for each GPU")
+    parser.add_argument("--seed", type=int, default=0, help="another one for other scenes in another sitting")
     parser.add_argument("--compile", action="store_true", help="compile the experts for squares: minutes, on CUDA")
     options = parser.parse_args()
     began = time.monotonic()
@@ -47,47 +52,87 @@ def main() -> None:
         torch.manual_seed(0)
         RUNS.mkdir(exist_ok=True)
         everything = art.everything()
-        tokenizer, narrow, wide = _text_encoders(everything, options.text)
+        words = synonyms.everything(everything.concepts)
+        tokenizer, encoders = _text_encoders(everything, words, options.text)
         pictures = torch.from_numpy(everything.pixels()).to(device).permute(0, 3, 1, 2).contiguous()
         held_out = torch.from_numpy(everything.held_out()).to(device)
         vae = _autoencoder(pictures, held_out, options.autoencoder, rank)
 
-        wanted = {name: seconds for name, seconds in (("base", options.base), ("refiner", options.refiner)) if seconds}
-        wanted = {name: seconds for name, seconds in wanted.items() if not (RUNS / name).is_dir()}
-        if wanted:
-            encoder = copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE)
-            of = colours.traits(pictures)
-            director = Director(everything, of, (~held_out).nonzero()[:, 0].tolist(), seed=rank)
-            data, encoded = denoisers.prepared(director, of, pictures, encoder, tokenizer, (narrow, wide))
-            count = sum(len(bucket.latents) for bucket in data.values())
-            log.info("%d scenes and %d captions are encoded", count, len(encoded.hidden))
-        for name, seconds in wanted.items():
-            make, trainer = EXPERTS[name]
-            so_far = RUNS / f"{name}-so-far"  # where its checkpoint is not, as on another machine, a start all the same
-            unet = UNet2DConditionModel.from_pretrained(so_far) if so_far.is_dir() else make()
-            unet = unet.to(device, autoencoder.WORKING_DTYPE)
-            training = trainer(unet, encoded, data, options.batch, options.compile)
-            checkpoint = RUNS / f"{name}.pt"
-            if checkpoint.is_file():
-                training.load(checkpoint)
-            done = training.run(seconds, options.sitting - (time.monotonic() - began))
-            training.averaged()
-            if rank == 0:
-                unet.half().save_pretrained(RUNS / name if done else so_far)
-                if not done:
-                    training.save(checkpoint)
-            if not done:
+        seconds = {"base": options.base, "refiner": options.refiner}
+        todo = [name for name in seconds if seconds[name] and not (RUNS / name).is_dir()]
+        if todo:
+            seed = 1000 * options.seed + rank
+            data, said = _data(everything, words, pictures, held_out, vae, tokenizer, seed)
+            common = (said, data, options.batch, options.compile)
+        for name in todo:
+            if name == "base":
+                unet, encoders = _unfinished("base", architecture.base_unet(), encoders, device)
+                texts = denoisers.tokens(tokenizer, text.spoken(everything, words.seen)[0], text.LENGTH).to(device)
+                training = denoisers.base_trainer(unet, encoders, texts, *common)
+                parts = {"unet": unet, "narrow": encoders.narrow, "wide": encoders.wide}
+            else:
+                unet, encoders = _unfinished("refiner", architecture.refiner_unet(), _encoders(RUNS / "base"), device)
+                training = denoisers.refiner_trainer(unet, encoders, *common)
+                parts = {"unet": unet}
+            if not _trained(name, training, parts, seconds[name], options.sitting - (time.monotonic() - began), rank):
                 log.info("%s is not done: run this again to go on", name)
                 return
         if rank == 0:
-            base, refiner = (UNet2DConditionModel.from_pretrained(RUNS / name) for name in EXPERTS)
-            export.save(WEIGHTS, tokenizer, narrow.cpu(), wide.cpu(), vae.cpu(), base, refiner)
+            encoders = _encoders(RUNS / "base")
+            base, refiner = (UNet2DConditionModel.from_pretrained(RUNS / name / "unet") for name in seconds)
+            export.save(WEIGHTS, tokenizer, encoders.narrow, encoders.wide, vae.cpu(), base, refiner)
 
 
-EXPERTS = {
-    "base": (architecture.base_unet, denoisers.base_trainer),
-    "refiner": (architecture.refiner_unet, denoisers.refiner_trainer),
-}
+def _trained(
+    name: str, training: Trainer, parts: Mapping[str, nn.Module], seconds: float, sitting: float, rank: int
+) -> bool:
+    """Train an expert as long as this sitting lasts, and write what came of it; whether it is done."""
+    checkpoint = RUNS / f"{name}.pt"
+    if checkpoint.is_file():
+        training.load(checkpoint)
+    done = training.run(seconds, sitting)
+    training.averaged()
+    if rank == 0:
+        for part, network in parts.items():
+            network.half().save_pretrained(RUNS / (name if done else f"{name}-so-far") / part)
+        if not done:
+            training.save(checkpoint)
+    if distributed.is_initialized():
+        distributed.barrier()  # what comes next reads what was written
+    return done
+
+
+def _unfinished(
+    name: str, unet: UNet2DConditionModel, encoders: Encoders, device: torch.device
+) -> tuple[UNet2DConditionModel, Encoders]:
+    """What an expert begins with: where an earlier sitting left it, even if its checkpoint is not here, or as given."""
+    so_far = RUNS / f"{name}-so-far"
+    if so_far.is_dir():
+        unet = UNet2DConditionModel.from_pretrained(so_far / "unet")
+    if (so_far / "wide").is_dir():
+        encoders = _encoders(so_far)
+    return unet.to(device, autoencoder.WORKING_DTYPE), encoders.to(device, autoencoder.WORKING_DTYPE)
+
+
+def _encoders(folder: Path) -> Encoders:
+    narrow = CLIPTextModel.from_pretrained(folder / "narrow").float()
+    return Encoders(narrow, CLIPTextModelWithProjection.from_pretrained(folder / "wide").float())
+
+
+def _data(
+    everything: art.Art,
+    words: Synonyms,
+    pictures: torch.Tensor,
+    held_out: torch.Tensor,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    seed: int,
+) -> tuple[dict[str, Bucket], torch.Tensor]:
+    of = colours.traits(pictures)
+    director = Director(everything, words.seen, of, (~held_out).nonzero()[:, 0].tolist(), seed)
+    data, said = denoisers.prepared(director, of, pictures, copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE), tokenizer)
+    log.info("%d scenes are encoded, and %d captions", sum(len(bucket.latents) for bucket in data.values()), len(said))
+    return data, said
 
 
 @contextlib.contextmanager
@@ -99,25 +144,19 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
     local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(local)
     distributed.init_process_group("nccl", device_id=local)
-    try:
-        yield local, distributed.get_rank()
-    finally:
-        distributed.destroy_process_group()
+    yield local, distributed.get_rank()
+    distributed.destroy_process_group()  # not after an error, which it would wait with for the other processes
 
 
-def _text_encoders(
-    everything: art.Art, seconds: float
-) -> tuple[CLIPTokenizer, CLIPTextModel, CLIPTextModelWithProjection]:
-    if not (RUNS / "text").is_dir():
-        tokenizer = vocabulary.prune(captions.words(everything.concepts), _VOCABULARY, RUNS / "vocabulary")
-        narrow, wide = text.train(everything, tokenizer, seconds)
+def _text_encoders(everything: art.Art, words: Synonyms, seconds: float) -> tuple[CLIPTokenizer, Encoders]:
+    folder = RUNS / "text"
+    if not folder.is_dir():
+        needed = captions.words(everything.concepts, words.seen)
+        tokenizer = vocabulary.prune(needed, _VOCABULARY, RUNS / "vocabulary")
+        narrow, wide = text.train(everything, words.seen, tokenizer, seconds)
         for name, part in (("tokenizer", tokenizer), ("narrow", narrow.half()), ("wide", wide.half())):
-            part.save_pretrained(RUNS / "text" / name)
-    return (
-        CLIPTokenizer.from_pretrained(RUNS / "text" / "tokenizer"),
-        CLIPTextModel.from_pretrained(RUNS / "text" / "narrow").float(),
-        CLIPTextModelWithProjection.from_pretrained(RUNS / "text" / "wide").float(),
-    )
+            part.save_pretrained(folder / name)
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), _encoders(folder)
 
 
 def _autoencoder(pictures: torch.Tensor, held_out: torch.Tensor, seconds: float, rank: int) -> AutoencoderKL:

@@ -33,7 +33,7 @@ def base_unet() -> UNet2DConditionModel:
 
 
 def refiner_unet() -> UNet2DConditionModel:
-    return _unet((32, 64, 96), context=WIDE, ids=5)
+    return _unet((64, 128, 160), context=WIDE, ids=5)
 
 
 def _unet(widths: tuple[int, ...], context: int, ids: int) -> UNet2DConditionModel:

@@ -91,7 +91,7 @@ def everything() -> Art:
     """All the art, fetched and rendered the first time."""
     file = RUNS / "art.npz"
     if not file.is_file():
-        fetch(RUNS / "packages")
+        fetch(RUNS / "packages", [*((name, version) for name, version, _ in SETS.values()), *KEYWORDS.items()])
         render(RUNS / "packages").save(file)
     return load(file)
 
@@ -107,11 +107,10 @@ def load(file: Path) -> Art:
     return Art(concepts, tuple(pictures))
 
 
-def fetch(folder: Path) -> None:
-    """Bring the packages, as npm publishes them, into a folder."""
+def fetch(folder: Path, packages: Iterable[tuple[str, str]]) -> None:
+    """Bring packages, each a name and a version, as npm publishes them, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [f"{package}@{version}" for package, version, _ in SETS.values()]
-    wanted += [f"{package}@{version}" for package, version in KEYWORDS.items()]
+    wanted = [f"{package}@{version}" for package, version in packages]
     subprocess.run(["npm", "pack", "--silent", "--pack-destination", folder.resolve(), *wanted], check=True, cwd=folder)
 
 

@@ -1,11 +1,11 @@
 """What people call a picture: captions of the art and of scenes made from it, and plain English around them."""
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.art import OUTLINE, STYLES, Art, Concept
+from training.synonyms import telling
 
 COLOURS = "red orange yellow green blue purple pink brown black white grey".split()
 _MORE_COLOURS = {"grey": ("gray", "silver"), "yellow": ("golden",), "purple": ("violet",), "blue": ("light blue",)}
@@ -29,9 +29,11 @@ _PAIRS = (
     "a {}, a {}", "one {} and one {}",
 )  # fmt: skip
 _BACKGROUNDS = ("{} on a {} background", "{} on {}", "{} in front of a {} background", "{}, {} background")
-_STYLED = 0.3  # share of captions that name the style; outlines always do, or every picture might become one
+_STYLED = 0.35  # share of captions that name the style; outlines always do, or every picture might become one
 _SMALL = ("small", "tiny", "little")
 _SOMEONE = ("someone", "somebody", "a person")
+_PEOPLE = ("smileys-emotion", "people-body")
+_SHARED = 8  # concepts that a keyword may have for "someone laughing" to mean any of them
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ class Named:
 
 
 class Captioner:
-    """Draws captions for pictures of an art, each as a person might have typed it."""
+    """Draws captions for pictures of an art, each as a person might have typed it.
 
-    def __init__(self, art: Art, seed: int) -> None:
+    `synonyms` has more words for each concept, which may stand in place of its name as keywords that tell it may. Other
+    keywords ("animal") say little of any one concept: they stand beside a name, never alone.
+    """
+
+    def __init__(self, art: Art, synonyms: Sequence[Sequence[str]], seed: int) -> None:
         self._art = art
         self._random = random.Random(seed)
-        uses = Counter(word for concept in art.concepts for word in {concept.name, *concept.keywords})
-        # A keyword of many concepts ("animal") says little of any one: it may stand beside a name, never alone.
-        self._telling = [tuple(word for word in each.keywords if uses[word] <= 3) for each in art.concepts]
+        self._telling, self._shared = telling(art.concepts), telling(art.concepts, _SHARED)
+        self._synonyms = synonyms
 
     def caption(self, concept: int, style: str, colour: str = "") -> str:
         """One caption of a concept drawn in a style; `colour` is that of the whole picture, which may go unsaid."""
@@ -58,7 +63,7 @@ class Captioner:
         subject = self._subject(concept)
         if colour and choose.random() < 0.15 and not set(COLOURS) & set(subject.split()):
             subject = f"{self._colour(colour)} {subject}"
-        elif choose.random() < 0.06:
+        elif choose.random() < 0.15:
             # Words that say nothing of the picture must not disturb it.
             subject = choose.choice((f"{choose.choice(_ADJECTIVES)} {subject}", f"{subject} {choose.choice(_ACTIONS)}"))
         return self._dressed(subject, style)
@@ -88,7 +93,7 @@ class Captioner:
         about = choose.randrange(len(self._art.concepts))
         concept = self._art.concepts[about]
         other = choose.choice(self._art.concepts).name
-        noun = choose.choice((concept.name, concept.name, *self._telling[about]))
+        noun = choose.choice((concept.name, concept.name, *self._telling[about], *self._synonyms[about]))
         kind = choose.random()
         if kind < 0.3:
             noun = f"{noun} {choose.choice(_ACTIONS)}"
@@ -111,20 +116,27 @@ class Captioner:
     def _subject(self, concept: int) -> str:
         choose, it = self._random, self._art.concepts[concept]
         kind = choose.random()
-        if kind < 0.2 and self._telling[concept]:
-            return choose.choice(self._telling[concept])
-        if kind < 0.4 and it.keywords:
+        if it.group in _PEOPLE and kind < 0.08 and (shared := self._shared[concept]):
+            return f"{choose.choice(_SOMEONE)} {choose.choice(shared)}"
+        if kind < 0.4 and (other := self._other_name(concept)):
+            return other
+        if kind < 0.52 and it.keywords:
             extra = choose.sample(it.keywords, min(len(it.keywords), choose.randint(1, 3)))
             return ", ".join((it.name, *extra))
-        if kind < 0.5 and it.keywords:
+        if kind < 0.58 and it.keywords:
             return f"{it.name} {choose.choice(it.keywords)}"
         return it.name
+
+    def _other_name(self, concept: int) -> str:
+        """A keyword that tells the concept or, half the time if there are both, a synonym; empty if there is none."""
+        sources = [some for some in (self._telling[concept], self._synonyms[concept]) if some]
+        return self._random.choice(self._random.choice(sources)) if sources else ""
 
     def _thing(self, thing: Named) -> str:
         """A short name; of a painted thing, without the colours that it no longer has, and with the one it has."""
         name = self._art.concepts[thing.concept].name
-        if self._telling[thing.concept] and self._random.random() < 0.15:
-            name = self._random.choice(self._telling[thing.concept])
+        if self._random.random() < 0.3:
+            name = self._other_name(thing.concept) or name
         if not thing.colour:
             return name
         rest = " ".join(word for word in name.split() if word not in COLOURS)
@@ -144,9 +156,10 @@ class Captioner:
         return self._random.choice((colour, colour, *_MORE_COLOURS.get(colour, ())))
 
 
-def words(concepts: Sequence[Concept]) -> list[str]:
+def words(concepts: Sequence[Concept], synonyms: Sequence[Sequence[str]]) -> list[str]:
     """All that captions and phrases are made of, for the vocabulary."""
     parts = [word for concept in concepts for word in (concept.name, *concept.keywords)]
+    parts += [word for some in synonyms for word in some]
     styles = [word for style in STYLES.values() for word in style]
     colours = [*COLOURS, *(word for more in _MORE_COLOURS.values() for word in more)]
     templates = [part for template in (*_OPENINGS, *_PAIRS, *_BACKGROUNDS) for part in template.split("{}")]

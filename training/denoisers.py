@@ -1,36 +1,80 @@
 """Train the two experts on cached latents: the base on the whole noise schedule, the refiner on its low-noise end.
 
-Both predict the noise (Ho et al., 2020). The text encoders and the autoencoder are frozen, so scenes are encoded once,
-and so is every caption.
+Both predict the noise (Ho et al., 2020). The autoencoder is frozen, so scenes are encoded once. The text encoders learn
+on with the base, held near what sentences meant to them before; the refiner takes them as they then are.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import architecture, scenes
-from training.architecture import NARROW
 from training.autoencoder import WORKING_DTYPE, encoded
 from training.colours import Traits
 from training.optimisation import Trainer, compiled
 from training.scenes import Director, Scene
+from training.vocabulary import CONTEXT
 
 REFINER_TIMESTEPS = 200  # the low-noise share of 1000 that the refiner owns, as the published one does
 _DROPPED = 0.1  # share of captions left out, for classifier-free guidance
 _SQUARE_SHARE = 0.85  # of all steps; the other aspect ratios share the rest
 _LATE = 0.1  # share of the base's training on the timesteps that the refiner will own
+_HELD = 0.05  # weight of the distance between what a sentence means to the text encoders and what it meant before
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Encoded captions: row 0 is the empty one. `hidden` (n, 77, 256) of both encoders, `pooled` (n, 160)."""
+class Encoders(nn.Module):
+    """Both text encoders, as the published base reads them."""
 
-    hidden: torch.Tensor
-    pooled: torch.Tensor
+    def __init__(self, narrow: CLIPTextModel, wide: CLIPTextModelWithProjection) -> None:
+        super().__init__()
+        self.narrow, self.wide = narrow, wide
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (n, 77, 256) of both encoders and the pooled output (n, 160), from token ids (n, 77)."""
+        hidden, pooled = self.read(ids)
+        return torch.cat([_read(self.narrow, ids)[0], hidden], dim=-1), pooled
+
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the refiner reads: hidden states (n, 77, 160) and the pooled output of the second encoder."""
+        # The published base pads for its second encoder with "!", token 0, and for the first with the end token.
+        ended = ids == self.wide.config.eos_token_id
+        hidden, pooled = _read(self.wide.text_model, torch.where(ended & (ended.cumsum(1) > 1), 0, ids))
+        return hidden, self.wide.text_projection(pooled)
+
+    def meanings(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pooled outputs of both encoders, (n, 96) and (n, 160), from token ids (n, any length)."""
+        return _read(self.narrow, ids)[1], self.wide.text_projection(_read(self.wide.text_model, ids)[1])
+
+
+def _read(encoder: CLIPTextModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last but one hidden states and the pooled output, as its own forward makes them, which does not compile."""
+    hidden = encoder.embeddings(input_ids=ids)
+    for layer in encoder.encoder.layers:
+        before, hidden = hidden, layer(hidden, None, is_causal=True)
+    end = (ids == encoder.config.eos_token_id).int().argmax(-1)
+    return before, encoder.final_layer_norm(hidden)[torch.arange(len(ids), device=ids.device), end]
+
+
+class Base(nn.Module):
+    """The base U-Net and the text encoders, which learn together."""
+
+    def __init__(self, unet: UNet2DConditionModel, encoders: Encoders) -> None:
+        super().__init__()
+        self.unet, self.encoders = unet, encoders
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, said: torch.Tensor, kept: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The predicted noise. Of the captions `said`, (n, 77), those whose `kept` is 0 are left out, to zeros."""
+        hidden, pooled = self.encoders(said)
+        added = {"text_embeds": pooled * kept[:, None], "time_ids": ids}
+        return _predicted(self.unet, noisy, timesteps, hidden * kept[:, None, None], added)
 
 
 @dataclass(frozen=True)
@@ -38,24 +82,28 @@ class Bucket:
     """Scenes of one size. `table` lists rows, each as often as it is to be drawn."""
 
     latents: torch.Tensor  # (n, 4, height / 8, width / 8), fp16
-    captions: torch.Tensor  # (n, 12), rows of Captions
+    captions: torch.Tensor  # (n, 12), rows of the captions' token ids
     ids: torch.Tensor  # (n, 7): original size, crop, target size, aesthetic score
     table: torch.Tensor
 
 
 @torch.inference_mode()
 def prepared(
-    director: Director,
-    of: Traits,
-    pictures: torch.Tensor,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
-) -> tuple[dict[str, Bucket], Captions]:
-    """All scenes of all aspect ratios, and all that is said of them, encoded. `pictures` are uint8 (n, 4, 256, 256)."""
+    director: Director, of: Traits, pictures: torch.Tensor, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> tuple[dict[str, Bucket], torch.Tensor]:
+    """All scenes of all aspect ratios encoded, and the token ids of all that is said of them, (n, 77), "" the first.
+
+    `pictures` are uint8 (n, 4, 256, 256).
+    """
     rows: dict[str, int] = {"": 0}
     made = {ratio: _bucket(director.scenes(ratio), rows, of, pictures, vae) for ratio in scenes.sizes()}
-    return made, _encoded_captions(list(rows), tokenizer, *encoders, pictures.device)
+    return made, tokens(tokenizer, list(rows)).to(pictures.device)
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str], length: int = CONTEXT) -> torch.Tensor:
+    """Token ids of texts, (n, length)."""
+    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return ids["input_ids"]  # type: ignore[no-any-return]
 
 
 def _bucket(
@@ -74,113 +122,119 @@ def _bucket(
     )
 
 
-def _encoded_captions(
-    texts: list[str],
-    tokenizer: CLIPTokenizer,
-    narrow: CLIPTextModel,
-    wide: CLIPTextModelWithProjection,
-    device: torch.device,
-) -> Captions:
-    narrow, wide = narrow.to(device), wide.to(device)
-    hidden, pooled = [], []
-    for at in range(0, len(texts), 1024):
-        # The published base pads for its second encoder with "!", token 0, and for the first with the end token.
-        ids = tokenizer(texts[at : at + 1024], padding="max_length", truncation=True, return_tensors="pt")
-        ended = ids["input_ids"] == tokenizer.eos_token_id
-        other = torch.where(ended & (ended.cumsum(1) > 1), 0, ids["input_ids"])
-        one = narrow(ids["input_ids"].to(device), output_hidden_states=True)
-        two = wide(other.to(device), output_hidden_states=True)
-        hidden.append(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1).to(WORKING_DTYPE))
-        pooled.append(two.text_embeds.to(WORKING_DTYPE))
-    return Captions(torch.cat(hidden), torch.cat(pooled))
-
-
 def base_trainer(
-    unet: UNet2DConditionModel, captions: Captions, data: Mapping[str, Bucket], batch: int, fast: bool
+    unet: UNet2DConditionModel,
+    encoders: Encoders,
+    texts: torch.Tensor,
+    captions: torch.Tensor,
+    data: Mapping[str, Bucket],
+    batch: int,
+    fast: bool,
 ) -> Trainer:
-    """What trains a base on batches of so many scenes."""
-    alphas = _alphas(captions.hidden.device)
+    """What trains a base, and with it the text encoders, on batches of so many scenes.
+
+    `texts` are token ids, (n, any length), of sentences that are to go on meaning what they mean to the encoders now.
+    """
+    alphas = _alphas(captions.device)
     signal_to_noise = alphas / (1 - alphas)
     weights = signal_to_noise.clamp(max=5) / signal_to_noise  # min-SNR (Hang et al., 2023)
+    before = copy.deepcopy(encoders).requires_grad_(False)
 
-    def loss(network: torch.nn.Module, bucket: Bucket) -> torch.Tensor:
+    def loss(network: nn.Module, bucket: Bucket) -> torch.Tensor:
         rows = _draw(bucket, batch)
-        hidden, pooled = _captions(captions, bucket, rows)
-        kept = (torch.rand(batch, device=rows.device) >= _DROPPED).to(hidden.dtype)
+        kept = (torch.rand(batch, device=rows.device) >= _DROPPED).to(WORKING_DTYPE)
         late = torch.rand(batch, device=rows.device) < _LATE
-        begin = torch.where(late, 0, REFINER_TIMESTEPS)
-        added = {"text_embeds": pooled * kept[:, None], "time_ids": bucket.ids[rows, :6].to(pooled.dtype)}
-        return _loss(network, bucket.latents[rows], hidden * kept[:, None, None], added, alphas, weights, begin)
+        timesteps = _uniform(torch.where(late, 0, REFINER_TIMESTEPS), len(alphas), batch)
+        noise, noisy = _noised(bucket.latents[rows], alphas[timesteps])
+        said = captions[_said(bucket, rows)]
+        predicted = network(noisy, timesteps, said, kept, bucket.ids[rows, :6].to(WORKING_DTYPE))
+        some = texts[torch.randint(len(texts), (batch,), device=texts.device)]
+        moved = sum(
+            (1 - F.cosine_similarity(now.float(), then.float())).mean()
+            for now, then in zip(encoders.meanings(some), before.meanings(some), strict=True)
+        )
+        return _error(predicted, noise, weights[timesteps]) + _HELD * moved
 
-    return _trainer("base", unet, loss, data, 1e-3 * (batch / 256) ** 0.5, fast)
+    return _trainer("base", Base(unet, encoders), loss, data, 7e-4, fast)
 
 
 def refiner_trainer(
-    unet: UNet2DConditionModel, captions: Captions, data: Mapping[str, Bucket], batch: int, fast: bool
+    unet: UNet2DConditionModel,
+    encoders: Encoders,
+    captions: torch.Tensor,
+    data: Mapping[str, Bucket],
+    batch: int,
+    fast: bool,
 ) -> Trainer:
     """What trains a refiner. What it is told without a caption is the encoded empty one."""
-    alphas = _alphas(captions.hidden.device)[:REFINER_TIMESTEPS]
-    weights = torch.ones_like(alphas)
+    alphas = _alphas(captions.device)[:REFINER_TIMESTEPS]
+    encoders = encoders.requires_grad_(False)
 
-    def loss(network: torch.nn.Module, bucket: Bucket) -> torch.Tensor:
+    def loss(network: nn.Module, bucket: Bucket) -> torch.Tensor:
         rows = _draw(bucket, batch)
-        hidden, pooled = _captions(captions, bucket, rows, _DROPPED)
+        dropped = torch.rand(batch, device=rows.device) < _DROPPED
+        hidden, pooled = encoders.read(captions[torch.where(dropped, 0, _said(bucket, rows))])
         ids = torch.cat([bucket.ids[rows, :4], bucket.ids[rows, 6:]], dim=1)
+        timesteps = _uniform(torch.zeros_like(rows), len(alphas), batch)
+        noise, noisy = _noised(bucket.latents[rows], alphas[timesteps])
         added = {"text_embeds": pooled, "time_ids": ids.to(pooled.dtype)}
-        return _loss(network, bucket.latents[rows], hidden[..., NARROW:], added, alphas, weights)
+        return _error(_predicted(network, noisy, timesteps, hidden, added), noise)
 
-    return _trainer("refiner", unet, loss, data, 1.5e-3 * (batch / 256) ** 0.5, fast)
+    return _trainer("refiner", unet, loss, data, 1e-3, fast)
 
 
 def _trainer(  # type: ignore[no-untyped-def]
-    name, unet, loss, data: Mapping[str, Bucket], learning_rate: float, fast: bool
+    name, network: nn.Module, loss, data: Mapping[str, Bucket], learning_rate: float, fast: bool
 ) -> Trainer:
     # Squares alone are compiled: it takes longer than the other shapes' share of the steps.
-    square = compiled(unet) if fast else unet
+    square = compiled(network) if fast else network
     losses = {
-        ratio: lambda bucket=bucket, network=square if ratio == "1:1" else unet: loss(network, bucket)
+        ratio: lambda bucket=bucket, its=square if ratio == "1:1" else network: loss(its, bucket)
         for ratio, bucket in data.items()
     }
     others = (1 - _SQUARE_SHARE) / max(1, len(data) - 1)
     shares = {ratio: _SQUARE_SHARE if ratio == "1:1" else others for ratio in data}
-    return Trainer(name, unet, losses, shares, learning_rate)
+    return Trainer(name, network, losses, shares, learning_rate)
 
 
-def _loss(
-    network: torch.nn.Module,
-    latents: torch.Tensor,
+def _predicted(
+    unet: nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
     hidden: torch.Tensor,
     added: Mapping[str, torch.Tensor],
-    alphas: torch.Tensor,
-    weights: torch.Tensor,
-    begin: torch.Tensor | int = 0,
 ) -> torch.Tensor:
-    """Error of the predicted noise at uniform timesteps from `begin`, of shape (batch,), up to the last of `alphas`."""
-    latents = latents.float()
-    uniform = torch.rand(len(latents), device=latents.device)
-    timesteps = (begin + uniform * (len(alphas) - begin)).long().clamp(max=len(alphas) - 1)
-    alpha = alphas[timesteps][:, None, None, None]
-    noise = torch.randn_like(latents)
-    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    predicted = network(
-        noisy.to(hidden.dtype), timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
+    predicted: torch.Tensor = unet(
+        noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
     )[0]
+    return predicted
+
+
+def _uniform(begin: torch.Tensor, end: int, batch: int) -> torch.Tensor:
+    """Timesteps, (batch,), uniform from `begin` up to `end`."""
+    return (begin + torch.rand(batch, device=begin.device) * (end - begin)).long().clamp(max=end - 1)
+
+
+def _noised(latents: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise, fp32, and latents with as much of it as `alpha`, (n,), leaves room for."""
+    latents, alpha = latents.float(), alpha[:, None, None, None]
+    noise = torch.randn_like(latents)
+    return noise, (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(WORKING_DTYPE)
+
+
+def _error(predicted: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     each = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
-    return (weights[timesteps] * each).mean()
+    return each.mean() if weights is None else (weights * each).mean()
 
 
 def _draw(bucket: Bucket, batch: int) -> torch.Tensor:
     return bucket.table[torch.randint(len(bucket.table), (batch,), device=bucket.table.device)]
 
 
-def _captions(
-    captions: Captions, bucket: Bucket, rows: torch.Tensor, dropped: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _said(bucket: Bucket, rows: torch.Tensor) -> torch.Tensor:
+    """One caption of each scene, as a row of the captions."""
     column = torch.randint(bucket.captions.shape[1], rows.shape, device=rows.device)
-    said = bucket.captions[rows, column]
-    if dropped:
-        said = torch.where(torch.rand(said.shape, device=said.device) < dropped, 0, said)
-    return captions.hidden[said], captions.pooled[said]
+    return bucket.captions[rows, column]
 
 
 def _alphas(device: torch.device) -> torch.Tensor:

@@ -20,12 +20,13 @@ from PIL import Image
 
 from server import model
 from server.domain import ASPECT_RATIOS, ImageRequest, default_request, size_of
-from training import art, autoencoder, captions, colours, reading, scenes
+from training import art, autoencoder, captions, colours, reading, scenes, synonyms
 from training.art import SIDE, STYLES
 from training.colours import PAINTS
 from training.prompts import COLOURED, OPEN, USUAL_COLOURS
 from training.reading import Gallery
 from training.scenes import Scene, Thing
+from training.synonyms import Synonyms
 
 PROMPTS = 300  # concepts drawn by name; the other rows take their parts of it
 SEEDS = (0, 1, 2, 3)  # where several are compared; all else is drawn with the first
@@ -51,6 +52,7 @@ class Subject:
     weights: Path
     ensemble: model.Ensemble
     gallery: Gallery
+    synonyms: Synonyms
     prompts: int
     sheet: Path | None
 
@@ -102,7 +104,9 @@ def main() -> None:
     of = (art.RUNS / "art.npz").stat()
     gallery = reading.gallery(everything, art.RUNS / f"features-{of.st_size}-{of.st_mtime_ns}.npy")
     ensemble = model.load(options.weights / "base", options.weights / "refiner", options.device)
-    subject = Subject(options.weights, ensemble, gallery, options.prompts, options.sheet)
+    subject = Subject(
+        options.weights, ensemble, gallery, synonyms.everything(everything.concepts), options.prompts, options.sheet
+    )
     table: list[Row] = []
     for name in options.only:
         began = time.monotonic()
@@ -190,14 +194,23 @@ def pairs(it: Subject) -> Iterator[Row]:
 
 
 def open_vocabulary(it: Subject) -> Iterator[Row]:
-    """Plain English: an accepted concept is in the top 5. Some of its words are in no caption that training saw."""
-    asked = random.Random(_CONCEPTS).sample(list(OPEN), min(len(OPEN), it.part(0.2)))
-    accepted = [[it.gallery.named[name] for name in OPEN[prompt]] for prompt in asked]
-    right = it.gallery.ranks(reading.features(it.drawn(asked)), accepted) < 5
-    known = set(" ".join(captions.words(it.gallery.art.concepts)).split())
+    """Plain English: an accepted concept is in the top 5. Then single words that were kept from all captions."""
+    accepted = {prompt: [it.gallery.named[name] for name in names] for prompt, names in OPEN.items()}
+    asked = random.Random(_CONCEPTS).sample(list(accepted), min(len(accepted), it.part(0.2)))
+    right = it.gallery.ranks(reading.features(it.drawn(asked)), [accepted[prompt] for prompt in asked]) < 5
+    known = set(" ".join(captions.words(it.gallery.art.concepts, it.synonyms.seen)).split())
     new = torch.tensor([bool(set(prompt.split()) - known) for prompt in asked])
     measured = f"{_share(right):.0%} of {len(asked)}, {_share(right[new]):.0%} of {int(new.sum())} with unseen words"
     yield Row('plain English ("a doggo sleeping")', "> 50 %", measured, _share(right) > 0.5)
+
+    meant: dict[str, list[int]] = {}
+    for concept, words in enumerate(it.synonyms.unseen):
+        for word in words:
+            if not set(word.split()) & known:
+                meant.setdefault(word, []).append(concept)
+    asked = random.Random(_CONCEPTS).sample(sorted(meant), it.part(0.2))
+    right = it.gallery.ranks(reading.features(it.drawn(asked)), [meant[word] for word in asked]) < 5
+    yield Row("words kept from all captions", "", f"{_share(right):.0%} of {len(asked)}", None)
 
 
 def refiner(it: Subject) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """Write the trained networks as the two folders that the service loads, in the layout of the published checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -27,7 +28,10 @@ def save(
     base: UNet2DConditionModel,
     refiner: UNet2DConditionModel,
 ) -> None:
-    """Write base and refiner below `folder`, in fp16, shards below 16 MB; both carry the shared parts, as published."""
+    """Write base and refiner below `folder`, in fp16, shards below 16 MB.
+
+    The refiner's folder is without what it shares with the base, the second text encoder and the autoencoder.
+    """
     for part in (narrow, wide, vae, base, refiner):
         part.to(torch.float16)
     # The published base pads for its second encoder with "!", token 0, and for the first with the end token.
@@ -39,6 +43,8 @@ def save(
         vae, None, wide, None, tokenizer_2, refiner, architecture.scheduler(),
         requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
     ).save_pretrained(folder / "refiner", variant="fp16", max_shard_size=_SHARD)  # fmt: skip
+    for part in ("text_encoder_2", "tokenizer_2", "vae"):
+        shutil.rmtree(folder / "refiner" / part)
     for file in folder.glob("*/*/config.json"):  # where a part was loaded from is nobody's business
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)

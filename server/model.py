@@ -165,9 +165,10 @@ def load(
 
 
 class Ensemble:
-    """The loaded experts. Every call returns when the device is done.
+    """The loaded experts. Every call returns when the device is done with it.
 
-    Not for more than one thread at a time, but for `preview`.
+    Not for more than one thread at a time, but for `preview` and, where it `overlaps`, for a second thread that encodes
+    and decodes. What these make is complete when another call gets it, so the streams need not wait for one another.
     """
 
     def __init__(
@@ -185,6 +186,9 @@ class Ensemble:
         self._tokenizer = base.tokenizer
         self._scheduler_config = base.scheduler.config
         self._device = torch.device(card.device)
+        # On a GPU small calls fill what steps leave idle. On a CPU all want the same cores, and the steps lose more.
+        self.overlaps = self._device.type == "cuda"
+        self._side_stream = torch.cuda.Stream(self._device) if self.overlaps else None  # type: ignore[no-untyped-call]
         self._dtype = PRECISIONS[card.precision]
         self._by_image: list[_ImageByImage] = []
         if max_batch > 1:
@@ -216,20 +220,21 @@ class Ensemble:
         `force_zeros_for_empty_prompt`, the encoded empty string otherwise.
         """
         hidden, added = {}, {}
-        for stage, pipeline in self._pipelines.items():
-            positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
-                request.prompt,
-                device=self._device,
-                do_classifier_free_guidance=request.guidance_scale > 1,
-                negative_prompt=request.negative_prompt or None,
-            )
-            ids, negative_ids = _time_ids(pipeline, request, positive.dtype)
-            if request.guidance_scale > 1:
-                positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
-                ids = torch.cat([negative_ids, ids])
-            hidden[stage] = positive
-            added[stage] = {"text_embeds": pooled, "time_ids": ids.to(self._device)}
-        self._finish()
+        with torch.cuda.stream(self._side_stream):
+            for stage, pipeline in self._pipelines.items():
+                positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
+                    request.prompt,
+                    device=self._device,
+                    do_classifier_free_guidance=request.guidance_scale > 1,
+                    negative_prompt=request.negative_prompt or None,
+                )
+                ids, negative_ids = _time_ids(pipeline, request, positive.dtype)
+                if request.guidance_scale > 1:
+                    positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
+                    ids = torch.cat([negative_ids, ids])
+                hidden[stage] = positive
+                added[stage] = {"text_embeds": pooled, "time_ids": ids.to(self._device)}
+            self._finish()
         prompts = {"data.prompt": request.prompt, "parameter.negative-prompt": request.negative_prompt}
         tails = {field: self._tail(prompt) for field, prompt in prompts.items()}
         warnings = tuple(_truncation(field, tail) for field, tail in tails.items() if tail)
@@ -333,15 +338,16 @@ class Ensemble:
 
         The published SDXL autoencoder overflows in fp16, and can in other half precisions; it then decodes in fp32.
         """
-        if not torch.isfinite(trajectory.latents).all():
-            raise NonFiniteImage(
-                "the latents are not finite; the prompt, the guidance scale or the precision overflowed"
-            )
-        pixels = _within_memory(self._device, partial(self._pixels, trajectory.latents))
-        if not torch.isfinite(pixels).all():
-            raise NonFiniteImage("the autoencoder overflowed, even in fp32")
-        rgb = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        return rgb.cpu().numpy()
+        with torch.cuda.stream(self._side_stream):
+            if not torch.isfinite(trajectory.latents).all():
+                raise NonFiniteImage(
+                    "the latents are not finite; the prompt, the guidance scale or the precision overflowed"
+                )
+            pixels = _within_memory(self._device, partial(self._pixels, trajectory.latents))
+            if not torch.isfinite(pixels).all():
+                raise NonFiniteImage("the autoencoder overflowed, even in fp32")
+            rgb = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+            return rgb.cpu().numpy()
 
     def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels as of `_decoded`, in the precision that is served where that does not overflow."""
@@ -402,7 +408,10 @@ class Ensemble:
         return prompt[offsets[window][0] :].strip() if len(offsets) > window else ""
 
     def _finish(self) -> None:
-        if self._device.type != "cpu":
+        """Wait for what this thread has asked of the device, and not for what another has."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        elif self._device.type != "cpu":
             torch.accelerator.synchronize()
 
 

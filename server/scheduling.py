@@ -296,12 +296,12 @@ class Schedule:
         self._changed(task)
 
     def hold(self, task: Task) -> None:
-        """The task's next call cannot be made yet, because it waits for something beside the device."""
+        """The task's next call is made beside those of others, or waits for that: it is not to be chosen."""
         task._held = True
         self._changed(task)
 
     def resume(self, task: Task) -> None:
-        """The task's next call can be made again."""
+        """The task can be chosen again."""
         task._held = False
         self._changed(task)
 
@@ -317,11 +317,11 @@ class Schedule:
             yield Forecast(task, position, self._eta(task, wait, now))
 
     def forecast(self, task: Task, now: float) -> Forecast:
-        """When one task will end. Cheap for the one that runs. Raises KeyError if the task is not here."""
-        if task is self._first(now):
-            return Forecast(task, 0, self._eta(task, 0.0, now))
+        """When one task will end. Cheap for one that runs. Raises KeyError if the task is not here."""
         if task not in self._tasks:
             raise KeyError(task)
+        if task._held or task is self._first(now):
+            return Forecast(task, 0, self._eta(task, 0.0, now))
         return next(forecast for forecast in self.forecasts(now) if forecast.task is task)
 
     def _eta(self, task: Task, wait: float, now: float) -> float:

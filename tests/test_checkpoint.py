@@ -24,6 +24,7 @@ from server.checkpoint import (
     TruncatedFile,
     WrongExpert,
 )
+from server.domain import Stage, default_request
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 5135149760\n".format("0" * 64)
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -181,6 +182,17 @@ def test_the_second_text_encoder_is_held_once_when_both_folders_have_the_same(fo
     experts = load(folder)._pipelines.values()
     assert len({id(pipeline.text_encoder_2) for pipeline in experts}) == 1
     assert len({id(pipeline.vae) for pipeline in experts}) == 1
+
+
+def test_a_refiner_without_a_text_encoder_takes_the_one_of_the_base(folder: Path, whole: Path):
+    for part in ("text_encoder_2", "tokenizer_2", "vae"):
+        shutil.rmtree(folder / "refiner" / part)
+
+    def hidden(folder: Path) -> torch.Tensor:
+        ensemble = load(folder)
+        return ensemble.encode(default_request(ensemble.card, "a cat", seed=1)).hidden[Stage.REFINER]
+
+    assert torch.equal(hidden(folder), hidden(whole))
 
 
 def test_a_refiner_with_a_text_encoder_of_its_own_keeps_it(folder: Path, tmp_path: Path):

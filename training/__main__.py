@@ -2,7 +2,8 @@
 
 Each stage leaves its result in training/runs/ and is passed over where that is there, so that a run goes on where it
 was cut off; delete a result to make its stage anew. An expert that is not done when a sitting ends goes on in the next.
-Seconds are those of the device. Run: python -m training, or, on several GPUs, torchrun --nproc-per-node gpu -m training
+Seconds are those of the device, the defaults for two H100s.
+Run: python -m training, or, on several GPUs, torchrun --nproc-per-node gpu -m training
 """
 
 import argparse
@@ -23,13 +24,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from training import architecture, art, autoencoder, captions, colours, denoisers, export, synonyms, text, vocabulary
 from training.art import RUNS, WEIGHTS
 from training.denoisers import Bucket, Encoders
-from training.optimisation import Trainer
+from training.optimisation import Trainer, agreed
 from training.scenes import Director
 from training.synonyms import Synonyms
 
 log = logging.getLogger("training")
 
 _VOCABULARY = 8500  # tokens
+_LEAST = 90  # seconds of a sitting: with fewer left, an expert is not begun, since compiling it can take as long
 
 
 def main() -> None:
@@ -37,8 +39,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--text", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--autoencoder", type=float, default=240, metavar="SECONDS")
-    parser.add_argument("--base", type=float, default=900, metavar="SECONDS")
-    parser.add_argument("--refiner", type=float, default=120, metavar="SECONDS")
+    parser.add_argument("--base", type=float, default=850, metavar="SECONDS")
+    parser.add_argument("--refiner", type=float, default=340, metavar="SECONDS")
     parser.add_argument("--sitting", type=float, default=math.inf, metavar="SECONDS", help="stop after so long")
     parser.add_argument("--batch", type=int, default=256, help="scenes in a step of the experts, for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="another one for other scenes in another sitting")
@@ -64,6 +66,9 @@ def main() -> None:
             data, said = _data(everything, words, pictures, held_out, vae, tokenizer, seed)
             common = (said, data, options.batch, options.compile)
         for name in todo:
+            if (left := agreed(options.sitting - (time.monotonic() - began), device)) < _LEAST:
+                log.info("no time is left for the %s: run this again to go on", name)
+                return
             if name == "base":
                 unet, encoders = _unfinished("base", architecture.base_unet(), encoders, device)
                 texts = denoisers.tokens(tokenizer, text.spoken(everything, words.seen)[0], text.LENGTH).to(device)
@@ -73,7 +78,7 @@ def main() -> None:
                 unet, encoders = _unfinished("refiner", architecture.refiner_unet(), _encoders(RUNS / "base"), device)
                 training = denoisers.refiner_trainer(unet, encoders, *common)
                 parts = {"unet": unet}
-            if not _trained(name, training, parts, seconds[name], options.sitting - (time.monotonic() - began), rank):
+            if not _trained(name, training, parts, seconds[name], left, rank):
                 log.info("%s is not done: run this again to go on", name)
                 return
         if rank == 0:

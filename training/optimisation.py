@@ -29,6 +29,15 @@ def compiled(network: _N) -> _N:
     return network
 
 
+def agreed(seconds: float, device: torch.device) -> float:
+    """What the first process says, so that all of them stop after the same step."""
+    if not distributed.is_initialized():
+        return seconds
+    told = torch.tensor(seconds, device=device)
+    distributed.broadcast(told, src=0)
+    return told.item()
+
+
 class Trainer:
     """Trains a network on losses, each of which draws a batch of its own kind.
 
@@ -77,10 +86,10 @@ class Trainer:
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.manual_seed(self._steps * 1009 + rank)
         choose = random.Random(self._steps)
-        sitting = self._agreed(sitting)
+        sitting = agreed(sitting, self._loss.device)
         kinds, weights = list(self._shares), list(self._shares.values())
         before, began, told = self._spent, time.monotonic(), self._spent / seconds
-        while (passed := self._agreed(time.monotonic() - began)) < min(seconds - before, sitting):
+        while (passed := agreed(time.monotonic() - began, self._loss.device)) < min(seconds - before, sitting):
             self._spent = before + passed
             rise, fall = min(1.0, (self._steps + 1) / 300), min(1.0, (1 - self._spent / seconds) / 0.35)
             self._rate.fill_(self._learning_rate * rise * fall)
@@ -121,14 +130,6 @@ class Trainer:
             group["lr"] = self._rate
         self._loss.copy_(state["loss"])
         self._steps, self._spent = state["steps"], state["spent"]
-
-    def _agreed(self, seconds: float) -> float:
-        """What the first process says, so that all of them stop after the same step."""
-        if not distributed.is_initialized():
-            return seconds
-        told = torch.tensor(seconds, device=self._loss.device)
-        distributed.broadcast(told, src=0)
-        return told.item()
 
     def _step(self, kind: str) -> None:
         if not self._loss.is_cuda:

@@ -10,6 +10,7 @@ from server.domain import Stage
 _EXPERTS = (Stage.BASE, Stage.REFINER)  # of one make: the cost of one is a fair guess at that of the other
 _KEPT = 9  # measurements of which the median counts: four outliers do not move it
 _NOTABLE = 0.1  # a change by more than this share makes a new `version`
+_COMPARED = 300  # calls over which their deviation is taken
 
 
 class Kind(NamedTuple):
@@ -26,11 +27,14 @@ class CallTimes:
 
     The lower median of the last few measurements is taken: neither a first call that compiles nor a stall counts once
     there are others.
-    `version` changes whenever an expectation has changed by more than a tenth.
+    `version` changes whenever an expectation has changed by more than a tenth. `deviation` is how far calls were lately
+    from what was expected of them, the mean as a share of that, of each at most 1.
     """
 
     def __init__(self) -> None:
         self.version = 0
+        self.deviation = 0.0
+        self._compared = 0
         self._measured: dict[Kind, deque[float]] = {}
         self._seconds: dict[Kind, float] = {}
         self._told: dict[Kind, float] = {}
@@ -38,6 +42,9 @@ class CallTimes:
     def record(self, kind: Kind, seconds: float, jobs: int = 1) -> None:
         """One call for so many jobs of a kind took so long."""
         call = _together(kind, jobs)
+        if expected := self._seconds.get(call):
+            self._compared = min(self._compared + 1, _COMPARED)
+            self.deviation += (min(1.0, abs(seconds / expected - 1)) - self.deviation) / self._compared
         measured = self._measured.setdefault(call, deque(maxlen=_KEPT))
         measured.append(seconds)
         now = self._seconds[call] = median_low(measured)

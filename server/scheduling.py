@@ -19,7 +19,8 @@ holds among its own jobs, and against others for the next of them, from the time
 Deadlines come first, but no sooner than they must. A job with a deadline runs by its rank as all others do, until one
 call of another would make some deadline late; then the earliest deadline first, which meets them all if any order does
 (Liu and Layland, 1973). If they cannot all be met, the longest job of those concerned loses its claim, until the others
-can (Moore, 1968); it stays, as a job without a deadline.
+can (Moore, 1968); it stays, as a job without a deadline. How much longer than expected work is taken to need follows
+how far calls lately were from what was expected of them.
 """
 
 import enum
@@ -42,7 +43,10 @@ _GRAIN = 1 / 50  # of an average job: below it, being shorter counts for little
 _MEMORY = 3000  # jobs, over which averages are taken
 _NOTABLE = 0.1  # a change by more than this share makes all be ranked anew
 _PRIORITY = 4.0  # a step of priority counts as being so many times shorter
-_CAUTION = 1.05  # the time a deadline's work is taken to need, for one that is expected
+# The time that a deadline's work is taken to need, for one that is expected: so much and, for each unit by which calls
+# lately deviated from what was expected, so much more. Simulated, that meets nearly all that can be met.
+_CAUTION, _WARINESS = 1.02, 1.3
+_CAREFUL = 0.01  # a change of caution that is worth to reckon anew
 _LOOK = 32  # jobs, in order, that are looked at for one that can share a call
 _FEW = 20  # arrivals: fewer say nothing of those to come
 _RECENT = 300  # arrivals from which those to come are foretold
@@ -192,9 +196,9 @@ class Schedule:
         ):
             if taken > limit:
                 return Refusal(reason, finish, self._until_free(reason, task.caller, taken - limit, now))
-        over = now + _CAUTION * finish - task.deadline
+        over = now + self._claims.caution * finish - task.deadline
         if over > 0:
-            alone = now + _CAUTION * size > task.deadline
+            alone = now + self._claims.caution * size > task.deadline
             return Refusal(Reason.DEADLINE, finish, math.inf if alone else over)
         return Refusal(Reason.OTHERS, finish, size, late) if late else None
 
@@ -420,6 +424,7 @@ class Schedule:
             self._version = self._times.version
             for task in self._tasks:
                 self._changed(task)
+        self._claims.take_caution(_CAUTION + _WARINESS * self._times.deviation)
 
     def _follow_load(self, task: Task) -> None:
         """Let patience follow the load with each arrival; rank all anew when it has changed notably: rare, and O(n).
@@ -517,12 +522,13 @@ class _Claims:
         self._remaining = np.empty(0)
         self._exact = True
         self.latest_start = math.inf
+        self.caution = _CAUTION
 
     def copy(self) -> "_Claims":
         other = _Claims()
         other._tasks, other._keys = self._tasks.copy(), self._keys.copy()
         other._deadlines, other._remaining = self._deadlines.copy(), self._remaining.copy()
-        other._exact, other.latest_start = self._exact, self.latest_start
+        other._exact, other.latest_start, other.caution = self._exact, self.latest_start, self.caution
         return other
 
     def holds(self, task: Task) -> bool:
@@ -555,6 +561,13 @@ class _Claims:
             self._remaining[place] = task.remaining
             self._exact = False
 
+    def take_caution(self, caution: float) -> None:
+        """From now on take the work to need so many times what is expected; small changes wait for larger ones."""
+        if abs(caution - self.caution) > _CAREFUL:
+            self.caution = caution
+            if self._tasks:
+                self._exact, self.latest_start = False, -math.inf
+
     def press(self, now: float, step: float) -> Task | None:
         """The task with the earliest deadline, if another's call of `step` seconds would make any late.
 
@@ -563,7 +576,7 @@ class _Claims:
         while now + step > self.latest_start:
             needed = self._remaining.cumsum()
             if not self._exact:
-                self._exact, self.latest_start = True, float((self._deadlines - _CAUTION * needed).min())
+                self._exact, self.latest_start = True, float((self._deadlines - self.caution * needed).min())
                 if now + step <= self.latest_start:
                     break
             late = self._deadlines < now + needed

@@ -62,6 +62,12 @@ def test_a_measured_batch_is_expected_instead_of_its_parts():
     assert times.expect(BASE) == 0.5
 
 
+def test_the_deviation_is_how_far_calls_are_from_what_was_expected_of_them():
+    assert measured(1.0).deviation == 0.0
+    assert measured(1.0, 1.0, 1.3, 0.9).deviation == pytest.approx(0.4 / 3)
+    assert measured(1.0, 60.0).deviation == 1.0
+
+
 def test_the_version_tells_of_notable_changes_only():
     times = measured(0.5)
     version = times.version

@@ -229,6 +229,19 @@ def test_a_deadline_that_can_wait_does_not_come_first():
     assert order_of(schedule) == [short, long]
 
 
+@pytest.mark.parametrize(("seconds", "urgent"), [((1.0, 1.0, 1.0), False), ((0.5, 1.0, 1.5), True)])
+def test_the_more_calls_vary_the_sooner_a_deadline_comes_first(seconds: tuple[float, ...], urgent: bool):
+    schedule = schedule_of()
+    (before,) = added(schedule, steps(30))
+    for each in seconds * 10:
+        schedule.made([before], each)
+    schedule.remove(before, 0.0)
+    short, long = added(schedule, steps(6), steps(20, deadline=26.0))
+    assert schedule.choose(0.0) == [long if urgent else short]
+    refused = schedule.refusal(steps(5, deadline=5.5), 0.0)
+    assert (refused is not None and refused.reason is Reason.DEADLINE) == urgent
+
+
 def test_among_deadlines_the_earliest_goes_first():
     schedule = schedule_of()
     later, sooner = added(schedule, steps(5, deadline=16.0), steps(10, deadline=10.6))

@@ -29,6 +29,7 @@ class WrongPixels:
     """A model whose pixels are no pixels, which is only noticed when they are coded."""
 
     max_batch = 1
+    overlaps = False
     environment = Environment({}, "none", "fp32", "none", 1, 1)
     card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", environment)
 

@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching run test lint generate \
-	generate-check lock weights evaluate clean
+.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap run test lint \
+	generate generate-check lock weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -30,6 +30,9 @@ bench-trace: $(VENV)/.runtime ## two hundred callers through gRPC, against first
 
 bench-batching: $(VENV)/.runtime ## images per second by the number of images that share a network call
 	$(BIN)/python -m bench.batching $(ARGS)
+
+bench-overlap: $(VENV)/.runtime ## images per second with and without prompts and decodings beside the steps
+	$(BIN)/python -m bench.overlap $(ARGS)
 
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)

@@ -1,0 +1,196 @@
+"""What it gains that prompts are encoded and images decoded beside the steps of other jobs.
+
+Some jobs are submitted to the engine at once, each with images and a prompt of its own, and made with and without that
+overlap: both ways in turn, A B B A ..., so that a device whose speed drifts slows both. Told are the seconds until the
+last image, the shares of them in which no call of the model was under way, and no step, and the gaps from one step's
+end to the next one's beginning. On the way it proves that every image has the same bytes both ways.
+
+Run: python -m bench.overlap. The model is the embedded ensemble, or what --base and --refiner say. On the CPU, where
+the service does not do so, the ratio shows why.
+"""
+
+import argparse
+import queue
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server import model
+from server.domain import ImageRequest, default_request
+from server.engine import Engine
+from server.events import Event, Failed, Finished, ImageReady
+from server.scheduling import Limits
+
+_EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
+_LOADING_SECONDS = 600.0
+Result = TypeVar("Result")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=8, help="jobs submitted at once (default: 8)")
+    parser.add_argument("--images", type=int, default=2, help="images of each (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count, after one that does not (default: 3)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--side", type=int, help="width and height in pixels (default: what the model was trained on)")
+    parser.add_argument("--max-batch", type=int, default=1, help="images that share a network call (default: 1)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    parser.add_argument("--base", type=Path, help="folder of the base (default: embedded)")
+    parser.add_argument("--refiner", type=Path, help="folder of the refiner (default: embedded, or none with --base)")
+    options = parser.parse_args()
+
+    experts = (options.base, options.refiner) if options.base else (_EMBEDDED / "base", _EMBEDDED / "refiner")
+    ensemble = model.load(*experts, options.device, options.precision, max_batch=options.max_batch)
+    card = ensemble.card
+    one = default_request(card, "cat napping")
+    one = replace(one, steps=options.steps or one.steps)
+    if options.side is not None:
+        one = replace(one, width=options.side, height=options.side)
+    requests = [
+        replace(one, prompt=f"cat napping {job}", seeds=tuple(range(100 * job, 100 * job + options.images)))
+        for job in range(options.jobs)
+    ]
+
+    runs: dict[bool, list[Run]] = {False: [], True: []}
+    expected: list[NDArray[np.uint8]] | None = None
+    for round_number in range(-1, options.rounds):
+        for overlaps in (False, True) if round_number % 2 else (True, False):
+            made = run(ensemble, requests, overlaps)
+            expected = made.images if expected is None else expected
+            assert len(made.images) == len(expected) == options.jobs * options.images
+            assert all(map(np.array_equal, made.images, expected)), "an image must have the same bytes both ways"
+            if round_number >= 0:
+                runs[overlaps].append(made)
+
+    print(
+        f"{card.name} on {card.device} in {card.precision}, {one.width} x {one.height}, {one.steps} steps, "
+        f"{options.jobs} jobs of {options.images} images, {options.max_batch} to a call, median of {options.rounds} "
+        f"rounds; all {options.jobs * options.images} images equal both ways"
+    )
+    print(
+        f"{'':12}{'seconds':>10}{'images/s':>10}{'no call':>10}{'no step':>10}"
+        f"{'encode':>12}{'decode':>12}{'median gap':>12}{'longest gap':>12}"
+    )
+    for overlaps, of_this_way in runs.items():
+        figures = [statistics.median(getattr(each, name) for each in of_this_way) for name in Run.FIGURES]
+        seconds, no_call, no_step, *times = figures
+        print(
+            f"{'overlapping' if overlaps else 'one by one':12}{seconds:10.3f}"
+            f"{options.jobs * options.images / seconds:10.3f}{no_call:10.1%}{no_step:10.1%}"
+            + "".join(f"{1e3 * each:9.2f} ms" for each in times)
+        )
+    ratios = [a.seconds / b.seconds for a, b in zip(runs[False], runs[True], strict=True)]
+    by_round = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"overlap makes it {statistics.median(ratios):.3f} x as fast (by round: {by_round})")
+
+
+@dataclass
+class Run:
+    """One way through all requests: the images in order, and when each call began and ended."""
+
+    FIGURES = ("seconds", "no_call", "no_step", "encode", "decode", "median_gap", "longest_gap")
+
+    images: list[NDArray[np.uint8]]
+    seconds: float
+    calls: dict[str, list[tuple[float, float]]]
+
+    @property
+    def no_call(self) -> float:
+        return 1 - _covered([each for calls in self.calls.values() for each in calls]) / self.seconds
+
+    @property
+    def no_step(self) -> float:
+        return 1 - _covered(self.calls["step"]) / self.seconds
+
+    @property
+    def encode(self) -> float:
+        return statistics.median(end - begin for begin, end in self.calls["encode"])
+
+    @property
+    def decode(self) -> float:
+        return statistics.median(end - begin for begin, end in self.calls["decode"])
+
+    @property
+    def median_gap(self) -> float:
+        return statistics.median(self._gaps())
+
+    @property
+    def longest_gap(self) -> float:
+        return max(self._gaps())
+
+    def _gaps(self) -> list[float]:
+        """Seconds from the end of each step to the beginning of the next."""
+        return [begin - end for (_, end), (begin, _) in pairwise(self.calls["step"])]
+
+
+def _covered(calls: list[tuple[float, float]]) -> float:
+    """Seconds in which at least one of the calls was under way."""
+    covered, until = 0.0, 0.0
+    for begin, end in sorted(calls):
+        covered += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return covered
+
+
+def run(ensemble: model.Ensemble, requests: Sequence[ImageRequest], overlaps: bool) -> Run:
+    timed = Timed(ensemble, overlaps)
+    engine = Engine(Limits(jobs=len(requests)))
+    engine.start(lambda: timed).result(timeout=_LOADING_SECONDS)
+    events: queue.Queue[tuple[int, Event]] = queue.Queue()
+    began = time.perf_counter()
+    for job, request in enumerate(requests):
+        engine.submit(f"job {job}", request, lambda event, job=job: events.put((job, event)))
+    images: dict[tuple[int, int], NDArray[np.uint8]] = {}
+    ended = 0
+    while ended < len(requests):
+        job, event = events.get()
+        if isinstance(event, ImageReady):
+            images[job, event.index] = event.pixels
+        elif isinstance(event, Failed):
+            raise event.error
+        ended += isinstance(event, Finished)
+    seconds = time.perf_counter() - began
+    engine.stop()
+    engine.join(60)
+    return Run([images[place] for place in sorted(images)], seconds, timed.calls)
+
+
+@dataclass
+class Timed:
+    """The ensemble, with the times at which its calls began and ended, told whether it overlaps them."""
+
+    ensemble: model.Ensemble
+    overlaps: bool
+    calls: dict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: {"encode": [], "step": [], "decode": []}
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ensemble, name)
+
+    def encode(self, request: ImageRequest) -> Any:
+        return self._time("encode", self.ensemble.encode, request)
+
+    def step(self, trajectories: Sequence[Any]) -> None:
+        self._time("step", self.ensemble.step, trajectories)
+
+    def decode(self, trajectory: Any) -> NDArray[np.uint8]:
+        return self._time("decode", self.ensemble.decode, trajectory)
+
+    def _time(self, kind: str, call: Callable[[Any], Result], argument: Any) -> Result:
+        began = time.perf_counter()
+        result = call(argument)
+        self.calls[kind].append((began, time.perf_counter()))
+        return result
+
+
+if __name__ == "__main__":
+    main()

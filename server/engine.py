@@ -3,8 +3,9 @@
 One thread, here called the device thread, makes the calls of the model. A job is a script of such calls; between any
 two of them the thread asks the schedule anew whose call is next, so a cancelled, expired or abandoned job costs the
 device no more than the call in flight, and a short one need not wait for a long one. Where the device has room for two
-calls at once, prompts are encoded and images decoded by a second thread, beside the steps of other jobs. Nothing here
-knows of torch or gRPC: the model is a protocol of a few calls, and events leave through a callback.
+calls at once, prompts are encoded and images decoded by a second thread, beside the steps of other jobs; prompts also
+ahead of their turn, as many as a step has room for. Nothing here knows of torch or gRPC: the model is a protocol of a
+few calls, and events leave through a callback.
 """
 
 import heapq
@@ -186,10 +187,11 @@ class Engine:
         self._overlap_from = math.inf  # when calls may be handed to the side thread (again)
         self._side_queue: deque[Job] = deque()
         self._side_job: Job | None = None  # whose call is in flight there
+        self._ahead: set[Job] = set()  # whose prompts have been given to it, and whose first step is still to come
         self._outcomes: Counter[str] = Counter()
         self._device_seconds = self._wasted_seconds = 0.0
         self._eta_errors: deque[float] = deque(maxlen=1000)
-        self._previews = _Previews(self._deliver_preview)
+        self._previews = _Previews(self._deliver)
         self._thread: threading.Thread | None = None
 
     def start(self, load: Callable[[], Model]) -> "Future[ModelCard]":
@@ -419,18 +421,33 @@ class Engine:
                     self._changed.wait()
                     continue
                 self._renew()
-                jobs = [self._jobs[task] for task in tasks]
-                for job in jobs:
-                    if job.script is None:
-                        job.started = now
-                        job.script = _script(job, model, self._planned)
-                        job.call = next(job.script)
-                if not on_side:
-                    self._call_begins()
-                    return jobs
-                self._schedule.hold(tasks[0])
-                self._side_queue += jobs
-                self._changed.notify_all()
+                if on_side:
+                    self._hand_over(tasks[0], model)
+                    continue
+                jobs = [self._begun(task, model) for task in tasks]
+                self._ahead.difference_update(jobs)
+                if now >= self._overlap_from and not self._side_queue and len(self._ahead) < model.max_batch:
+                    for task in self._schedule.choose_ahead(Stage.ENCODE):
+                        self._hand_over(task, model, ahead=True)
+                self._call_begins()
+                return jobs
+
+    def _begun(self, task: Task, model: Model) -> Job:
+        """The task's job, which has a call to make."""
+        job = self._jobs[task]
+        if job.script is None:
+            job.started = self._clock()
+            job.script = _script(job, model, self._planned, self._deliver)
+            job.call = next(job.script)
+        return job
+
+    def _hand_over(self, task: Task, model: Model, ahead: bool = False) -> None:
+        """Let the side thread make the task's next call. With the lock held."""
+        if task.kind.stage is Stage.ENCODE:
+            self._ahead.add(self._jobs[task])
+        self._schedule.hold(task, ahead)
+        self._side_queue.append(self._begun(task, model))
+        self._changed.notify_all()
 
     def _call_begins(self) -> None:
         """Note that this thread begins a call. With the lock held."""
@@ -561,7 +578,7 @@ class Engine:
         """Tell of the call that was made, and find out which is next."""
         eta = self._eta(job)
         for place in range(max(1, len(call.trajectories))):
-            job.deliver(Progress(call.index + place, call.stage, call.step, call.steps, eta))
+            self._deliver(job, Progress(call.index + place, call.stage, call.step, call.steps, eta))
         self._offer_previews(job, call)
         try:
             job.call = job.script.send(result)  # type: ignore[union-attr]  # it has a call
@@ -579,22 +596,22 @@ class Engine:
         with self._changed:
             return self._schedule.forecast(job.task, self._clock()).eta if job.task in self._jobs else 0.0
 
-    def _planned(self, job: Job, calls: Mapping[Stage, int], images: int) -> None:
-        """Each of the job's images, of which so many are left, turns out to need so many calls of each expert."""
+    def _planned(self, job: Job, calls: Mapping[Stage, int], images: int, batch: int) -> None:
+        """Each of the job's `images` left, `batch` of which share them, turns out to need so many calls of experts."""
         with self._changed:
             self._calls_per_step[job.request.scheduler] = sum(calls.values()) / job.request.steps
             if job.task in self._jobs:
-                self._schedule.replan(job.task, _calls(job.request, calls, images, self._max_batch))
+                self._schedule.replan(job.task, _calls(job.request, calls, images, batch))
 
     def _offer_previews(self, job: Job, call: _Call) -> None:
         if call.trajectories and job.preview_interval and call.calls % job.preview_interval == 0:
             for place, trajectory in enumerate(call.trajectories):
                 self._previews.offer(job, call.index + place, call.calls, trajectory)
 
-    def _deliver_preview(self, job: Job, preview: Preview) -> None:
+    def _deliver(self, job: Job, event: Event) -> None:
         with self._changed:
             if job.task in self._jobs:  # nothing may follow the terminal event
-                job.deliver(preview)
+                job.deliver(event)
 
     def _fail(self, job: Job, error: Exception) -> None:
         failure: EngineError
@@ -625,6 +642,7 @@ class Engine:
         self._previews.forget(job)
         if job in self._side_queue:
             self._side_queue.remove(job)
+        self._ahead.discard(job)
         job.script = job.call = None  # lets go of latents and conditioning
         outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
         self._outcomes[outcome] += 1
@@ -686,7 +704,10 @@ class _Previews:
 
 
 def _script(
-    job: Job, model: Model, planned: Callable[[Job, Mapping[Stage, int], int], None]
+    job: Job,
+    model: Model,
+    planned: Callable[[Job, Mapping[Stage, int], int, int], None],
+    deliver: Callable[[Job, Event], None],
 ) -> Generator[_Call, Any, tuple[Warning, ...]]:
     """All calls of one job, in order; each yield gets its call's result. Returns the warnings.
 
@@ -697,12 +718,13 @@ def _script(
     warnings = list(conditioning.warnings)
     images = list(enumerate(request.seeds))
     while images:
-        group = images[: model.max_batch]
+        batch = model.max_batch  # which the other thread may make smaller meanwhile
+        group = images[:batch]
         trajectories: list[Trajectory] = [model.plan(request, conditioning, seed) for _, seed in group]
         warnings += (each for trajectory in trajectories for each in trajectory.warnings if each not in warnings)
         stages = trajectories[0].stages
         calls = {stage: stages.count(stage) for stage in _EXPERTS}
-        planned(job, calls, len(images))
+        planned(job, calls, len(images), batch)
         images = images[len(group) :]
         done = dict.fromkeys(calls, 0)
         for made, stage in enumerate(stages, 1):
@@ -710,7 +732,7 @@ def _script(
             yield _Call(stage, group[0][0], done[stage], calls[stage], made, trajectories)
         for (index, seed), trajectory in zip(group, trajectories, strict=True):
             pixels = yield _Call(Stage.DECODE, index, make=partial(model.decode, trajectory))
-            job.deliver(ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
+            deliver(job, ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
     return tuple(warnings)
 
 

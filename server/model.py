@@ -81,7 +81,8 @@ class Trajectory:
     `latents` are fp32 of shape (1, 4, height / 8, width / 8) for an autoencoder that shrinks by 8, and `denoised` is
     what the last call took them to be without their noise. A step puts new tensors in the place of both and never
     writes into one, so another thread that has taken one may keep it. `stages` names the expert of every network call,
-    `position` counts the calls made. Each expert has a scheduler of its own.
+    `position` counts the calls made. Each expert has a scheduler of its own. All is on the CPU until the first step:
+    to copy it to a GPU would make whoever plans wait for the step in flight there.
     """
 
     latents: torch.Tensor
@@ -101,6 +102,10 @@ class Trajectory:
         """Equal for those that may share their next network call: like expert, like shape, with or without guidance."""
         stage = self.stages[self.position]
         return stage, self.latents.shape, len(self.conditioning.hidden[stage])
+
+    def move_to(self, device: torch.device) -> None:
+        self.latents, self.denoised = self.latents.to(device), self.denoised.to(device)
+        self.device_timesteps = self.device_timesteps.to(device)
 
     def network_input(self) -> torch.Tensor:
         """The rows of the next network call, scaled as the schedule wants. Calling it again gives the same."""
@@ -202,6 +207,12 @@ class Ensemble:
         else:
             channels = self._unets[Stage.BASE].config.in_channels
             self._preview = preview.load(preview_decoder, channels, self._device, self._dtype)
+        if self._side_stream is not None:
+            # Once a decoding takes the autoencoder to fp32, a step may get its old weights' memory: not while that
+            # still reads them.
+            for weights in self._vae.parameters():
+                weights.data.record_stream(self._side_stream)
+        self._finish()
 
     def limit_batch(self, images: int) -> None:
         """From now on let no more than so many images share a call, at most as many as the ensemble was loaded for.
@@ -219,26 +230,33 @@ class Ensemble:
         An empty negative prompt is the unconditional embedding that the expert was trained with: zeros for a base with
         `force_zeros_for_empty_prompt`, the encoded empty string otherwise.
         """
-        hidden, added = {}, {}
         with torch.cuda.stream(self._side_stream):
-            for stage, pipeline in self._pipelines.items():
-                positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
-                    request.prompt,
-                    device=self._device,
-                    do_classifier_free_guidance=request.guidance_scale > 1,
-                    negative_prompt=request.negative_prompt or None,
-                )
-                ids, negative_ids = _time_ids(pipeline, request, positive.dtype)
-                if request.guidance_scale > 1:
-                    positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
-                    ids = torch.cat([negative_ids, ids])
-                hidden[stage] = positive
-                added[stage] = {"text_embeds": pooled, "time_ids": ids.to(self._device)}
+            hidden, added = _within_memory(self._device, partial(self._encoded_prompts, request))
             self._finish()
         prompts = {"data.prompt": request.prompt, "parameter.negative-prompt": request.negative_prompt}
         tails = {field: self._tail(prompt) for field, prompt in prompts.items()}
         warnings = tuple(_truncation(field, tail) for field, tail in tails.items() if tail)
         return Conditioning(hidden, added, warnings)
+
+    def _encoded_prompts(
+        self, request: ImageRequest
+    ) -> tuple[dict[Stage, torch.Tensor], dict[Stage, dict[str, torch.Tensor]]]:
+        """What both experts are told: `hidden` and `added` of the conditioning."""
+        hidden, added = {}, {}
+        for stage, pipeline in self._pipelines.items():
+            positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
+                request.prompt,
+                device=self._device,
+                do_classifier_free_guidance=request.guidance_scale > 1,
+                negative_prompt=request.negative_prompt or None,
+            )
+            ids, negative_ids = _time_ids(pipeline, request, positive.dtype)
+            if request.guidance_scale > 1:
+                positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
+                ids = torch.cat([negative_ids, ids])
+            hidden[stage] = positive
+            added[stage] = {"text_embeds": pooled, "time_ids": ids.to(self._device)}
+        return hidden, added
 
     def plan(self, request: ImageRequest, conditioning: Conditioning, seed: int) -> Trajectory:
         """The whole schedule of one image, who owns each call of it, and the noise it begins with.
@@ -263,14 +281,14 @@ class Ensemble:
         generator = torch.Generator("cpu").manual_seed(seed)
         shrink = self.card.side_multiple
         shape = (1, self._unets[Stage.BASE].config.in_channels, request.height // shrink, request.width // shrink)
-        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=torch.float32)
+        noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
         latents = noise * scheduler.init_noise_sigma
         return Trajectory(
             latents=latents,
             denoised=latents,
             stages=(Stage.BASE,) * split + (Stage.REFINER,) * (calls - split),
             timesteps=scheduler.timesteps,
-            device_timesteps=scheduler.timesteps.to(self._device, torch.float32),
+            device_timesteps=scheduler.timesteps.to(torch.float32),
             schedulers=schedulers,
             conditioning=conditioning,
             guidance_scale=request.guidance_scale,
@@ -294,6 +312,7 @@ class Ensemble:
         inputs = {}
         for place, trajectory in enumerate(trajectories):
             with _contained(failures, place):
+                trajectory.move_to(self._device)
                 inputs[place] = trajectory.network_input()
         if inputs:
             with_input = [trajectories[place] for place in inputs]

@@ -36,6 +36,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from server.call_times import CallTimes, Kind
+from server.domain import Stage
 
 _PATIENCE = 1.25  # times the average time that a job would take first come, first served
 _MANY = 16  # jobs of one caller: with so many left, the next counts as come when the one before has left
@@ -92,6 +93,7 @@ class Task:
     _ceiling: float = field(default=math.inf, repr=False)
     _free_handicap: float = field(default=0.0, repr=False)
     _held: bool = field(default=False, repr=False)
+    _ahead: bool = field(default=False, repr=False)
 
     @property
     def kind(self) -> Kind:
@@ -273,6 +275,19 @@ class Schedule:
                 return [joining]
         return batch
 
+    def choose_ahead(self, stage: Stage) -> list[Task]:
+        """The first task in order whose next call is of this stage, though it is not its turn; none if that is far."""
+        looked: list[Task] = []
+        while len(looked) < _LOOK and (caller := self._turns.first()) and (task := caller.queue.first()):
+            looked.append(task)
+            if task.kind.stage is stage:
+                break
+            caller.queue.drop(task)
+            self._place(caller)
+        for task in looked:
+            self._rank(task)
+        return [task for task in looked if task.kind.stage is stage]
+
     def holds_until(self, now: float) -> float:
         """Until when calls of the task chosen now may begin before the choice may change, if nothing comes or goes."""
         first = self._first(now)
@@ -299,14 +314,17 @@ class Schedule:
         task.calls = calls
         self._changed(task)
 
-    def hold(self, task: Task) -> None:
-        """The task's next call is made beside those of others, or waits for that: it is not to be chosen."""
-        task._held = True
+    def hold(self, task: Task, ahead: bool = False) -> None:
+        """The task's next call is made beside those of others, or waits for that: it is not to be chosen.
+
+        With `ahead` its turn has not come.
+        """
+        task._held, task._ahead = True, ahead
         self._changed(task)
 
     def resume(self, task: Task) -> None:
         """The task can be chosen again."""
-        task._held = False
+        task._held = task._ahead = False
         self._changed(task)
 
     # When it ends.
@@ -324,7 +342,7 @@ class Schedule:
         """When one task will end. Cheap for one that runs. Raises KeyError if the task is not here."""
         if task not in self._tasks:
             raise KeyError(task)
-        if task._held or task is self._first(now):
+        if (task._held and not task._ahead) or task is self._first(now):
             return Forecast(task, 0, self._eta(task, 0.0, now))
         return next(forecast for forecast in self.forecasts(now) if forecast.task is task)
 

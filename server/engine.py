@@ -475,6 +475,8 @@ class Engine:
         if job.task in self._jobs and job.ending is None:
             job.ending, job.ended = error, self._clock()
             self._ending.add(job)
+            if job in self._side_queue:
+                self._side_queue.remove(job)
 
     def _advance(self, jobs: list[Job], model: Model) -> None:
         """Make the next call of these jobs together, and move each on."""
@@ -640,8 +642,6 @@ class Engine:
             self._deadlines = [each for each in self._deadlines if each[2].task in self._jobs]
             heapq.heapify(self._deadlines)
         self._previews.forget(job)
-        if job in self._side_queue:
-            self._side_queue.remove(job)
         self._ahead.discard(job)
         job.script = job.call = None  # lets go of latents and conditioning
         outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__

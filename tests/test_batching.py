@@ -239,6 +239,15 @@ def test_out_of_memory_leaves_every_image_where_it_was(ensemble, scheduler: str,
     assert np.array_equal(ensemble.decode(together[0]), alone)
 
 
+def test_text_encoders_that_run_out_of_memory_say_so_as_the_networks_do(ensemble, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ensemble._pipelines[Stage.REFINER], "encode_prompt", full)
+    with pytest.raises(OutOfMemory, match="memory"):
+        ensemble.encode(REQUEST)
+
+
 def test_out_of_memory_lets_go_of_what_the_call_had_made(ensemble):
     alive = []
 

@@ -17,12 +17,14 @@ from server.engine import Engine, Job
 from server.events import (
     Cancelled,
     DeadlineExceeded,
+    DeviceFull,
     DeviceLost,
     Draining,
     Failed,
     Finished,
     ImageReady,
     ModelFailed,
+    Progress,
     Refused,
 )
 from server.scheduling import Limits
@@ -35,11 +37,12 @@ class OverlappingModel(SteppedModel):
     overlaps: bool = True
     side_allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     crowded: bool = False  # memory has room for one call at a time
+    error: Exception = field(default_factory=lambda: RuntimeError("a bug at /secret/path"))  # of what fails
     made: list[str] = field(default_factory=list)  # calls that came back without an error
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._in_flight: list[list[bool]] = []
+        self._in_flight: dict[bool, list[bool]] = {}  # by whether it is a step
 
     def allow_on_side(self, count: int = 1) -> None:
         self.side_allowed.release(count)
@@ -47,20 +50,21 @@ class OverlappingModel(SteppedModel):
     def _call(self, name: str, seed: int) -> None:
         mine = [False]  # whether another call was in flight at any time
         with self._lock:
-            for other in self._in_flight:
+            assert (name == "step") not in self._in_flight, "only a step and another call may be beside one another"
+            for other in self._in_flight.values():
                 mine[0] = other[0] = True
-            self._in_flight.append(mine)
+            self._in_flight[name == "step"] = mine
         try:
             self.calls.put((name, seed))
             assert (self.allowed if name == "step" else self.side_allowed).acquire(timeout=60)
             if name == self.fails_on:
-                raise RuntimeError("a bug at /secret/path")
+                raise self.error
             if self.crowded and mine[0]:
                 raise OutOfMemory("no room for two")
             self.made.append(name)
         finally:
             with self._lock:
-                self._in_flight.remove(mine)
+                del self._in_flight[name == "step"]
 
 
 @pytest.fixture
@@ -111,6 +115,58 @@ def test_steps_of_others_go_on_while_an_image_is_decoded(engine: Engine, model: 
     assert isinstance(stepping.to_the_end()[-1], Finished)
     assert decoding.is_over()
     assert stepping.is_over()
+
+
+def test_a_job_has_the_same_events_with_and_without_overlap(clock: Clock):
+    told = []
+    for overlaps in (False, True):
+        model, events = OverlappingModel(overlaps=overlaps), Events()
+        model.allow(1000)
+        model.allow_on_side(1000)
+        with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+            engine.submit("job", request(10, images=2), events)
+            told.append([repr(each) for each in events.to_the_end()])
+    assert told[0] == told[1]
+
+
+def test_the_next_prompt_is_encoded_ahead_of_its_turn_and_no_more_than_a_step_has_room_for(
+    engine: Engine, model: OverlappingModel
+):
+    now, later, last = Events(), Events(), Events()
+    engine.submit("now", request(100), now)
+    model.allow_on_side(1000)
+    assert [model.calls.get(timeout=60) for _ in range(2)] == [("encode", 100), ("step", 100)]
+    engine.submit("later", request(10), later)
+    engine.submit("last", request(20), last)
+    model.allow(1)
+    assert {model.calls.get(timeout=60) for _ in range(2)} == {("encode", 10), ("step", 100)}
+    while not isinstance(later.next(), Progress):
+        pass
+    model.allow(1000)
+    for events in (now, later, last):
+        assert isinstance(events.to_the_end()[-1], Finished)
+    rest = [model.calls.get_nowait() for _ in range(model.calls.qsize())]
+    assert rest.index(("encode", 20)) > rest.index(("decode", 100))  # one more step of the first job came before
+
+
+def test_whoever_is_encoded_ahead_is_told_when_its_turn_will_end(engine: Engine, model: OverlappingModel, clock: Clock):
+    measured, now, later = Events(), Events(), Events()
+    engine.submit("measured", REQUEST, measured)
+    for _ in range(5):
+        name, _ = model.calls.get(timeout=60)
+        clock.now += 1
+        (model.allow if name == "step" else model.allow_on_side)()
+    measured.to_the_end()
+    engine.submit("now", request(10), now)
+    model.allow_on_side(1)
+    assert [model.calls.get(timeout=60) for _ in range(2)] == [("encode", 10), ("step", 10)]
+    engine.submit("later", request(20), later)
+    model.allow(1)
+    assert {model.calls.get(timeout=60) for _ in range(2)} == {("encode", 20), ("step", 10)}
+    model.allow_on_side(1)
+    while not isinstance(event := later.next(), Progress):
+        pass
+    assert event.eta >= 3 + 4  # seconds: two steps and a decoding of the other's, three steps and a decoding of its own
 
 
 @pytest.mark.parametrize(("short_jobs", "steps_go_on"), [(3, True), (4, False)])
@@ -186,16 +242,20 @@ def test_a_job_cancelled_while_it_is_decoded_ends_after_that_call(
 
 
 @pytest.mark.parametrize("call", ["encode", "decode"])
-def test_what_fails_on_the_side_fails_alone(engine: Engine, model: OverlappingModel, call: str):
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError("a bug"), ModelFailed), (OutOfMemory("80 GiB"), DeviceFull)])
+def test_what_fails_on_the_side_fails_alone(
+    engine: Engine, model: OverlappingModel, clock: Clock, call: str, error: Exception, told: type[Exception]
+):
     model.allow(1000)
     model.allow_on_side(1000)
-    model.fails_on = call
+    model.fails_on, model.error = call, error
     broken, after = Events(), Events()
     engine.submit("broken", request(10), broken)
     terminal = broken.to_the_end()[-1]
     assert isinstance(terminal, Failed)
-    assert isinstance(terminal.error, ModelFailed)
+    assert isinstance(terminal.error, told)
     model.fails_on = None
+    clock.now += 60  # until when what did not fit is refused
     engine.submit("after", request(20), after)
     assert isinstance(after.to_the_end()[-1], Finished)
 

@@ -150,6 +150,22 @@ def test_a_job_is_held_while_it_waits_for_something_else():
     assert schedule.choose(0.0) == []
 
 
+def test_what_may_be_made_ahead_is_the_first_in_order_and_changes_no_order():
+    schedule = schedule_of()
+    prompt = Kind(Stage.ENCODE, 1024, 1024)
+    running, first, second = added(schedule, steps(2), *(Task("another", [(prompt, 1), (STEP, n)]) for n in (5, 9)))
+    assert schedule.choose_ahead(Stage.ENCODE) == [first]
+    schedule.hold(first, ahead=True)
+    assert schedule.choose_ahead(Stage.ENCODE) == [second]
+    schedule.hold(second, ahead=True)
+    assert schedule.choose_ahead(Stage.ENCODE) == []
+    assert schedule.forecast(first, 0.0).position == 1
+    schedule.resume(first)
+    schedule.resume(second)
+    assert schedule.choose(0.0) == [running]
+    assert [task for task, _ in run(schedule)] == [running, first, second]
+
+
 def test_a_job_whose_calls_are_made_runs_no_more_but_counts_until_it_is_removed():
     schedule = schedule_of()
     (task,) = added(schedule, steps(1, pixels=9))

@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
 
     experts = (options.base, options.refiner) if options.base else (_EMBEDDED / "base", _EMBEDDED / "refiner")
-    ensemble = model.load(*experts, options.device, options.precision, max_batch=options.max_batch)
+    ensemble = model.load(*experts, options.device, options.precision, max_batch=options.max_batch, overlap=True)
     card = ensemble.card
     one = default_request(card, "cat napping")
     one = replace(one, steps=options.steps or one.steps)

@@ -72,6 +72,7 @@ def _load(settings: Settings) -> Model:
         settings.precision,
         settings.model_name,
         max_batch=settings.max_batch,
+        overlap=settings.overlap,
         preview_decoder=settings.preview_decoder,
     )
 

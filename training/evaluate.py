@@ -32,6 +32,7 @@ PROMPTS = 300  # concepts drawn by name; the other rows take their parts of it
 SEEDS = (0, 1, 2, 3)  # where several are compared; all else is drawn with the first
 # Seeds of the choices, one each, so that rows do not depend on one another.
 _CONCEPTS, _COLOURS, _STYLES, _PAIRS, _REAL = range(5)
+_SHOWN = 12  # prompts on the sheet
 _NOISE = 2.0  # standard errors that a difference is to exceed
 
 
@@ -249,9 +250,9 @@ def variety(it: Subject) -> Iterator[Row]:
     yield Row("variety: to the nearest training picture", "shown in a sheet", f"{copied:.3f}", None)
     if it.sheet:
         training = autoencoder.on_white(it.gallery.pictures(nearest.tolist())).unflatten(0, drawn.shape[:2])
-        beside = torch.stack([drawn, training], dim=2)[..., ::2, ::2]  # (prompts, seeds, 2, 3, height, width)
+        beside = torch.stack([drawn, training], dim=2)[:_SHOWN, ..., ::2, ::2]  # (prompts, seeds, 2, 3, height, width)
         sheet = beside.permute(0, 4, 1, 2, 5, 3).flatten(0, 1).flatten(1, 3)
-        Image.fromarray(sheet.contiguous().numpy()).save(it.sheet)
+        Image.fromarray(sheet.contiguous().numpy()).save(it.sheet, optimize=True)
 
 
 def aspect_ratios(it: Subject) -> Iterator[Row]:

@@ -45,6 +45,8 @@ def save(
     ).save_pretrained(folder / "refiner", variant="fp16", max_shard_size=_SHARD)  # fmt: skip
     for part in ("text_encoder_2", "tokenizer_2", "vae"):
         shutil.rmtree(folder / "refiner" / part)
+    for file in folder.glob("*/*/tokenizer.json"):  # indented, it takes three times as much
+        file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
     for file in folder.glob("*/*/config.json"):  # where a part was loaded from is nobody's business
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)

@@ -227,8 +227,10 @@ def connection_options(settings: Settings) -> list[tuple[str, int]]:
         # A peer that is gone without a word is noticed by its silence, whether calls are under way or not.
         ("grpc.keepalive_time_ms", _ms(settings.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", _ms(answer)),
+        ("grpc.http2.ping_timeout_ms", _ms(answer)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.settings_timeout", _ms(answer)),
         ("grpc.server_handshake_timeout_ms", _ms(answer)),
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(_PING_SECONDS)),
         ("grpc.http2.max_ping_strikes", _PINGS),

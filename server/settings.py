@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     plaintext_tokens: bool = Field(
         False, description="take tokens without TLS from other machines: for when a proxy in front of this does TLS"
     )
-    max_streams: int = Field(256, ge=1, le=100_000, description="calls at once on one connection")
+    max_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on one connection")
     max_connections: int = Field(500, ge=1, le=1_000_000, description="connections at once")
     connection_seconds: float = Field(
         3600, ge=1, le=86_400, description="after so long a client is asked to connect anew; its calls go on for a day"

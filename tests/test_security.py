@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import hmac
 import itertools
+import os
 import queue
 import socket
 import ssl
@@ -28,6 +29,7 @@ from tls import LOCAL, Authority, channel, exchange
 
 from server import auth
 from server.settings import Settings
+from text_to_image_client import TLS, AsyncTextToImage, ServingStatus, TextToImage, Unauthenticated
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -410,6 +412,72 @@ class TestTokens:
         (tmp_path / "tokens").write_text(content)
         with pytest.raises(auth.Unusable, match=words):
             auth.TokenCheck(tmp_path / "tokens")
+
+
+class TestClients:
+    def test_the_library_uses_tls_and_a_token_in_every_call(self, house):
+        tls = TLS(house.authority.file, *house.own)
+        with TextToImage(house.server.target, tls=tls, token="token-of-two") as client:
+            assert client.health() is ServingStatus.SERVING
+            assert client.model().limits.max_priority == 2
+            assert client.generate("a cat", steps=1).images
+            with client.stream("a cat", steps=1, request_id="of-the-library", on_disconnect="detach") as events:
+                list(events)
+            assert list(client.attach("of-the-library"))
+            client.cancel("of-the-library")
+
+    async def test_its_twin_for_asyncio_does_too(self, house):
+        tls = TLS(house.authority.file, *house.own)
+        async with AsyncTextToImage(house.server.target, tls=tls, token="token-of-two") as client:
+            assert await client.health() is ServingStatus.SERVING
+            assert (await client.model()).limits.max_priority == 2
+            assert (await client.generate("a cat", steps=1)).images
+            async with client.stream("a cat", steps=1, request_id="of-the-twin", on_disconnect="detach") as events:
+                assert [event async for event in events]
+            assert [event async for event in client.attach("of-the-twin")]
+            await client.cancel("of-the-twin")
+
+    def test_a_wrong_token_or_none_is_an_error_of_its_own(self, house):
+        for token in ("token-of-nobody", None):
+            tls = TLS(house.authority.file, *house.own)
+            with TextToImage(house.server.target, tls=tls, token=token) as client, pytest.raises(Unauthenticated):
+                client.model()
+
+    def test_half_a_certificate_and_a_token_that_cannot_be_sent_are_told_at_once_and_not_repeated(self, house):
+        with pytest.raises(ValueError, match="go together"):
+            TextToImage("x:1", tls=TLS(certificate=house.own[0]))
+        with pytest.raises(ValueError, match="visible ASCII") as caught:
+            TextToImage("x:1", token="sécret")
+        assert "cret" not in str(caught.value)
+
+    def test_the_command_takes_flags_or_variables_and_never_repeats_the_token(self, house, tmp_path):
+        def t2i(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "text_to_image_client", "--target", house.server.target, *arguments]
+            ended = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+            assert "token-of" not in ended.stdout + ended.stderr
+            return ended
+
+        authority, certificate, key = str(house.authority.file), *map(str, house.own)
+        flags = ("--tls-authority", authority, "--tls-client-certificate", certificate, "--tls-client-key", key)
+        variables = {
+            "T2I_TLS_AUTHORITY": authority,
+            "T2I_TLS_CLIENT_CERTIFICATE": certificate,
+            "T2I_TLS_CLIENT_KEY": key,
+            "T2I_TOKEN": "token-of-two",
+        }
+        image = tmp_path / "cat.jpg"
+        drawn = t2i("generate", "a cat", "--steps", "1", "-o", str(image), **variables)
+        assert drawn.returncode == 0, drawn.stderr
+        assert image.read_bytes()
+        assert "SERVING" in t2i(*flags, "health").stdout
+        assert "priority 2" in t2i(*flags, "--token", "token-of-two", "model").stdout
+        refused = t2i(*flags, "--token", "token-of-nobody", "model")
+        assert (refused.returncode, refused.stderr.strip()) == (11, "Error: this token is not known here")
+        assert t2i("--tls-client-key", key, "health").returncode == 2
+        assert t2i("--token", "token-of-two ", "health").returncode == 2
+        assert t2i("--help", **variables).returncode == 0
 
 
 # HTTP/2 by hand (RFC 9113), for what no client library would send.

@@ -105,7 +105,10 @@ class Settings(BaseSettings):
     )
     max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
     max_queue_of_caller: int | None = Field(
-        None, ge=1, le=10_000, description="requests of one caller, a host, admitted at once; default: --max-queue"
+        None,
+        ge=1,
+        le=10_000,
+        description="requests of one caller, a host or a token's name, admitted at once; default: --max-queue",
     )
     max_queue_pixels: int = Field(2**28, ge=4096, description="pixels of all images of the requests admitted at once")
     max_queue_bytes: int = Field(

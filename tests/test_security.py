@@ -28,6 +28,7 @@ from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, f
 from tls import LOCAL, Authority, channel, exchange
 
 from server import auth
+from server.domain import Caller
 from server.settings import Settings
 from text_to_image_client import TLS, AsyncTextToImage, ServingStatus, TextToImage, Unauthenticated
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -173,6 +174,14 @@ class TestTls:
             context.wrap_socket(plain, server_hostname=host) as encrypted,
         ):
             return encrypted.getpeercert()["serialNumber"]
+
+    def test_what_is_older_than_tls_1_2_is_not_spoken(self, house):
+        """The hello is made by hand, since the ssl of this Python may not offer TLS 1.1 any more."""
+        hello = b"\3\2" + bytes(33) + b"\0\4\xc0\x13\0\x2f" + b"\1\0"
+        handshake = b"\1" + len(hello).to_bytes(3, "big") + hello
+        with dialled(house.server.target, b"\x16\3\1" + len(handshake).to_bytes(2, "big") + handshake) as connection:
+            reply = heard(connection)
+        assert (reply[0], reply[5:7]) == (21, b"\2\x46"), "a fatal alert, protocol_version (RFC 8446, 6)"
 
     @pytest.mark.parametrize(
         ("broken", "words"),
@@ -412,6 +421,15 @@ class TestTokens:
         (tmp_path / "tokens").write_text(content)
         with pytest.raises(auth.Unusable, match=words):
             auth.TokenCheck(tmp_path / "tokens")
+
+    def test_the_readme_makes_certificates_and_tokens_that_can_be_used(self, tmp_path):
+        section = (ROOT / "README.md").read_text("utf-8").split("## Security")[1]
+        commands = section.split("```sh\n")[1].split("```")[0]
+        made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
+        files = {"tls_certificate": tmp_path / "server.crt", "tls_key": tmp_path / "server.key"}
+        assert auth.server_credentials(Settings(**files)) is not None
+        caller = auth.TokenCheck(tmp_path / "tokens")._find(bearer(made.stdout.strip()))
+        assert caller == Caller("alice", "alice", jobs=4, max_priority=1)
 
 
 class TestClients:

@@ -379,7 +379,7 @@ class TestTokens:
         assert code(cancel(mine)) == grpc.StatusCode.OK
 
     def test_a_name_has_its_jobs_at_once_and_no_more_wherever_they_come_from(self, house, stub):
-        running = stub.StreamGenerate(request(**LONG_JOB), metadata=bearer("token-of-one"))
+        running = stub.StreamGenerate(request(requestId="the-only-one", **LONG_JOB), metadata=bearer("token-of-one"))
         first_step(running)
         with house.channel() as elsewhere:
             again = pb_grpc.TextToImageServiceStub(elsewhere)
@@ -389,6 +389,7 @@ class TestTokens:
             served = code(lambda: again.Generate(request(**ONE_STEP), metadata=bearer("token-of-two")))
             assert served == grpc.StatusCode.OK, "another name has a turn, from the same host"
         running.cancel()
+        house.server.wait_for_log("the-only-one: Cancelled")
 
     def test_a_name_has_its_own_highest_priority(self, stub):
         for token, highest in (("token-of-two", 2), ("token-of-one", 0)):
@@ -608,13 +609,15 @@ class TestHostilePeers:
         with connect(server) as busy:
             generate = pb_grpc.TextToImageServiceStub(busy).Generate
             ends: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
-            calls = [generate.future(request(**LONG_JOB)) for _ in range(1000)]
+            calls = {generate.future(request(requestId=f"crowd-{n}", **LONG_JOB)): f"crowd-{n}" for n in range(1000)}
             for call in calls:
                 call.add_done_callback(ends.put)
             refused = [ends.get(timeout=PATIENCE) for _ in range(1000 - Settings().max_queue)]
             assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
             for call in calls:
                 call.cancel()
+        for admitted in calls.keys() - set(refused):
+            server.wait_for_log(f"{calls[admitted]}: Cancelled")
 
     def test_streams_beyond_the_limit_are_refused_each_by_itself(self, server):
         most, more = Settings().max_streams, 500
@@ -704,7 +707,7 @@ class TestHostilePeers:
                 grpc.StatusCode.OK: lambda: stub.Generate(request(PROMPT, **ONE_STEP), timeout=PATIENCE),
                 grpc.StatusCode.INVALID_ARGUMENT: lambda: stub.Generate(request(PROMPT, requestId=PROMPT)),
                 grpc.StatusCode.NOT_FOUND: lambda: stub.Attach(pb.AttachRequest(request_id=PROMPT)),
-                grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: stub.Generate(request(PROMPT, **LONG_JOB), timeout=0.5),
+                grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: stub.Generate(request(PROMPT, **LONG_JOB), timeout=3),
             }
             for expected, call in calls.items():
                 assert code(call) == expected

@@ -2,6 +2,7 @@
 
 0 stopped when asked · 1 unexpected error · 2 bad flags · 3 cannot listen · 4 cannot write the ready file ·
 5 the model is loaded but cannot make an image · 6 the device did not answer any more ·
+7 certificates or tokens cannot be used ·
 10 and up: the checkpoint or the device, see server/checkpoint.py
 """
 
@@ -13,6 +14,7 @@ from functools import partial
 
 from pydantic import ValidationError
 
+from server.auth import Unusable
 from server.checkpoint import CheckpointError
 from server.engine import Model
 from server.events import DeviceLost
@@ -21,7 +23,13 @@ from server.settings import Settings
 
 log = logging.getLogger("server")
 
-_EXIT_CODES: dict[type[Exception], int] = {CannotListen: 3, CannotWriteReadyFile: 4, WarmUpFailed: 5, DeviceLost: 6}
+_EXIT_CODES: dict[type[Exception], int] = {
+    CannotListen: 3,
+    CannotWriteReadyFile: 4,
+    WarmUpFailed: 5,
+    DeviceLost: 6,
+    Unusable: 7,
+}
 
 
 def main() -> int:
@@ -47,9 +55,10 @@ def main() -> int:
 
 async def _serve(settings: Settings) -> tuple[int, bool]:
     """The exit code, and whether the device is still inside a call."""
-    server = Server(settings, partial(_load, settings))
+    server = None
     code = 0
     try:
+        server = Server(settings, partial(_load, settings))
         await server.serve()
     except CheckpointError as error:
         log.error("%s", error)
@@ -57,7 +66,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
     except tuple(_EXIT_CODES) as error:
         log.error("%s", error)
         code = _EXIT_CODES[type(error)]
-    return code, server.device_is_busy
+    return code, server is not None and server.device_is_busy
 
 
 def _load(settings: Settings) -> Model:

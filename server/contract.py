@@ -61,6 +61,17 @@ class Loading(Exception):
     """The model is not ready yet."""
 
 
+class Unauthenticated(Exception):
+    """The call has no token that is known here."""
+
+
+class Undecodable(Exception):
+    """The request is no Protobuf message of its method."""
+
+    def __init__(self) -> None:
+        super().__init__("the request's bytes are not the Protobuf message that this method takes")
+
+
 class Stalled(Exception):
     """The client has left its stream unread for too long."""
 
@@ -99,6 +110,9 @@ class InvalidRequest(Exception):
 # The one table of errors. Messages of these are written for callers; of any other nothing is told.
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    # gRPC's own libraries say INTERNAL, which is what operators are woken for; but it is the caller who is at fault.
+    Undecodable: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     events.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
     events.DeviceFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -366,6 +380,12 @@ def status_of(error: Exception) -> status_pb2.Status:
     elif isinstance(error, events.Refused) and error.retry_after < math.inf:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
     return status
+
+
+def told(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """An error in STATUS as a call's last words: code, message, and trailing metadata with the details."""
+    status = status_of(error)
+    return STATUS[type(error)], status.message, (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 def coded(task: Task, event: events.ImageReady) -> images.CodedImage:

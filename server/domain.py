@@ -45,6 +45,20 @@ class Warning:
 
 
 @dataclass(frozen=True)
+class Caller:
+    """Who asks: the device is shared fairly between names.
+
+    The detached jobs of an `owner` are nobody else's; "" is all those who need no token. `jobs` at once and the highest
+    priority stand, where given, in place of the settings'.
+    """
+
+    name: str
+    owner: str = ""
+    jobs: int | None = None
+    max_priority: int | None = None
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """A valid request, every default filled in.
 

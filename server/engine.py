@@ -215,11 +215,13 @@ class Engine:
         caller: str = "",
         priority: int = 0,
         preview_interval: int = 0,
+        jobs_of_caller: int | None = None,
     ) -> Job:
         """Admit a request that must end within `timeout` seconds.
 
         `caller` is who asks, between whom the device is shared fairly. A higher `priority` goes earlier. Every so many
-        network calls there is a Preview, with a `preview_interval` of 0 never.
+        network calls there is a Preview, with a `preview_interval` of 0 never. `jobs_of_caller` stands, if given, in
+        place of that of the limits.
 
         Raises Draining, DeviceLost or Refused; later troubles arrive as Failed.
         """
@@ -234,6 +236,7 @@ class Engine:
                 priority=priority,
                 pixels=request.width * request.height * len(request.seeds),
                 bytes=_memory(request),
+                jobs_of_caller=jobs_of_caller,
             )
             self._check(task, request, now)
             job = Job(name, request, deliver, task, preview_interval)
@@ -313,15 +316,15 @@ class Engine:
         if (refusal := self._schedule.refusal(task, now)) is not None:
             retry_after = max(_LEAST_WAIT, refusal.retry_after)
             when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", were it alone"
-            raise Refused(self._why(refusal) + when, retry_after)
+            raise Refused(self._why(refusal, task) + when, retry_after)
 
-    def _why(self, refusal: Refusal) -> str:
+    def _why(self, refusal: Refusal, task: Task) -> str:
         limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"
         match refusal.reason:
             case Reason.JOBS:
                 return f"{limits.jobs} requests are waiting already, for {work}"
             case Reason.JOBS_OF_CALLER:
-                return f"{limits.jobs_of_caller:.0f} requests of this caller are waiting already"
+                return f"{self._schedule.jobs_of_caller(task):.0f} requests of this caller are waiting already"
             case Reason.PIXELS:
                 return f"the images that wait would have more than {limits.pixels:.0f} pixels with these"
             case Reason.BYTES:

@@ -21,6 +21,8 @@ from grpc_health.v1.health import aio as health
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
+from server import auth
+from server.decoding import Decoding
 from server.domain import ModelCard, default_request
 from server.engine import Engine, Model
 from server.events import DeviceLost, Event, Failed, Finished, ImageReady
@@ -51,7 +53,10 @@ class WarmUpFailed(Exception):
 
 
 class Server:
-    """A server process from start to stop. `load` brings the model and is called on the device thread."""
+    """A server process from start to stop. `load` brings the model and is called on the device thread.
+
+    Raises auth.Unusable.
+    """
 
     def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
         self._settings = settings
@@ -59,9 +64,14 @@ class Server:
         self._engine = Engine(settings.queue, settings.schedule)
         self._servicer = TextToImageServicer(self._engine, settings)
         self._health = health.HealthServicer()
+        self._credentials = auth.server_credentials(settings)
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
-        self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)])
+        own = ("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)
+        self._options = [*own, *auth.connection_options(settings)]
+        gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
+        self._grpc = grpc.aio.server(interceptors=[*gates, Decoding()], options=self._options)
+        self._servers = [self._grpc]
         self.device_is_busy = False
         """Whether the device was still inside a call when everything else had stopped."""
         self._lost = False
@@ -94,14 +104,14 @@ class Server:
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
             reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._grpc)
-        try:
-            port = self._grpc.add_insecure_port(self._settings.listen)
-        except RuntimeError:  # older versions of gRPC return port 0 instead
-            port = 0
-        if port == 0:
-            raise CannotListen(f"cannot listen on {self._settings.listen}: in use, or no address of this machine")
-        await self._grpc.start()
-        address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
+        address = _bind(self._grpc, self._settings.listen, self._credentials)
+        if self._settings.health_listen is not None:
+            probed = grpc.aio.server(interceptors=[Decoding()], options=self._options)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
+            log.info("health checks on %s", _bind(probed, self._settings.health_listen, None))
+            self._servers.append(probed)
+        for each in self._servers:
+            await each.start()
         log.info("listening on %s; loading the model", address)
         return address
 
@@ -177,7 +187,7 @@ class Server:
         self._remove_ready_file()
         self._engine.stop()
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
-        await self._grpc.stop(_CONNECTIONS_SECONDS)
+        await asyncio.gather(*(each.stop(_CONNECTIONS_SECONDS) for each in self._servers))
         self.device_is_busy = not await asyncio.to_thread(self._engine.join, 0 if self._lost else _DEVICE_SECONDS)
         done = self._engine.statistics()
         log.info(
@@ -201,3 +211,14 @@ class Server:
             unfinished.replace(path)
         except OSError as error:
             raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
+    """The address that the server is then bound to. Raises CannotListen."""
+    try:
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+    except RuntimeError:  # older versions of gRPC return port 0 instead
+        port = 0
+    if port == 0:
+        raise CannotListen(f"cannot listen on {listen}: in use, or no address of this machine")
+    return f"{listen.rpartition(':')[0]}:{port}"

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from server import contract
 from server.contract import InvalidRequest, NameTaken, Task, UnknownJob, Violation
-from server.domain import ModelCard, Warning
+from server.domain import Caller, ModelCard, Warning
 from server.engine import Engine
 from server.events import Event, Failed, Finished, ImageReady, Preview, Progress, Queued
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -36,10 +36,12 @@ class Recording:
     """
 
     def __init__(
-        self, engine: Engine, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: str
+        self, engine: Engine, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: Caller
     ) -> None:
         self.request = request
         self.task = task
+        self.key = caller.owner, task.request_id
+        """Of a detached job, what it is found by."""
         self.error: Exception | None = None
         self._card = card
         self._messages: list[pb.StreamGenerateResponse | None] = []
@@ -57,7 +59,14 @@ class Recording:
 
         self._engine = engine
         self._job = engine.submit(
-            task.request_id, task.image, deliver, timeout, caller, task.priority, task.output.preview_interval
+            task.request_id,
+            task.image,
+            deliver,
+            timeout,
+            caller.name,
+            task.priority,
+            task.output.preview_interval,
+            caller.jobs,
         )
         self.ended = asyncio.create_task(self._record(events))
 
@@ -171,9 +180,10 @@ def _only_the_newest_of(message: pb.StreamGenerateResponse) -> Hashable:
 
 
 class Recordings:
-    """All jobs that run, and by their names the detached ones, of which those that have ended are kept for a while.
+    """All jobs that run, and by their owners and names the detached ones.
 
-    They are kept `retention_seconds` at most, and no more of them than `retention_bytes` can hold: the oldest go first.
+    Those that have ended are kept `retention_seconds` at most, and no more of them than `retention_bytes` can hold: the
+    oldest go first.
     `call_later` is that of the event loop, and injected so that tests need no waiting.
     """
 
@@ -189,16 +199,18 @@ class Recordings:
         self._retention_bytes = retention_bytes
         self._call_later = call_later
         self._running: set[Recording] = set()
-        self._detached: dict[str, Recording] = {}
+        self._detached: dict[tuple[str, str], Recording] = {}
         self._kept: dict[Recording, tuple[int, Timer]] = {}  # in the order of their ends, with size and time
         self._kept_bytes = 0
 
-    def begin(self, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: str) -> Recording:
+    def begin(
+        self, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: Caller
+    ) -> Recording:
         """Begin the job of `task`, or join the detached one that bears its name, unless that has failed.
 
         Raises NameTaken if that one was begun by another request, and what Engine.submit raises.
         """
-        known = self._detached.get(task.request_id) if task.detached else None
+        known = self._detached.get((caller.owner, task.request_id)) if task.detached else None
         if known is not None and known.error is None:
             if known.request != request:
                 raise NameTaken(f"{task.request_id} is another request; Cancel it, or give this one another requestId")
@@ -209,18 +221,18 @@ class Recordings:
         if known is not None:
             self._forget(known)
         if task.detached:
-            self._detached[task.request_id] = recording
+            self._detached[recording.key] = recording
         return recording
 
-    def find(self, name: str | None) -> Recording:
-        """The detached job of this name. Raises UnknownJob."""
-        if name is None or name not in self._detached:
+    def find(self, name: str | None, caller: Caller) -> Recording:
+        """The caller's detached job of this name. Raises UnknownJob, as for one that is another's."""
+        if name is None or (caller.owner, name) not in self._detached:
             raise UnknownJob(f"no detached job is named {name} here, or it is no longer kept")
-        return self._detached[name]
+        return self._detached[caller.owner, name]
 
-    def cancel(self, name: str | None) -> None:
-        """End the detached job of this name, and forget it. Raises UnknownJob."""
-        recording = self.find(name)
+    def cancel(self, name: str | None, caller: Caller) -> None:
+        """End the caller's detached job of this name, and forget it. Raises UnknownJob."""
+        recording = self.find(name, caller)
         recording.cancel()
         self._forget(recording)
 
@@ -231,7 +243,7 @@ class Recordings:
 
     def _retain(self, recording: Recording) -> None:
         self._running.discard(recording)
-        if self._detached.get(recording.task.request_id) is not recording:
+        if self._detached.get(recording.key) is not recording:
             return
         call_later = self._call_later or asyncio.get_running_loop().call_later
         size = recording.size
@@ -245,5 +257,5 @@ class Recordings:
             size, timer = self._kept.pop(recording)
             self._kept_bytes -= size
             timer.cancel()
-        if self._detached.get(recording.task.request_id) is recording:
-            del self._detached[recording.task.request_id]
+        if self._detached.get(recording.key) is recording:
+            del self._detached[recording.key]

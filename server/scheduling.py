@@ -75,8 +75,9 @@ class Task:
     """What the order needs to know of a job. All times are seconds, on the clock of whoever calls the schedule.
 
     `calls` are those still to be made, in order, as runs of one kind: [(encode, 1), (base, 32), (refiner, 8), ...].
-    `priority` is 0 for most jobs, negative for those that can wait. The schedule fills in the rest: `remaining` is
-    device time expected, `used` device time spent, and `handicap` the time by which the rank is behind the arrival.
+    `priority` is 0 for most jobs, negative for those that can wait. `jobs_of_caller` stands, if given, in place of that
+    of the limits. The schedule fills in the rest: `remaining` is device time expected, `used` device time spent, and
+    `handicap` the time by which the rank is behind the arrival.
     """
 
     caller: str
@@ -85,6 +86,7 @@ class Task:
     priority: int = 0
     pixels: int = 0
     bytes: int = 0
+    jobs_of_caller: float | None = None
     admitted: float = 0.0
     remaining: float = 0.0
     used: float = 0.0
@@ -179,6 +181,10 @@ class Schedule:
 
     # In and out.
 
+    def jobs_of_caller(self, task: Task) -> float:
+        """How many jobs the task's caller may have admitted at once."""
+        return self.limits.jobs_of_caller if task.jobs_of_caller is None else task.jobs_of_caller
+
     def refusal(self, task: Task, now: float) -> Refusal | None:
         """Why the task should not be added now, if there is a reason. Changes nothing."""
         self._follow_times()
@@ -191,7 +197,7 @@ class Schedule:
             finish = ahead + size
         caller = self._callers.get(task.caller)
         for reason, taken, limit in (
-            (Reason.JOBS_OF_CALLER, (caller.tasks if caller else 0) + 1, self.limits.jobs_of_caller),
+            (Reason.JOBS_OF_CALLER, (caller.tasks if caller else 0) + 1, self.jobs_of_caller(task)),
             (Reason.JOBS, len(self) + 1, self.limits.jobs),
             (Reason.PIXELS, self.pixels + task.pixels, self.limits.pixels),
             (Reason.BYTES, self.bytes + task.bytes, self.limits.bytes),

@@ -10,13 +10,14 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from server import contract
+from server import auth, contract
 from server.contract import Limits, Task
-from server.domain import ModelCard
+from server.domain import Caller, ModelCard
 from server.engine import Engine
 from server.recordings import Recording, Recordings
 from server.settings import Settings
@@ -54,8 +55,9 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         request_id = contract.request_id_of(request)
         async with self._statuses(f"Generate {request_id}", context):
-            card, task = self._parse(request, request_id)
-            recording = self._begin(request, contract.in_one_message(task), card, context)
+            caller = auth.caller_of(context)
+            card, task = self._parse(request, request_id, caller)
+            recording = self._begin(request, contract.in_one_message(task), card, caller, context)
             choices: dict[int, pb.Choice] = {}
             with recording.listening() as messages:
                 async for message in messages:
@@ -66,38 +68,40 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     async def StreamGenerate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         request_id = contract.request_id_of(request)
         async with self._statuses(f"StreamGenerate {request_id}", context):
-            card, task = self._parse(request, request_id)
-            await self._tell(self._begin(request, task, card, context), 0, context)
+            caller = auth.caller_of(context)
+            card, task = self._parse(request, request_id, caller)
+            await self._tell(self._begin(request, task, card, caller, context), 0, context)
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # type: ignore[override]
         name = contract.name_of(request)
         async with self._statuses(f"Attach {name}", context):
-            await self._tell(self._recordings.find(name), request.after, context)
+            await self._tell(self._recordings.find(name, auth.caller_of(context)), request.after, context)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         name = contract.name_of(request)
         async with self._statuses(f"Cancel {name}", context):
-            self._recordings.cancel(name)
+            self._recordings.cancel(name, auth.caller_of(context))
         return pb.CancelResponse()
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         async with self._statuses("GetModel", context):
-            return contract.model_message(*self._model())
+            return contract.model_message(*self._model(auth.caller_of(context)))
 
-    def _model(self) -> tuple[ModelCard, Limits]:
+    def _model(self, caller: Caller) -> tuple[ModelCard, Limits]:
         if self._served is None:
             raise contract.Loading("the model is still loading; try again in a moment")
-        return self._served
+        card, limits = self._served
+        return card, limits if caller.max_priority is None else replace(limits, max_priority=caller.max_priority)
 
-    def _parse(self, request: pb.GenerateRequest, request_id: str | None) -> tuple[ModelCard, Task]:
-        card, limits = self._model()
+    def _parse(self, request: pb.GenerateRequest, request_id: str | None, caller: Caller) -> tuple[ModelCard, Task]:
+        card, limits = self._model(caller)
         return card, contract.parse(request, request_id, card, limits)
 
-    def _begin(self, request: pb.GenerateRequest, task: Task, card: ModelCard, context: Context) -> Recording:
+    def _begin(
+        self, request: pb.GenerateRequest, task: Task, card: ModelCard, caller: Caller, context: Context
+    ) -> Recording:
         timeout = context.time_remaining()
-        return self._recordings.begin(
-            request, task, card, math.inf if timeout is None else timeout, caller_of(context.peer())
-        )
+        return self._recordings.begin(request, task, card, math.inf if timeout is None else timeout, caller)
 
     async def _tell(self, recording: Recording, after: int, context: Context) -> None:
         """Hand a recording's messages on, as long as the client reads them."""
@@ -158,11 +162,4 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
 
 async def _abort(context: Context, error: Exception) -> None:
-    status = contract.status_of(error)
-    details = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(contract.STATUS[type(error)], status.message, trailing_metadata=details)
-
-
-def caller_of(peer: str) -> str:
-    """Whom the device is fairly shared with, from gRPC's "ipv4:HOST:PORT": the host. Unix sockets are one caller."""
-    return peer.partition(":")[0] if peer.startswith("unix") else peer.rpartition(":")[0]
+    await context.abort(*contract.told(error))

@@ -4,6 +4,7 @@
 embedded mini ensemble is served; with `--base` alone, the base without a refiner.
 """
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -22,12 +23,21 @@ def _address(value: str) -> str:
     return value
 
 
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Settings(BaseSettings):
     """Text to image over gRPC with the Stable Diffusion XL ensemble of experts.
 
     Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops. Exit codes: 0 stopped when asked,
     1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
-    6 the device did not answer any more, 10 and up: the checkpoint or the device, each said in one sentence.
+    6 the device did not answer any more, 7 certificates or tokens cannot be used, 10 and up: the checkpoint or the
+    device, each said in one sentence.
     """
 
     model_config = SettingsConfigDict(
@@ -46,6 +56,32 @@ class Settings(BaseSettings):
     )
     ready_file: Path | None = Field(
         None, description="write the bound HOST:PORT into this file once the model is ready, and remove it at the end"
+    )
+    health_listen: Annotated[str, AfterValidator(_address)] | None = Field(
+        None,
+        description="HOST:PORT for health checks alone, without TLS or tokens: for Kubernetes' gRPC probes",
+    )
+    tls_certificate: Path | None = Field(
+        None, description="certificate chain, PEM, to serve with TLS alone; read anew when it changes"
+    )
+    tls_key: Path | None = Field(None, description="the certificate's key, PEM, not encrypted")
+    tls_client_authority: Path | None = Field(
+        None, description="certificates of authorities, PEM; only clients with a certificate of theirs can connect"
+    )
+    tokens: Path | None = Field(
+        None,
+        description="file of lines NAME SHA256; only calls with such a token are served; read anew when it changes",
+    )
+    plaintext_tokens: bool = Field(
+        False, description="take tokens without TLS from other machines: for when a proxy in front of this does TLS"
+    )
+    max_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on one connection")
+    max_connections: int = Field(500, ge=1, le=1_000_000, description="connections at once")
+    connection_seconds: float = Field(
+        3600, ge=1, le=86_400, description="after so long a client is asked to connect anew; its calls go on for a day"
+    )
+    keepalive_seconds: float = Field(
+        60, ge=1, le=7200, description="after so long a silence a peer is asked whether it is there, and else let go"
     )
     base: Path | None = Field(None, description="folder of the base expert in the diffusers layout; default: embedded")
     refiner: Path | None = Field(
@@ -69,7 +105,10 @@ class Settings(BaseSettings):
     )
     max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
     max_queue_of_caller: int | None = Field(
-        None, ge=1, le=10_000, description="requests of one caller, a host, admitted at once; default: --max-queue"
+        None,
+        ge=1,
+        le=10_000,
+        description="requests of one caller, a host or a token's name, admitted at once; default: --max-queue",
     )
     max_queue_pixels: int = Field(2**28, ge=4096, description="pixels of all images of the requests admitted at once")
     max_queue_bytes: int = Field(
@@ -112,6 +151,26 @@ class Settings(BaseSettings):
     def _refiner_needs_a_base(self) -> Self:
         if self.refiner is not None and self.base is None:
             raise ValueError("--refiner was given without --base; give both folders, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together; give both files, or neither")
+        if self.tls_client_authority is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-authority needs --tls-certificate and --tls-key")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_not_given_away(self) -> Self:
+        exposed = self.tls_certificate is None and not _is_loopback(self.listen)
+        if self.tokens is not None and exposed and not self.plaintext_tokens:
+            raise ValueError(
+                "--tokens on an address other than loopback needs --tls-certificate and --tls-key, since whoever "
+                "hears a token can use it; or --plaintext-tokens, if a proxy in front of this does TLS"
+            )
+        if self.plaintext_tokens and self.tokens is None:
+            raise ValueError("--plaintext-tokens was given without --tokens")
         return self
 
     @property

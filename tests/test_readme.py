@@ -1,4 +1,4 @@
-"""What the README tells of flags and exit codes is what the code has."""
+"""What the README tells of flags and exit codes is what the code has, and SECURITY.md of tests what the tests have."""
 
 import re
 
@@ -32,3 +32,10 @@ def test_every_exit_code_is_told():
     codes |= {kind.exit_code for kind in checkpoint.CheckpointError.__subclasses__()}
     section = README.split("### Exit codes")[1].split("\n## ")[0]
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == codes
+
+
+def test_every_test_that_the_threat_table_names_is_there():
+    told = re.findall(r"`(test_\w+)(?:\[[^`]*\])?`", (ROOT / "SECURITY.md").read_text("utf-8"))
+    there = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert told
+    assert [name for name in told if f"def {name}(" not in there] == []

@@ -13,7 +13,7 @@ from serving import request
 from test_contract import CARD, LIMITS
 
 from server import contract
-from server.domain import Stage
+from server.domain import Caller, Stage
 from server.events import (
     Cancelled,
     Draining,
@@ -30,6 +30,7 @@ from server.recordings import Recording, Recordings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
+ME = Caller("me")
 DONE = Finished((), 0.5, 1.5)
 
 
@@ -109,7 +110,7 @@ class House:
     def begin(self, name: str = "mine", *, prompt: str = "a cat", whole: bool = False, **fields: object) -> Recording:
         message = request(prompt, requestId=name, **fields)
         task = contract.parse(message, name, CARD, LIMITS)
-        return self.recordings.begin(message, contract.in_one_message(task) if whole else task, CARD, math.inf, "me")
+        return self.recordings.begin(message, contract.in_one_message(task) if whole else task, CARD, math.inf, ME)
 
     async def end(self, name: str, *events: Event, **fields: object) -> Recording:
         """A detached job from its beginning to after its end."""
@@ -231,7 +232,7 @@ class TestTheNewestOnly:
 
     async def test_the_engine_is_told_how_often_and_for_whom(self, house):
         house.begin(output={"previewInterval": 5}, priority=-1)
-        assert house.engine.jobs[0].arguments == (math.inf, "me", -1, 5)
+        assert house.engine.jobs[0].arguments == (math.inf, "me", -1, 5, None)
 
 
 class TestWhoseJob:
@@ -271,18 +272,18 @@ class TestWhoseJob:
         first = house.begin()
         assert house.begin() is not first
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find("mine")
+            house.recordings.find("mine", ME)
         detached = house.begin(**DETACH)
         assert house.begin(prompt="a dog") is not detached
-        assert house.recordings.find("mine") is detached
+        assert house.recordings.find("mine", ME) is detached
 
     async def test_a_failed_job_leaves_its_name_to_the_next_request(self, house):
         failed = await house.end("mine", Failed(ModelFailed("broken")))
-        assert house.recordings.find("mine") is failed
+        assert house.recordings.find("mine", ME) is failed
         again = house.begin(prompt="a dog", **DETACH)
-        assert house.recordings.find("mine") is again
+        assert house.recordings.find("mine", ME) is again
         house.clock.advance(601)
-        assert house.recordings.find("mine") is again, "the failed one's time is not its own"
+        assert house.recordings.find("mine", ME) is again, "the failed one's time is not its own"
 
     async def test_a_failed_job_keeps_its_name_when_the_next_request_is_not_admitted(self, house, monkeypatch):
         def refuse(*arguments: object) -> None:
@@ -292,33 +293,33 @@ class TestWhoseJob:
         monkeypatch.setattr(house.engine, "submit", refuse)
         with pytest.raises(Draining):
             house.begin(**DETACH)
-        assert house.recordings.find("mine") is failed
+        assert house.recordings.find("mine", ME) is failed
 
     async def test_cancelling_ends_the_job_and_frees_its_name_at_once(self, house):
         first = house.begin(**DETACH)
         following = asyncio.create_task(listen(first))
-        house.recordings.cancel("mine")
+        house.recordings.cancel("mine", ME)
         assert house.engine.jobs[0].cancelled
         with pytest.raises(contract.UnknownJob, match="no detached job is named mine here"):
-            house.recordings.cancel("mine")
+            house.recordings.cancel("mine", ME)
         second = house.begin(prompt="a dog", **DETACH)
         house.engine.jobs[0].tell(Failed(Cancelled("cancelled")))
         with pytest.raises(Cancelled):
             await following
         await asyncio.sleep(0)
-        assert house.recordings.find("mine") is second
+        assert house.recordings.find("mine", ME) is second
 
     async def test_cancelling_what_has_ended_forgets_it(self, house):
         await house.end("mine", image(0), DONE)
-        house.recordings.cancel("mine")
+        house.recordings.cancel("mine", ME)
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find("mine")
+            house.recordings.find("mine", ME)
         assert not house.clock.timers
 
     @pytest.mark.parametrize("name", [None, "", "nobody"])
     async def test_names_that_nobody_bears_are_unknown(self, house, name: str | None):
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find(name)
+            house.recordings.find(name, ME)
 
     async def test_waiting_until_all_jobs_have_ended_includes_those_that_nobody_follows(self, house):
         recording = house.begin(**DETACH)
@@ -333,13 +334,13 @@ class TestRetention:
     async def test_a_detached_job_is_kept_for_so_long_after_its_end_and_then_unknown(self, house):
         running = house.begin("running", **DETACH)
         house.clock.advance(10_000)
-        assert house.recordings.find("running") is running
+        assert house.recordings.find("running", ME) is running
         await tell(running, house.engine, image(0), DONE)
         house.clock.advance(599)
-        assert house.recordings.find("running") is running
+        assert house.recordings.find("running", ME) is running
         house.clock.advance(1)
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find("running")
+            house.recordings.find("running", ME)
 
     async def test_beyond_the_bytes_the_oldest_to_have_ended_go_first(self):
         house = House()
@@ -350,16 +351,16 @@ class TestRetention:
         for name in ("a", "b", "c"):
             await house.end(name, image(0), DONE)
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find("a")
-        assert house.recordings.find("b")
+            house.recordings.find("a", ME)
+        assert house.recordings.find("b", ME)
         late_job.tell(image(0))
         late_job.tell(DONE)
         await late.ended
         await asyncio.sleep(0)
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find("b")
-        assert house.recordings.find("c")
-        assert house.recordings.find("begun first, ended last") is late
+            house.recordings.find("b", ME)
+        assert house.recordings.find("c", ME)
+        assert house.recordings.find("begun first, ended last", ME) is late
         assert len(house.clock.timers) == 2, "no timer holds on to what is forgotten"
 
     async def test_what_is_larger_than_all_the_room_is_told_to_who_listens_and_not_kept(self):
@@ -369,7 +370,7 @@ class TestRetention:
         await tell(recording, house.engine, image(0), DONE)
         assert kinds(await listening) == ["choice", "done"]
         with pytest.raises(contract.UnknownJob):
-            house.recordings.find("mine")
+            house.recordings.find("mine", ME)
 
     async def test_a_listener_reads_on_in_what_is_forgotten_meanwhile(self, house):
         recording = await house.end("mine", image(0), DONE)

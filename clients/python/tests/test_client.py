@@ -29,6 +29,7 @@ from text_to_image_client import (
     ServingStatus,
     TextToImage,
     TextToImageError,
+    Unauthenticated,
     Unavailable,
 )
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -70,6 +71,7 @@ every = pytest.mark.parametrize("call", [generate_in_a_thread, generate_async, s
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Refused),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
         (grpc.StatusCode.CANCELLED, Cancelled),
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
         (grpc.StatusCode.NOT_FOUND, NotFound),
         (grpc.StatusCode.ALREADY_EXISTS, AlreadyExists),
         (grpc.StatusCode.INTERNAL, ServerError),

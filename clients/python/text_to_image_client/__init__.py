@@ -1,6 +1,6 @@
 """Client of the text-to-image gRPC service."""
 
-from ._client import AsyncEventStream, AsyncTextToImage, EventStream, TextToImage
+from ._client import TLS, AsyncEventStream, AsyncTextToImage, EventStream, TextToImage
 from ._exceptions import (
     AlreadyExists,
     Cancelled,
@@ -11,6 +11,7 @@ from ._exceptions import (
     Refused,
     ServerError,
     TextToImageError,
+    Unauthenticated,
     Unavailable,
 )
 from ._provenance import Provenance
@@ -38,6 +39,7 @@ from ._types import (
 )
 
 __all__ = [
+    "TLS",
     "AlreadyExists",
     "AsyncEventStream",
     "AsyncTextToImage",
@@ -70,6 +72,7 @@ __all__ = [
     "Stage",
     "TextToImage",
     "TextToImageError",
+    "Unauthenticated",
     "Unavailable",
     "Warning",
     "WarningCode",

@@ -4,7 +4,10 @@ Retries, deadlines and cancellation are gRPC's own; this file only sets them.
 """
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
@@ -22,9 +25,32 @@ from .v1.text_to_image_pb2_grpc import TextToImageServiceStub
 if TYPE_CHECKING:
     from .v1.text_to_image_pb2_grpc import TextToImageServiceAsyncStub
 
-__all__ = ["AsyncEventStream", "AsyncTextToImage", "EventStream", "TextToImage"]
+__all__ = ["TLS", "AsyncEventStream", "AsyncTextToImage", "EventStream", "TextToImage"]
 
 MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever it is told
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How to make sure of the service, and it of this client. All are PEM files, read when the client is made.
+
+    `authority` has the certificates to trust, by default those that gRPC comes with; `certificate` and `key` are this
+    client's own, for a service that asks for them.
+    """
+
+    authority: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises OSError for a file that cannot be read, ValueError for a certificate without its key."""
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        authority, key, certificate = (
+            Path(file).read_bytes() if file is not None else None
+            for file in (self.authority, self.key, self.certificate)
+        )
+        return grpc.ssl_channel_credentials(authority, key, certificate)
 
 
 class TextToImage:
@@ -35,13 +61,28 @@ class TextToImage:
 
     `timeout` in seconds holds for every call that does not set its own; None waits as long as it takes. `retries`, 0
     to 4, are made when the service is unavailable, with exponential backoff, about 3 seconds in all, and never once an
-    answer has begun. Every call raises the errors of `TextToImageError`; nobody listening at `target` is `Unavailable`.
+    answer has begun. `tls` is for a service with TLS, `token` for one that asks who calls; over a network, a token
+    needs TLS, or whoever listens has it. Every call raises the errors of `TextToImageError`; nobody listening at
+    `target` is `Unavailable`.
     """
 
-    def __init__(self, target: str, *, timeout: float | None = None, retries: int = MAX_RETRIES) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float | None = None,
+        retries: int = MAX_RETRIES,
+        tls: TLS | None = None,
+        token: str | None = None,
+    ) -> None:
         self.target = target
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(target, options=_channel_options(retries))
+        self._metadata = _metadata(token)
+        options = _channel_options(retries)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options)
         self._service = TextToImageServiceStub(self._channel)
         self._health: Any = HealthStub(self._channel)  # the stubs of types-grpcio-health-checking know no methods
 
@@ -49,7 +90,7 @@ class TextToImage:
         """Draw `prompt` and wait for all its images. `GenerateOptions` has the options, all optional."""
         request = build_request(prompt, options)
         with translated(self.target):
-            return read_result(self._service.Generate(request, timeout=self._effective(timeout)))
+            return read_result(self._service.Generate(request, **self._call_options(timeout)))
 
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> "EventStream":
         """Draw `prompt` and follow it: an iterator over events, the last of which is `Done`.
@@ -59,7 +100,7 @@ class TextToImage:
         """
         request = build_request(prompt, options)
         with translated(self.target):
-            return EventStream(self._service.StreamGenerate(request, timeout=self._effective(timeout)), self.target)
+            return EventStream(self._service.StreamGenerate(request, **self._call_options(timeout)), self.target)
 
     def attach(self, request_id: str, after: int = 0, *, timeout: float | None = None) -> "EventStream":
         """Follow a detached job: its events after number `after`, those that have happened and those that will.
@@ -69,26 +110,26 @@ class TextToImage:
         """
         request = pb.AttachRequest(request_id=request_id, after=after)
         with translated(self.target):
-            call = self._service.Attach(request, timeout=self._effective(timeout))
+            call = self._service.Attach(request, **self._call_options(timeout))
             return EventStream(call, self.target, after)
 
     def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """End a detached job, if it still runs, and have it forgotten in either case. Raises `NotFound`."""
         request = pb.CancelRequest(request_id=request_id)
         with translated(self.target):
-            self._service.Cancel(request, timeout=self._effective(timeout))
+            self._service.Cancel(request, **self._call_options(timeout))
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """What is served, with its defaults and limits. `Unavailable` until the model is loaded."""
         with translated(self.target):
-            return read_model(self._service.GetModel(pb.GetModelRequest(), timeout=self._effective(timeout)))
+            return read_model(self._service.GetModel(pb.GetModelRequest(), **self._call_options(timeout)))
 
     def health(self, service: str = "", *, timeout: float | None = None) -> ServingStatus:
         """The state of `service`, "" for the whole server, by grpc.health.v1. Never retried."""
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             with translated(self.target):
-                return _serving_status(self._health.Check(request, timeout=self._effective(timeout)))
+                return _serving_status(self._health.Check(request, **self._call_options(timeout)))
         except NotFound:
             return ServingStatus.SERVICE_UNKNOWN  # which is how grpc.health.v1 answers Check
 
@@ -104,8 +145,8 @@ class TextToImage:
     ) -> None:
         self.close()
 
-    def _effective(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+    def _call_options(self, timeout: float | None) -> dict[str, Any]:
+        return {"timeout": self._timeout if timeout is None else timeout, "metadata": self._metadata}
 
 
 class AsyncTextToImage:
@@ -117,10 +158,20 @@ class AsyncTextToImage:
     It belongs to the event loop that makes its first call.
     """
 
-    def __init__(self, target: str, *, timeout: float | None = None, retries: int = MAX_RETRIES) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float | None = None,
+        retries: int = MAX_RETRIES,
+        tls: TLS | None = None,
+        token: str | None = None,
+    ) -> None:
         self.target = target
         self._timeout = timeout
+        self._metadata = _metadata(token)
         self._options = _channel_options(retries)
+        self._credentials = None if tls is None else tls.credentials()
         self._channel: grpc.aio.Channel | None = None
 
     async def generate(
@@ -129,31 +180,31 @@ class AsyncTextToImage:
         """As `TextToImage.generate`. Cancelling the task cancels the call."""
         request = build_request(prompt, options)
         with translated(self.target):
-            return read_result(await self._service().Generate(request, timeout=self._effective(timeout)))
+            return read_result(await self._service().Generate(request, **self._call_options(timeout)))
 
     def stream(
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> "AsyncEventStream":
         """As `TextToImage.stream`. Cancelling the task that reads the stream cancels the call, too."""
         request = build_request(prompt, options)
-        return AsyncEventStream(self._service().StreamGenerate(request, timeout=self._effective(timeout)), self.target)
+        return AsyncEventStream(self._service().StreamGenerate(request, **self._call_options(timeout)), self.target)
 
     def attach(self, request_id: str, after: int = 0, *, timeout: float | None = None) -> "AsyncEventStream":
         """As `TextToImage.attach`."""
         request = pb.AttachRequest(request_id=request_id, after=after)
-        call = self._service().Attach(request, timeout=self._effective(timeout))
+        call = self._service().Attach(request, **self._call_options(timeout))
         return AsyncEventStream(call, self.target, after)
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """As `TextToImage.cancel`."""
         request = pb.CancelRequest(request_id=request_id)
         with translated(self.target):
-            await self._service().Cancel(request, timeout=self._effective(timeout))
+            await self._service().Cancel(request, **self._call_options(timeout))
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """As `TextToImage.model`."""
         with translated(self.target):
-            return read_model(await self._service().GetModel(pb.GetModelRequest(), timeout=self._effective(timeout)))
+            return read_model(await self._service().GetModel(pb.GetModelRequest(), **self._call_options(timeout)))
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> ServingStatus:
         """As `TextToImage.health`."""
@@ -161,7 +212,7 @@ class AsyncTextToImage:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             with translated(self.target):
-                return _serving_status(await health.Check(request, timeout=self._effective(timeout)))
+                return _serving_status(await health.Check(request, **self._call_options(timeout)))
         except NotFound:
             return ServingStatus.SERVICE_UNKNOWN
 
@@ -180,14 +231,17 @@ class AsyncTextToImage:
 
     def _open(self) -> grpc.aio.Channel:
         if self._channel is None:  # a channel of grpc.aio is tied to the loop running when it is made
-            self._channel = grpc.aio.insecure_channel(self.target, options=self._options)
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, self._options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
         return self._channel
 
     def _service(self) -> "TextToImageServiceAsyncStub":
         return cast("TextToImageServiceAsyncStub", TextToImageServiceStub(self._open()))
 
-    def _effective(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+    def _call_options(self, timeout: float | None) -> dict[str, Any]:
+        return {"timeout": self._timeout if timeout is None else timeout, "metadata": self._metadata}
 
 
 class EventStream(Iterator[Event]):
@@ -266,6 +320,14 @@ class AsyncEventStream(AsyncIterator[Event]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    if token is None:
+        return ()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("a token has visible ASCII characters only")  # gRPC would say so with the token in its words
+    return (("authorization", f"Bearer {token}"),)
 
 
 def _channel_options(retries: int) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ TextToImageError
 ├── InvalidRequest     INVALID_ARGUMENT: the request breaks a rule; `.violations` names every bad field
 ├── Unavailable        UNAVAILABLE: nobody there, the model is loading, or the server is draining
 ├── Refused            RESOURCE_EXHAUSTED: the queue is full; `.retry_after` says for how long
+├── Unauthenticated    UNAUTHENTICATED: the service needs a token, or does not know this one
 ├── NotFound           NOT_FOUND: no detached job has this name, or no longer
 ├── AlreadyExists      ALREADY_EXISTS: the name is that of another detached job
 ├── DeadlineExceeded   DEADLINE_EXCEEDED: the call's timeout passed
@@ -32,6 +33,7 @@ __all__ = [
     "Refused",
     "ServerError",
     "TextToImageError",
+    "Unauthenticated",
     "Unavailable",
 ]
 
@@ -111,6 +113,10 @@ class Refused(TextToImageError):
         return cls(message, code)
 
 
+class Unauthenticated(TextToImageError):
+    """The service needs a token, or does not know the one that was sent."""
+
+
 class NotFound(TextToImageError):
     """No detached job has this `request_id` on this server, or it ended too long ago to be kept."""
 
@@ -135,6 +141,7 @@ _BY_CODE: dict[grpc.StatusCode, type[TextToImageError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Refused,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,

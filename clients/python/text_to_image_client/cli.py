@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._client import EventStream, TextToImage
+from ._client import TLS, EventStream, TextToImage
 from ._exceptions import (
     AlreadyExists,
     Cancelled,
@@ -29,6 +29,7 @@ from ._exceptions import (
     Refused,
     ServerError,
     TextToImageError,
+    Unauthenticated,
     Unavailable,
 )
 from ._instill import parse_input
@@ -67,6 +68,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     Differs: 8,
     NotFound: 9,
     AlreadyExists: 10,
+    Unauthenticated: 11,
     Cancelled: 130,
 }
 """An error that is not here ends with 1; click ends with 2 when the command line is wrong."""
@@ -84,6 +86,7 @@ Exit codes:
   8    of `generate --like --strict`: something differs from what it was
   9    no detached job has this name, or it is no longer kept
   10   the name is that of another detached job
+  11   the service needs a token, or does not know this one
   130  cancelled
 """
 
@@ -114,6 +117,11 @@ def _target_option(command: _Command) -> _Command:
     )(command)
 
 
+def _file_option(name: str, variable: str, text: str) -> Callable[[_Command], _Command]:
+    path = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return click.option(name, type=path, envvar=variable, show_envvar=True, help=text)
+
+
 @click.group(cls=_Commands, epilog=_EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--target",
@@ -124,9 +132,34 @@ def _target_option(command: _Command) -> _Command:
     show_default=True,
     help="The service to talk to; may also stand behind the command.",
 )
+@click.option("--tls", is_flag=True, envvar="T2I_TLS", show_envvar=True, help="Use TLS; implied by the next three.")
+@_file_option("--tls-authority", "T2I_TLS_AUTHORITY", "Certificates to trust, PEM.  [default: those of gRPC]")
+@_file_option("--tls-client-certificate", "T2I_TLS_CLIENT_CERTIFICATE", "Your own, PEM, if the service asks for one.")
+@_file_option("--tls-client-key", "T2I_TLS_CLIENT_KEY", "Its key, PEM.")
+@click.option(
+    "--token",
+    envvar="T2I_TOKEN",
+    show_envvar=True,
+    help="Who you are, if the service asks; better in the variable, since others can see command lines.",
+)
 @click.version_option(package_name="text-to-image-client")
-def main(target: str) -> None:
+def main(
+    target: str, token: str | None, tls_client_certificate: Path | None, tls_client_key: Path | None, **_: Any
+) -> None:
     """Text to image over gRPC."""
+    if (tls_client_certificate is None) != (tls_client_key is None):
+        raise click.UsageError("--tls-client-certificate and --tls-client-key go together")
+
+
+def _connect(target: str) -> TextToImage:
+    """A client of `target`, with the TLS and the token that stand before the command."""
+    given = click.get_current_context().find_root().params
+    files = given["tls_authority"], given["tls_client_certificate"], given["tls_client_key"]
+    tls = TLS(*files) if given["tls"] or any(files) else None
+    try:
+        return TextToImage(target, tls=tls, token=given["token"])
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 _metadata_option = click.option(
@@ -229,7 +262,7 @@ def generate(
         return
     if output is None:
         raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
-    with TextToImage(target) as client, client.stream(timeout=timeout, **request) as events:
+    with _connect(target) as client, client.stream(timeout=timeout, **request) as events:
         result = _follow(events, output, request.get("n") or 1, preview)
     _tell(result, metadata, as_json)
     if made is not None:
@@ -240,7 +273,7 @@ def _detach(target: str, timeout: float | None, request: Request, output: Path |
     """Begin the job and leave it; its name goes to stdout, and how to come back to stderr."""
     name = request.get("request_id") or str(uuid.uuid4())
     detached = cast("Request", {**request, "request_id": name, "on_disconnect": OnDisconnect.DETACH})
-    with TextToImage(target) as client, client.stream(timeout=timeout, **detached) as events:
+    with _connect(target) as client, client.stream(timeout=timeout, **detached) as events:
         next(events)  # once it is told of anything, it is admitted
     click.echo(name)
     _say(f"t2i --target {target} attach {name} -o {output or 'FILE'}  # follows it, and saves what it brings")
@@ -267,7 +300,7 @@ def attach(target: str, name: str, output: Path, metadata: Path | None, timeout:
     """
     _format_for(output, None)
     _check_folders({"-o": output, "--metadata": metadata})
-    with TextToImage(target) as client, client.attach(name, timeout=timeout) as events:
+    with _connect(target) as client, client.attach(name, timeout=timeout) as events:
         result = _follow(events, output, None)
     _tell(result, metadata, as_json)
 
@@ -278,7 +311,7 @@ def attach(target: str, name: str, output: Path, metadata: Path | None, timeout:
 @_target_option
 def cancel(target: str, name: str, timeout: float) -> None:
     """End the detached job NAME, or forget its images if it has ended."""
-    with TextToImage(target) as client:
+    with _connect(target) as client:
         client.cancel(name, timeout=timeout)
 
 
@@ -383,7 +416,7 @@ def _told_by_name(path: Path) -> Iterator[None]:
 @_target_option
 def model(target: str, timeout: float) -> None:
     """Tell what is served, with its defaults and limits."""
-    with TextToImage(target) as client:
+    with _connect(target) as client:
         Console(soft_wrap=True, highlight=False).print(_table(client.model(timeout=timeout)))
 
 
@@ -423,7 +456,7 @@ def health(target: str, service: str, timeout: float) -> None:
 
     The exit code is 0 only when it is SERVING.
     """
-    with TextToImage(target) as client:
+    with _connect(target) as client:
         status = client.health(service, timeout=timeout)
     click.echo(status.value)
     if status is not ServingStatus.SERVING:

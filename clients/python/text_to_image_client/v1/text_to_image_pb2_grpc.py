@@ -75,6 +75,8 @@ class TextToImageServiceServicer(object):
         DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
         UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
         INTERNAL            the model failed on this request, and on this request alone
+        And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
+        UNAUTHENTICATED     there is no token, or one that is not known
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,7 +98,7 @@ class TextToImageServiceServicer(object):
         or with the job's error. A deadline of this call is the stream's alone.
 
         Errors of its own:
-        NOT_FOUND           no detached job has this name here, or it is no longer kept
+        NOT_FOUND           no detached job has this name here, or it is no longer kept, or it is another token's
         INVALID_ARGUMENT    `after` is beyond the newest event
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,6 +38,8 @@ class TextToImageServiceStub:
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
       UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
       INTERNAL            the model failed on this request, and on this request alone
+    And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
+      UNAUTHENTICATED     there is no token, or one that is not known
     """
 
     StreamGenerate: grpc.UnaryStreamMultiCallable[
@@ -59,7 +61,7 @@ class TextToImageServiceStub:
     or with the job's error. A deadline of this call is the stream's alone.
 
     Errors of its own:
-      NOT_FOUND           no detached job has this name here, or it is no longer kept
+      NOT_FOUND           no detached job has this name here, or it is no longer kept, or it is another token's
       INVALID_ARGUMENT    `after` is beyond the newest event
     """
 
@@ -92,6 +94,8 @@ class TextToImageServiceAsyncStub:
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
       UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
       INTERNAL            the model failed on this request, and on this request alone
+    And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
+      UNAUTHENTICATED     there is no token, or one that is not known
     """
 
     StreamGenerate: grpc.aio.UnaryStreamMultiCallable[
@@ -113,7 +117,7 @@ class TextToImageServiceAsyncStub:
     or with the job's error. A deadline of this call is the stream's alone.
 
     Errors of its own:
-      NOT_FOUND           no detached job has this name here, or it is no longer kept
+      NOT_FOUND           no detached job has this name here, or it is no longer kept, or it is another token's
       INVALID_ARGUMENT    `after` is beyond the newest event
     """
 
@@ -148,6 +152,8 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
           DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
           UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
           INTERNAL            the model failed on this request, and on this request alone
+        And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
+          UNAUTHENTICATED     there is no token, or one that is not known
         """
 
     @abc.abstractmethod
@@ -173,7 +179,7 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
         or with the job's error. A deadline of this call is the stream's alone.
 
         Errors of its own:
-          NOT_FOUND           no detached job has this name here, or it is no longer kept
+          NOT_FOUND           no detached job has this name here, or it is no longer kept, or it is another token's
           INVALID_ARGUMENT    `after` is beyond the newest event
         """
 

@@ -27,6 +27,7 @@ from server.events import (
     Queued,
 )
 from server.recordings import Recording, Recordings
+from server.scheduling import Task
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
@@ -53,6 +54,7 @@ class Submitted:
     tell: Callable[[Event], None]
     arguments: tuple[object, ...]
     cancelled: bool = False
+    task: Task = field(default_factory=lambda: Task("", [], used=1.25))
 
 
 @dataclass

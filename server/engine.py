@@ -646,6 +646,8 @@ class Engine:
         with self._changed:
             if job.task in self._jobs:  # nothing may follow the terminal event
                 job.deliver(event)
+            elif isinstance(event, Preview):
+                self._observe(PreviewDropped())
 
     def _fail(self, job: Job, error: Exception) -> None:
         failure: EngineError

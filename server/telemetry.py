@@ -68,7 +68,7 @@ class Metrics:
     """Prometheus metrics of one server, in a registry of their own."""
 
     def __init__(self, max_queue: int) -> None:
-        disable_created_metrics()  # one more series beside each, which only OpenMetrics has a use for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which few use
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
@@ -122,8 +122,8 @@ class Metrics:
         self._device_seconds = Counter(
             "t2i_device_seconds_total",
             "Device time of jobs, counted when it is known what it was good for. wasted: all calls made for jobs that "
-            "failed, expired or were cancelled, or whose images nobody got in full; delivered: those of the others. The "
-            "first image of a process counts as neither.",
+            "failed, expired or were cancelled, or whose images nobody got in full; delivered: those of all others. "
+            "The first image of a process counts as neither.",
             ("use",),
             registry=registry,
         )

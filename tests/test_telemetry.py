@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, first_step, request
 
+from server.telemetry import traces_of_environment
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -256,6 +258,29 @@ class TestTraces:
         assert call.parent_span_id == b""
         assert attributes(call)["rpc.grpc.status_code"] == grpc.StatusCode.NOT_FOUND.value[0]
         assert children == []
+
+    @pytest.mark.parametrize(
+        "environment",
+        [
+            {},
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"},
+            {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "none"},
+        ],
+    )
+    def test_there_are_none_where_the_environment_names_no_collector_or_says_so(self, monkeypatch, caplog, environment):
+        for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert traces_of_environment() is None
+        assert caplog.text == ""
+
+    def test_without_the_packages_that_it_takes_the_log_says_what_to_install(self, monkeypatch, caplog):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.delitem(sys.modules, "server.traces", raising=False)
+        monkeypatch.setitem(sys.modules, "opentelemetry", None)
+        assert traces_of_environment() is None
+        assert "install the extra [telemetry]" in caplog.text
 
 
 class TestNamesOfCalls:

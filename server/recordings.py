@@ -241,11 +241,6 @@ class Recordings:
         self._kept: dict[Recording, tuple[int, Timer]] = {}  # in the order of their ends, with size and time
         self._kept_bytes = 0
 
-    @property
-    def detached(self) -> tuple[int, int, int]:
-        """Detached jobs that run, those that are kept after their ends, and the bytes of these."""
-        return len(self._detached) - len(self._kept), len(self._kept), self._kept_bytes
-
     def begin(self, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: str) -> Recording:
         """Begin the job of `task`, or join the detached one that bears its name, unless that has failed.
 
@@ -282,6 +277,11 @@ class Recordings:
         while self._running:
             await asyncio.wait([recording.ended for recording in self._running])
 
+    @property
+    def detached(self) -> tuple[int, int, int]:
+        """Detached jobs that run, those that are kept after their ends, and the bytes of these."""
+        return len(self._detached) - len(self._kept), len(self._kept), self._kept_bytes
+
     def _retain(self, recording: Recording) -> None:
         self._running.discard(recording)
         if self._detached.get(recording.task.request_id) is not recording:
@@ -294,10 +294,10 @@ class Recordings:
             self._forget(next(iter(self._kept)))
 
     def _forget(self, recording: Recording) -> None:
+        recording.forget()
         if recording in self._kept:
             size, timer = self._kept.pop(recording)
             self._kept_bytes -= size
             timer.cancel()
         if self._detached.get(recording.task.request_id) is recording:
             del self._detached[recording.task.request_id]
-        recording.forget()

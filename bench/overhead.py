@@ -83,6 +83,9 @@ class Bare:
     ones, makes those of the first give up spinning.
     """
 
+    max_batch = 1
+    overlaps = False
+
     def load(self, settings: Settings) -> "Bare":
         self._ensemble = model.load(*settings.experts, settings.device, settings.precision)
         self.card = self._ensemble.card

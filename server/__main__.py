@@ -20,6 +20,7 @@ from server.engine import Model
 from server.events import DeviceLost
 from server.lifecycle import CannotListen, CannotWriteReadyFile, Server, WarmUpFailed
 from server.settings import Settings
+from server.telemetry import log_to_stderr
 
 log = logging.getLogger("server")
 
@@ -41,7 +42,7 @@ def main() -> int:
             flag = "--" + "-".join(map(str, each["loc"])).replace("_", "-") + ": " if each["loc"] else ""
             print(f"python -m server: {flag}{each['msg']}", file=sys.stderr)  # noqa: T201
         return 2
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(settings.log_level, settings.log_format)
 
     code, device_is_busy = asyncio.run(_serve(settings))
     if device_is_busy:

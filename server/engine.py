@@ -8,6 +8,7 @@ ahead of their turn, as many as a step has room for. Nothing here knows of torch
 few calls, and events leave through a callback.
 """
 
+import contextvars
 import heapq
 import itertools
 import logging
@@ -28,21 +29,28 @@ from numpy.typing import NDArray
 from server.call_times import CallTimes, Kind
 from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.events import (
+    Begun,
+    CallMade,
     Cancelled,
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
     Draining,
+    Ended,
     EngineError,
     Event,
     Failed,
     Finished,
     ImageReady,
     ModelFailed,
+    Observe,
     Preview,
+    PreviewDropped,
     Progress,
     Queued,
     Refused,
+    Stretch,
+    unobserved,
 )
 from server.scheduling import Forecast, Limits, Order, Reason, Refusal, Schedule, Task
 
@@ -146,13 +154,22 @@ class Job:
     foretold: float = 0.0  # when it should end, as was said at its admission
     told: Queued | None = None
     told_at: float = 0.0
+    stretches: list[Stretch] = field(default_factory=list)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    def within(self, do: Callable[..., None], *args: Any, **options: Any) -> None:
+        """Log or tell something as the call that submitted the job would."""
+        self.context.copy().run(do, *args, **options)  # a copy, since only one thread at a time can be in a context
 
 
 @dataclass
 class Statistics:
     """What an engine has done so far. Times in seconds; of calls that ran beside one another each counts whole.
-    `eta_error` is relative to what a job then took, the median of the last thousand that finished."""
+    `eta_error` is relative to what a job then took, the median of the last thousand that finished. Of the jobs
+    admitted, so many are `waiting` for their first call and so many `running`."""
 
+    waiting: int = 0
+    running: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     device: float = 0.0
     wasted: float = 0.0
@@ -163,12 +180,18 @@ class Engine:
     """The device thread, the one beside it, and what waits for them.
 
     `clock` is injected so that tests need no waiting. Admission is bounded by `limits`, the order is the schedule's.
+    `observe` is told what is not for the callers.
     """
 
     def __init__(
-        self, limits: Limits, order: Order = Order.SHORTEST, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: Limits,
+        order: Order = Order.SHORTEST,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Observe = unobserved,
     ) -> None:
         self._clock = clock
+        self._observe = observe
         self._times = CallTimes()
         self._schedule = Schedule(limits, self._times, order)
         self._jobs: dict[Task, Job] = {}
@@ -191,7 +214,7 @@ class Engine:
         self._outcomes: Counter[str] = Counter()
         self._device_seconds = self._wasted_seconds = 0.0
         self._eta_errors: deque[float] = deque(maxlen=1000)
-        self._previews = _Previews(self._deliver)
+        self._previews = _Previews(self._deliver, observe)
         self._thread: threading.Thread | None = None
 
     def start(self, load: Callable[[], Model]) -> "Future[ModelCard]":
@@ -295,7 +318,10 @@ class Engine:
 
     def statistics(self) -> Statistics:
         with self._changed:
+            running = sum(job.script is not None for job in self._jobs.values())
             return Statistics(
+                waiting=len(self._jobs) - running,
+                running=running,
                 outcomes=self._outcomes.copy(),
                 device=self._device_seconds,
                 wasted=self._wasted_seconds,
@@ -440,6 +466,7 @@ class Engine:
         job = self._jobs[task]
         if job.script is None:
             job.started = self._clock()
+            job.within(self._observe, Begun(job.started - task.admitted))
             job.script = _script(job, model, self._planned, self._deliver)
             job.call = next(job.script)
         return job
@@ -574,8 +601,13 @@ class Engine:
             self._call_ends()
             self._schedule.made([job.task for job in jobs], now - began)
             self._device_seconds += now - began
+            calls = [job.call for job in jobs if job.call]
+            if calls:
+                images = sum(max(1, len(call.trajectories)) for call in calls)
+                self._observe(CallMade(calls[0].stage, images, now - began))
             for job in jobs:
                 job.calls_made += 1
+                _stretch(job, began, now, (now - began) / len(jobs))
                 if job.ending is not None:
                     job.wasted += (now - max(began, job.ended)) / len(jobs)
 
@@ -617,6 +649,8 @@ class Engine:
         with self._changed:
             if job.task in self._jobs:  # nothing may follow the terminal event
                 job.deliver(event)
+            elif isinstance(event, Preview):
+                self._observe(PreviewDropped())
 
     def _fail(self, job: Job, error: Exception) -> None:
         failure: EngineError
@@ -625,10 +659,10 @@ class Engine:
             failure = DeviceFull(
                 f"{request.width} x {request.height} pixels do not fit in the device's memory; ask for fewer"
             )
-            log.error("%s: %s", job.name, error)
+            job.within(log.error, "%s: %s", job.name, error)
         else:
             failure = ModelFailed("the model failed on this request; the server's log has the cause")
-            log.error("%s: the model failed", job.name, exc_info=error)
+            job.within(log.error, "%s: the model failed", job.name, exc_info=error)
         with self._changed:
             if isinstance(error, OutOfMemory):
                 self._too_large = (_rows(request) * request.width * request.height, self._clock() + _AGAIN)
@@ -653,18 +687,22 @@ class Engine:
         took = now - job.task.admitted
         if isinstance(terminal, Finished) and took > 0:
             self._eta_errors.append(abs(job.foretold - now) / took)
-        log.info(
+        job.within(
+            log.info,
             "%s: %s after %d model calls, %.3f s of the device, %.3f s of them for nobody; %.2f s, foretold %.2f s",
             job.name, outcome, job.calls_made, job.task.used, job.wasted, took, job.foretold - job.task.admitted,
         )  # fmt: skip
+        ended = Ended(outcome, job.task.admitted, job.started, now, job.foretold, tuple(job.stretches))
+        job.within(self._observe, ended)
         job.deliver(terminal)
 
 
 class _Previews:
     """Draws previews on a thread of its own. It never holds up a step: of each image only the newest state waits."""
 
-    def __init__(self, deliver: Callable[[Job, Preview], None]) -> None:
+    def __init__(self, deliver: Callable[[Job, Preview], None], observe: Observe) -> None:
         self._deliver = deliver
+        self._observe = observe
         self._waiting: dict[tuple[Job, int], tuple[int, Trajectory]] = {}
         self._changed = threading.Condition()
         self._stopping = False
@@ -682,6 +720,8 @@ class _Previews:
 
     def offer(self, job: Job, index: int, step: int, trajectory: Trajectory) -> None:
         with self._changed:
+            if (job, index) in self._waiting:
+                self._observe(PreviewDropped())
             self._waiting[job, index] = step, trajectory
             self._changed.notify()
 
@@ -689,6 +729,7 @@ class _Previews:
         with self._changed:
             for waiting in [each for each in self._waiting if each[0] is job]:
                 del self._waiting[waiting]
+                self._observe(PreviewDropped())
 
     def _run(self, model: Model) -> None:
         while True:
@@ -700,8 +741,8 @@ class _Previews:
                 step, trajectory = self._waiting.pop((job, index))
             try:
                 pixels = model.preview(trajectory)
-            except Exception:  # a preview is not worth an image
-                log.exception("%s: no preview of image %d", job.name, index)
+            except Exception:  # noqa: BLE001  # a preview is not worth an image
+                job.within(log.exception, "%s: no preview of image %d", job.name, index)
                 continue
             self._deliver(job, Preview(index, step, len(trajectory.stages), pixels))
 
@@ -737,6 +778,19 @@ def _script(
             pixels = yield _Call(Stage.DECODE, index, make=partial(model.decode, trajectory))
             deliver(job, ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
     return tuple(warnings)
+
+
+def _stretch(job: Job, began: float, ended: float, device: float) -> None:
+    """Note in what stage of the job a call was."""
+    if job.call is None:  # abandoned meanwhile
+        return
+    stage, index = job.call.stage, job.call.index
+    last = job.stretches[-1] if job.stretches else None
+    if last is None or (last.stage, last.index) != (stage, index):
+        job.stretches.append(last := Stretch(stage, index, began, ended))
+    last.ended = ended
+    last.calls += 1
+    last.device += device
 
 
 def _calls(request: ImageRequest, calls: Mapping[Stage, int], images: int, batch: int) -> list[tuple[Kind, int]]:

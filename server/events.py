@@ -1,5 +1,9 @@
-"""What an engine tells of its jobs, and the ways in which they can end without their images."""
+"""What an engine tells of its jobs, and the ways in which they can end without their images.
 
+Events are for whoever waits for a job, observations for whoever watches the service.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,3 +109,83 @@ class Failed:
 
 
 Event = Queued | Progress | Preview | ImageReady | Finished | Failed
+
+
+@dataclass
+class Stretch:
+    """Calls of one stage for one image, or for several from image `index` on that share them, from first to last.
+
+    Times are on the engine's clock. `device` is what of them is this job's: calls of other jobs may come between.
+    """
+
+    stage: Stage
+    index: int
+    began: float
+    ended: float
+    calls: int = 0
+    device: float = 0.0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A job's first call is about to be made, `waited` seconds after its admission."""
+
+    waited: float
+
+
+@dataclass(frozen=True)
+class CallMade:
+    """A call of the model for so many images has ended, whether it failed or not."""
+
+    stage: Stage
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PreviewDropped:
+    """A preview came too late to be drawn or told."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job is over: `outcome` is "finished" or what it failed with. Times are on the engine's clock.
+
+    `begun` is none for a job that never had a call, `foretold` when it should have ended, as told at its admission.
+    """
+
+    outcome: str
+    admitted: float
+    begun: float | None
+    ended: float
+    foretold: float
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A finished image was coded to a file of `size` bytes, from `began` to `ended` on the monotonic clock."""
+
+    pixels: int
+    size: int
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a job's `device` seconds were good for is known: whether somebody got all of its images."""
+
+    device: float
+    delivered: bool
+
+
+Observation = Begun | CallMade | PreviewDropped | Ended | Coded | Settled
+
+Observe = Callable[[Observation], None]
+"""Called from any thread, an engine's lock held, so it must neither block nor raise. What is told of one job is told
+in the context (contextvars) of the call that began it."""
+
+
+def unobserved(observation: Observation) -> None:
+    """Nobody watches."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
@@ -25,15 +26,13 @@ from server import auth
 from server.decoding import Decoding
 from server.domain import ModelCard, default_request
 from server.engine import Engine, Model
-from server.events import DeviceLost, Event, Failed, Finished, ImageReady
+from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
 from server.servicer import TextToImageServicer
 from server.settings import Settings
-from text_to_image_client.v1 import text_to_image_pb2 as pb
+from server.telemetry import SERVICE, Calls, Metrics, Present, traces_of_environment
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
-
-SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
 
 # After the grace period: what calls get to hear their status, connections to close, and the device to end its call.
 _CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
@@ -61,16 +60,25 @@ class Server:
     def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
         self._settings = settings
         self._load = load
-        self._engine = Engine(settings.queue, settings.schedule)
-        self._servicer = TextToImageServicer(self._engine, settings)
+        self._metrics = Metrics(settings.max_queue)
+        self._traces = traces_of_environment()
+        self._engine = Engine(settings.queue, settings.schedule, observe=self._observe)
+        self._servicer = TextToImageServicer(self._engine, settings, self._observe)
         self._health = health.HealthServicer()
         self._credentials = auth.server_credentials(settings)
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
-        own = ("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)
+        own = (
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.enable_channelz", int(settings.channelz)),
+        )
         self._options = [*own, *auth.connection_options(settings)]
+        # The first sees every call, those that the others turn away included.
         gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
-        self._grpc = grpc.aio.server(interceptors=[*gates, Decoding()], options=self._options)
+        self._grpc = grpc.aio.server(
+            interceptors=[Calls(self._metrics, self._traces), *gates, Decoding()], options=self._options
+        )
         self._servers = [self._grpc]
         self.device_is_busy = False
         """Whether the device was still inside a call when everything else had stopped."""
@@ -87,6 +95,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        self._tell_metrics()
         address = await self._open_port()
         try:
             await self._unless_stopped(self._get_ready(address))
@@ -94,6 +103,21 @@ class Server:
             await self._drain()
         finally:
             await self._stop()
+
+    def _observe(self, observation: Observation) -> None:
+        self._metrics.observe(observation)
+        if self._traces is not None:
+            self._traces.observe(observation)
+
+    def _tell_metrics(self) -> None:
+        if self._settings.metrics_listen is None:
+            return
+        self._metrics.registry.register(Present(self._engine, lambda: self._servicer.detached))
+        try:
+            address = self._metrics.listen(self._settings.metrics_listen)
+        except OSError as error:
+            raise CannotListen(f"cannot tell metrics on {self._settings.metrics_listen}: {error.strerror}") from error
+        log.info("metrics on http://%s/metrics", address)
 
     def _on_signal(self) -> None:
         (self._hurrying if self._stopping.is_set() else self._stopping).set()
@@ -104,6 +128,8 @@ class Server:
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
             reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._grpc)
+        if self._settings.channelz:
+            channelz.add_channelz_servicer(self._grpc)
         address = _bind(self._grpc, self._settings.listen, self._credentials)
         if self._settings.health_listen is not None:
             probed = grpc.aio.server(interceptors=[Decoding()], options=self._options)
@@ -117,10 +143,13 @@ class Server:
 
     async def _get_ready(self, address: str) -> None:
         card = await asyncio.wrap_future(self._engine.start(self._load))
+        self._metrics.serves(card)
+        self._metrics.state("warming_up")
         log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
         reference = await self._warm_up(card)
         self._servicer.open(replace(card, environment=replace(card.environment, reference=reference)))
         await self._set_health(HealthCheckResponse.SERVING)
+        self._metrics.state("serving")
         self._write_ready_file(address)
         log.info("serving %s on %s", card.name, address)
 
@@ -153,6 +182,7 @@ class Server:
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         self._engine.abandon()
         self._lost = True
+        self._metrics.state("lost")
         raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
 
     async def _set_health(self, status: int) -> None:
@@ -171,6 +201,7 @@ class Server:
 
     async def _drain(self) -> None:
         """Refuse new calls and let the running ones finish, as long as the grace period lasts."""
+        self._metrics.state("draining")
         log.info("draining for at most %g s", self._settings.grace_seconds)
         await self._health.enter_graceful_shutdown()
         self._engine.drain()
@@ -195,6 +226,8 @@ class Server:
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
             done.device, done.wasted, 100 * done.eta_error,
         )  # fmt: skip
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
 
     def _remove_ready_file(self) -> None:
         if self._settings.ready_file is not None:

@@ -7,6 +7,7 @@ event loop, where nothing can come between looking a job up and listening to it;
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from typing import Protocol
 
@@ -14,7 +15,20 @@ from server import contract
 from server.contract import InvalidRequest, NameTaken, Task, UnknownJob, Violation
 from server.domain import Caller, ModelCard, Warning
 from server.engine import Engine
-from server.events import Event, Failed, Finished, ImageReady, Preview, Progress, Queued
+from server.events import (
+    Coded,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    Observe,
+    Preview,
+    PreviewDropped,
+    Progress,
+    Queued,
+    Settled,
+    unobserved,
+)
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -36,7 +50,14 @@ class Recording:
     """
 
     def __init__(
-        self, engine: Engine, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: Caller
+        self,
+        engine: Engine,
+        request: pb.GenerateRequest,
+        task: Task,
+        card: ModelCard,
+        timeout: float,
+        caller: Caller,
+        observe: Observe = unobserved,
     ) -> None:
         self.request = request
         self.task = task
@@ -48,6 +69,10 @@ class Recording:
         self._newest: dict[Hashable, int] = {}
         self._grown = asyncio.Event()
         self._complete = False
+        self._observe = observe
+        self._listeners = 0
+        self._findable = task.detached
+        self._settled = False
         self._images: dict[int, pb.ImageMetadata] = {}
         self._warnings: list[Warning] = []
         loop = asyncio.get_running_loop()
@@ -80,6 +105,18 @@ class Recording:
         """End the job, if it still runs, after the call in flight."""
         self._engine.cancel(self._job)
 
+    def forget(self) -> None:
+        """Nobody will begin to listen any more."""
+        self._findable = False
+        self._settle()
+
+    def _settle(self, delivered: bool = False) -> None:
+        """Tell once, as soon as it is known, whether somebody got all of the job's images."""
+        known = delivered or self.error is not None or not (self._listeners or self._findable)
+        if self._complete and known and not self._settled:
+            self._settled = True
+            self._observe(Settled(self._job.task.used, delivered))
+
     @contextlib.contextmanager
     def listening(self, after: int = 0) -> Iterator[AsyncIterator[pb.StreamGenerateResponse]]:
         """The messages after number `after`, to the job's end. A job that is not detached ends with its only listener.
@@ -89,11 +126,14 @@ class Recording:
         if after > len(self._messages):
             newest = len(self._messages)
             raise InvalidRequest([Violation("after", f"must be at most {newest}, the newest event, is {after}")])
+        self._listeners += 1
         try:
             yield self._listen(after)
         finally:
+            self._listeners -= 1
             if not self.task.detached:
                 self.cancel()
+            self._settle()
 
     async def _listen(self, number: int) -> AsyncIterator[pb.StreamGenerateResponse]:
         while True:
@@ -110,11 +150,13 @@ class Recording:
             await grown.wait()
         if self.error is not None:
             raise self.error.with_traceback(None)  # which would grow with each listener
+        self._settle(delivered=True)
 
     async def _record(self, events: "asyncio.Queue[Event]") -> None:
         try:
             while not isinstance(event := await events.get(), Failed):
                 if isinstance(event, Preview) and event.index in self._images:
+                    self._observe(PreviewDropped())
                     continue  # it comes late, and must not take the finished image's place
                 self._append(await self._message(event))
                 if isinstance(event, Finished):
@@ -129,6 +171,7 @@ class Recording:
         finally:
             self.cancel()  # for when the job runs on, but its images cannot be coded
             self._complete = True
+            self._settle()
             self._wake()
 
     def _append(self, message: pb.StreamGenerateResponse) -> None:
@@ -154,7 +197,10 @@ class Recording:
             case Preview():
                 return await asyncio.to_thread(contract.preview_message, task, event)
             case ImageReady(index=index):
+                began = time.monotonic()
                 image = await asyncio.to_thread(contract.coded, task, event)
+                pixels = task.image.width * task.image.height
+                self._observe(Coded(pixels, len(image.data), began, time.monotonic()))
                 self._images[index] = contract.image_metadata_message(task, event, image)
                 if image.smaller:
                     self._warnings.append(contract.recoded_warning(task, image, index))
@@ -193,11 +239,13 @@ class Recordings:
         retention_seconds: float,
         retention_bytes: int,
         call_later: Callable[[float, Callable[[Recording], None], Recording], Timer] | None = None,
+        observe: Observe = unobserved,
     ) -> None:
         self._engine = engine
         self._retention_seconds = retention_seconds
         self._retention_bytes = retention_bytes
         self._call_later = call_later
+        self._observe = observe
         self._running: set[Recording] = set()
         self._detached: dict[tuple[str, str], Recording] = {}
         self._kept: dict[Recording, tuple[int, Timer]] = {}  # in the order of their ends, with size and time
@@ -215,7 +263,7 @@ class Recordings:
             if known.request != request:
                 raise NameTaken(f"{task.request_id} is another request; Cancel it, or give this one another requestId")
             return known
-        recording = Recording(self._engine, request, task, card, timeout, caller)
+        recording = Recording(self._engine, request, task, card, timeout, caller, self._observe)
         self._running.add(recording)
         recording.ended.add_done_callback(lambda _: self._retain(recording))
         if known is not None:
@@ -241,6 +289,11 @@ class Recordings:
         while self._running:
             await asyncio.wait([recording.ended for recording in self._running])
 
+    @property
+    def detached(self) -> tuple[int, int, int]:
+        """Detached jobs that run, those that are kept after their ends, and the bytes of these."""
+        return len(self._detached) - len(self._kept), len(self._kept), self._kept_bytes
+
     def _retain(self, recording: Recording) -> None:
         self._running.discard(recording)
         if self._detached.get(recording.key) is not recording:
@@ -253,6 +306,7 @@ class Recordings:
             self._forget(next(iter(self._kept)))
 
     def _forget(self, recording: Recording) -> None:
+        recording.forget()
         if recording in self._kept:
             size, timer = self._kept.pop(recording)
             self._kept_bytes -= size

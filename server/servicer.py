@@ -19,8 +19,10 @@ from server import auth, contract
 from server.contract import Limits, Task
 from server.domain import Caller, ModelCard
 from server.engine import Engine
+from server.events import Observe, unobserved
 from server.recordings import Recording, Recordings
 from server.settings import Settings
+from server.telemetry import job_of_call
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -32,9 +34,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     """Answers UNAVAILABLE until `open` is called with the card of the loaded model."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, observe: Observe = unobserved) -> None:
         self._settings = settings
-        self._recordings = Recordings(engine, settings.retention_seconds, settings.retention_bytes)
+        self._recordings = Recordings(engine, settings.retention_seconds, settings.retention_bytes, observe=observe)
         self._served: tuple[ModelCard, Limits] | None = None
         self._under_way: set[Context] = set()
         self._idle = asyncio.Event()
@@ -43,6 +45,11 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     def open(self, card: ModelCard) -> None:
         """Admit calls from now on."""
         self._served = card, contract.limits_of(card, self._settings)
+
+    @property
+    def detached(self) -> tuple[int, int, int]:
+        """Detached jobs that run, those that are kept after their ends, and the bytes of these."""
+        return self._recordings.detached
 
     async def wait_until_idle(self) -> None:
         """Wait until no job runs, detached ones included, and no call is under way.
@@ -54,7 +61,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         request_id = contract.request_id_of(request)
-        async with self._statuses(f"Generate {request_id}", context):
+        async with self._statuses("Generate", request_id, context):
             caller = auth.caller_of(context)
             card, task = self._parse(request, request_id, caller)
             recording = self._begin(request, contract.in_one_message(task), card, caller, context)
@@ -67,24 +74,24 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
     async def StreamGenerate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         request_id = contract.request_id_of(request)
-        async with self._statuses(f"StreamGenerate {request_id}", context):
+        async with self._statuses("StreamGenerate", request_id, context):
             caller = auth.caller_of(context)
             card, task = self._parse(request, request_id, caller)
             await self._tell(self._begin(request, task, card, caller, context), 0, context)
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # type: ignore[override]
         name = contract.name_of(request)
-        async with self._statuses(f"Attach {name}", context):
+        async with self._statuses("Attach", name, context):
             await self._tell(self._recordings.find(name, auth.caller_of(context)), request.after, context)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         name = contract.name_of(request)
-        async with self._statuses(f"Cancel {name}", context):
+        async with self._statuses("Cancel", name, context):
             self._recordings.cancel(name, auth.caller_of(context))
         return pb.CancelResponse()
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        async with self._statuses("GetModel", context):
+        async with self._statuses("GetModel", None, context):
             return contract.model_message(*self._model(auth.caller_of(context)))
 
     def _model(self, caller: Caller) -> tuple[ModelCard, Limits]:
@@ -130,12 +137,14 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         return None
 
     @contextlib.asynccontextmanager
-    async def _statuses(self, call: str, context: Context) -> AsyncIterator[None]:
+    async def _statuses(self, method: str, job: str | None, context: Context) -> AsyncIterator[None]:
         """Count a call as under way, turn its errors into statuses by the table in contract.py, and log how it ended.
 
         Prompts are not logged.
         """
         began = time.monotonic()
+        call = f"{method} {job}" if job else method
+        job_of_call.set(job)
         code = grpc.StatusCode.OK
         self._under_way.add(context)
         self._idle.clear()
@@ -162,4 +171,6 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
 
 async def _abort(context: Context, error: Exception) -> None:
-    await context.abort(*contract.told(error))
+    code, message, details = contract.told(error)
+    # What abort is given takes the place of what was set before.
+    await context.abort(code, message, trailing_metadata=(*(context.trailing_metadata() or ()), *details))

@@ -145,6 +145,11 @@ class Settings(BaseSettings):
         description="memory for detached jobs that have ended; the oldest are forgotten beyond it",
     )
     reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
+    channelz: bool = Field(False, description="gRPC channelz: what connections and sockets are doing, for debugging")
+    metrics_listen: Annotated[str, AfterValidator(_address)] | None = Field(
+        None, description="HOST:PORT to tell Prometheus metrics on; port 0 takes a free one and tells it in the log"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="how a line of the log is written")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @model_validator(mode="after")

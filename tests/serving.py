@@ -88,7 +88,7 @@ class ServerProcess:
         return self.wait_for_log(r"listening on (\S+);")[1]
 
     def wait_until_ready(self) -> "ServerProcess":
-        self.wait_for_log(r"lifecycle: serving ")
+        self.wait_for_log(r'lifecycle(: |", "message": ")serving ')  # as text or as JSON
         return self
 
     def terminate(self) -> None:

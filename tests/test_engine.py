@@ -1,28 +1,37 @@
 """What the engine promises, driven by a model whose every call waits for the word of the test: no torch, no gRPC."""
 
+import contextvars
 import math
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from stepped_model import REQUEST, Clock, Events, SteppedModel, running
+from stepped_model import REQUEST, Clock, Events, Path, SteppedModel, running
 
 from server.domain import ImageRequest, Notice, Stage
 from server.engine import Engine
 from server.events import (
+    Begun,
+    CallMade,
     Cancelled,
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
     Draining,
+    Ended,
     Failed,
     Finished,
     ModelFailed,
+    Observation,
     Preview,
+    PreviewDropped,
     Progress,
     Queued,
     Refused,
+    Stretch,
 )
 from server.scheduling import Limits, Order
 
@@ -371,6 +380,52 @@ def test_previews_come_at_their_interval_and_never_after_the_end(engine: Engine,
     told = events.to_the_end()
     assert not any(isinstance(each, Preview) for each in told)  # the third call is between two previews
     assert events.is_over()
+
+
+def test_previews_that_cannot_keep_up_are_told_as_dropped(clock: Clock):
+    drawing, drawn = threading.Event(), threading.Event()
+
+    class SlowToDraw(SteppedModel):
+        def preview(self, trajectory: Path) -> np.ndarray:
+            drawing.set()
+            assert drawn.wait(60)
+            return super().preview(trajectory)
+
+    model, events, observed = SlowToDraw(), Events(), []
+    with running(Engine(Limits(jobs=1), clock=clock, observe=observed.append), model) as engine:
+        engine.submit("job", REQUEST, events, preview_interval=1)
+        model.allow(2)  # the prompt's call and the first step, whose preview is begun
+        assert drawing.wait(60)
+        model.allow(3)  # two steps, of which the later takes the other's place, and the image
+        events.to_the_end()
+        drawn.set()
+    assert observed.count(PreviewDropped()) == 3
+    assert events.is_over()
+
+
+def test_an_observer_hears_of_every_call_and_at_the_end_what_the_job_did_when(model: SteppedModel, clock: Clock):
+    observed: list[Observation] = []
+    mine = contextvars.ContextVar("mine", default="")
+
+    def observe(observation: Observation) -> None:
+        observed.append(observation)
+        if isinstance(observation, Begun | Ended):
+            assert mine.get() == "the submitter's", "what is told of a job is told in its context"
+
+    with running(Engine(Limits(jobs=1), clock=clock, observe=observe), model) as engine:
+        mine.set("the submitter's")
+        measure(engine, model, clock)
+    calls = [each for each in observed if isinstance(each, CallMade)]
+    stages = [Stage.ENCODE, Stage.BASE, Stage.BASE, Stage.REFINER, Stage.DECODE]
+    assert calls == [CallMade(stage, 1, 1.0) for stage in stages]
+    assert observed[0] == Begun(0.0)
+    stretches = (
+        Stretch(Stage.ENCODE, 0, 0.0, 1.0, 1, 1.0),
+        Stretch(Stage.BASE, 0, 1.0, 3.0, 2, 2.0),
+        Stretch(Stage.REFINER, 0, 3.0, 4.0, 1, 1.0),
+        Stretch(Stage.DECODE, 0, 4.0, 5.0, 1, 1.0),
+    )
+    assert observed[-1] == Ended("finished", 0.0, 0.0, 5.0, 0.0, stretches)
 
 
 def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: SteppedModel, clock: Clock):

@@ -22,11 +22,15 @@ from server.events import (
     Finished,
     ImageReady,
     ModelFailed,
+    Observation,
     Preview,
+    PreviewDropped,
     Progress,
     Queued,
+    Settled,
 )
 from server.recordings import Recording, Recordings
+from server.scheduling import Task
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
@@ -54,6 +58,7 @@ class Submitted:
     tell: Callable[[Event], None]
     arguments: tuple[object, ...]
     cancelled: bool = False
+    task: Task = field(default_factory=lambda: Task("", [], used=1.25))
 
 
 @dataclass
@@ -103,14 +108,21 @@ class House:
     engine: ScriptedEngine = field(default_factory=ScriptedEngine)
     clock: Clock = field(default_factory=Clock)
     retention_bytes: int = 10_000_000
+    observed: list[Observation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.recordings = Recordings(self.engine, 600, self.retention_bytes, self.clock.call_later)
+        self.recordings = Recordings(
+            self.engine, 600, self.retention_bytes, self.clock.call_later, self.observed.append
+        )
 
     def begin(self, name: str = "mine", *, prompt: str = "a cat", whole: bool = False, **fields: object) -> Recording:
         message = request(prompt, requestId=name, **fields)
         task = contract.parse(message, name, CARD, LIMITS)
         return self.recordings.begin(message, contract.in_one_message(task) if whole else task, CARD, math.inf, ME)
+
+    @property
+    def settled(self) -> list[Settled]:
+        return [each for each in self.observed if isinstance(each, Settled)]
 
     async def end(self, name: str, *events: Event, **fields: object) -> Recording:
         """A detached job from its beginning to after its end."""
@@ -397,3 +409,53 @@ class TestImageRoom:
             sizes.append([each.sha256 for each in done.done.metadata.images])
             assert {each.code for each in done.done.metadata.warnings} == {pb.Warning.CODE_IMAGE_RECODED}
         assert sizes[0] == sizes[1]
+
+
+class TestWhatTheDeviceWorkedFor:
+    """Each job of the scripted engine has used 1.25 s of its device."""
+
+    @pytest.mark.parametrize("detach", [{}, DETACH])
+    async def test_images_that_somebody_got_were_worth_it(self, house, detach: dict[str, object]):
+        recording = house.begin(**detach)
+        listening = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, image(0), DONE)
+        await listening
+        assert house.settled == [Settled(1.25, delivered=True)]
+
+    @pytest.mark.parametrize("detach", [{}, DETACH])
+    async def test_a_job_that_failed_was_not(self, house, detach: dict[str, object]):
+        recording = house.begin(**detach)
+        listening = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, Failed(ModelFailed("broken")))
+        with pytest.raises(ModelFailed):
+            await listening
+        assert house.settled == [Settled(1.25, delivered=False)]
+
+    async def test_nor_one_that_finished_after_its_listener_had_gone(self, house):
+        recording = house.begin()
+        with recording.listening() as messages:
+            house.engine.jobs[0].tell(Queued(0, 1.0))
+            await anext(messages)
+        assert house.settled == []
+        await tell(recording, house.engine, image(0), DONE)
+        assert house.settled == [Settled(1.25, delivered=False)]
+
+    async def test_nor_one_whose_listener_goes_before_the_last_message(self, house):
+        recording = house.begin()
+        with recording.listening() as messages:
+            await tell(recording, house.engine, image(0), DONE)
+            await anext(messages)
+            assert house.settled == []
+        assert house.settled == [Settled(1.25, delivered=False)]
+
+    async def test_a_detached_job_may_still_find_its_listener_until_it_is_forgotten(self, house):
+        found, _ = await house.end("found", image(0), DONE), await house.end("forgotten", image(0), DONE)
+        assert house.settled == []
+        await listen(found)
+        assert house.settled == [Settled(1.25, delivered=True)]
+        house.clock.advance(600)
+        assert house.settled == [Settled(1.25, delivered=True), Settled(1.25, delivered=False)]
+
+    async def test_a_preview_that_comes_after_its_image_is_told_as_dropped(self, house):
+        await house.end("mine", image(0), preview(0, 1), DONE)
+        assert house.observed.count(PreviewDropped()) == 1

@@ -1,0 +1,374 @@
+"""What an operator sees of the service: metrics, the names of calls, the lines of the log; traces.py has the traces.
+
+It watches and nothing depends on it: engine and recordings tell observations, an interceptor sees the calls. Labels
+have few values that are known beforehand, and neither prompts nor callers are among them.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Enum,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client import start_http_server as start_metrics_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.domain import ModelCard, Stage
+from server.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+if TYPE_CHECKING:
+    from server.engine import Engine
+    from server.traces import Traces
+
+log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
+REQUEST_ID = "x-request-id"
+
+Behavior = Callable[[Any, Any], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call is known by. `trace_id` is 32 hex digits, or empty if neither the caller nor the service traces."""
+
+    request_id: str
+    trace_id: str
+
+
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
+job_of_call: contextvars.ContextVar[str | None] = contextvars.ContextVar("job", default=None)
+"""The name of the job that the call under way is about."""
+
+
+# Metrics.
+
+
+class Metrics:
+    """Prometheus metrics of one server, in a registry of their own."""
+
+    def __init__(self, max_queue: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which few use
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def seconds(name: str, text: str, labels: tuple[str, ...] = (), least: float = 0.01) -> Histogram:
+            buckets = [edge for edge in _SECONDS if edge >= least]
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        self._state = Enum(
+            "t2i_server_state",
+            "What the server is about; lost: the device does not answer any more.",
+            states=["loading", "warming_up", "serving", "draining", "lost"],
+            registry=registry,
+        )
+        self._model = Info("t2i_model", "The model that is served.", registry=registry)
+        self._requests = Counter(
+            "t2i_requests_total",
+            "Calls that have ended, by method and gRPC status; CANCELLED includes clients that went away.",
+            ("method", "code"),
+            registry=registry,
+        )
+        self._request_seconds = seconds(
+            "t2i_request_duration_seconds", "From the beginning of a call to its end.", ("method",)
+        )
+        self._wait_seconds = seconds(
+            "t2i_queue_wait_seconds",
+            "From a job's admission to its first call of the model, for jobs that came to one.",
+        )
+        Gauge("t2i_queue_limit_jobs", "Jobs that may be admitted at once.", registry=registry).set(max_queue)
+        self._jobs = Counter(
+            "t2i_jobs_total",
+            "Jobs that have ended, by outcome, the first image included.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._steps = Counter(
+            "t2i_steps_total", "Denoising steps by expert, counted for each image.", ("stage",), registry=registry
+        )
+        for stage in (Stage.BASE, Stage.REFINER):
+            self._steps.labels(stage)  # from 0 on, so that the first are part of a rate
+        self._call_seconds = seconds(
+            "t2i_model_call_duration_seconds", "Calls of the model; their sum is the time the device was busy.",
+            ("stage",), least=0.001,
+        )  # fmt: skip
+        self._call_images = Histogram(
+            "t2i_network_call_images",
+            "Images that shared a network call of an expert.",
+            ("stage",),
+            buckets=[2**power for power in range(7)],
+            registry=registry,
+        )
+        self._device_seconds = Counter(
+            "t2i_device_seconds_total",
+            "Device time of jobs, counted when it is known what it was good for. wasted: all calls made for jobs that "
+            "failed, expired or were cancelled, or whose images nobody got in full; delivered: those of all others. "
+            "The first image of a process counts as neither.",
+            ("use",),
+            registry=registry,
+        )
+        for use in ("delivered", "wasted"):
+            self._device_seconds.labels(use)
+        self._eta_ratio = Histogram(
+            "t2i_eta_ratio",
+            "Of jobs that finished, the time foretold at admission over the time taken: 1 is right, more was too long. "
+            "The first image of a process, of which nothing can be foretold, does not count.",
+            buckets=(0.25, 0.5, 0.75, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2, 4),
+            registry=registry,
+        )
+        self._image_bytes = Histogram(
+            "t2i_image_size_bytes",
+            "Sizes of finished images as files, before base64.",
+            buckets=[4**power for power in range(6, 14)],
+            registry=registry,
+        )
+        self._image_pixels = Histogram(
+            "t2i_image_size_pixels",
+            "Width times height of finished images.",
+            buckets=[4**power for power in range(6, 14)],
+            registry=registry,
+        )
+        self._previews_dropped = Counter(
+            "t2i_previews_dropped_total", "Previews that came too late to be drawn or told.", registry=registry
+        )
+
+        self._device_memory = Gauge(
+            "t2i_device_memory_bytes",
+            "Memory that this process uses of a CUDA device; of others there is nothing to tell.",
+            ("kind",),
+            registry=registry,
+        )
+
+    def state(self, state: str) -> None:
+        self._state.state(state)
+
+    def serves(self, card: ModelCard) -> None:
+        self._model.info(
+            {
+                "name": card.name,
+                "device": card.device,
+                "precision": card.precision,
+                "fingerprint": card.fingerprint,
+            }
+        )
+
+        if card.device == "cuda":
+            from torch import cuda  # which the model has imported by now
+
+            self._device_memory.labels("allocated").set_function(cuda.memory_allocated)
+            self._device_memory.labels("reserved").set_function(cuda.memory_reserved)
+
+    def observe(self, observation: Observation) -> None:
+        match observation:
+            case CallMade(stage=stage, images=images, seconds=seconds):
+                self._call_seconds.labels(stage).observe(seconds)
+                if stage in (Stage.BASE, Stage.REFINER):
+                    self._steps.labels(stage).inc(images)
+                    self._call_images.labels(stage).observe(images)
+            case Begun(waited=waited):
+                self._wait_seconds.observe(waited)
+            case PreviewDropped():
+                self._previews_dropped.inc()
+            case Coded(pixels=pixels, size=size):
+                self._image_pixels.observe(pixels)
+                self._image_bytes.observe(size)
+            case Settled(device=device, delivered=delivered):
+                self._device_seconds.labels("delivered" if delivered else "wasted").inc(device)
+            case Ended(outcome=outcome, admitted=admitted, ended=ended, foretold=foretold):
+                self._jobs.labels(re.sub(r"(?<=.)(?=[A-Z])", "_", outcome).lower()).inc()
+                if outcome == "finished" and foretold > admitted:
+                    self._eta_ratio.observe((foretold - admitted) / (ended - admitted))
+
+    def call_ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
+        self._requests.labels(method, code.name).inc()
+        self._request_seconds.labels(method).observe(seconds)
+
+    def listen(self, address: str) -> str:
+        """Tell them over HTTP from a thread of its own; the bound HOST:PORT. Raises OSError."""
+        host, _, port = address.rpartition(":")
+        server, _ = start_metrics_server(int(port), host.strip("[]"), self.registry)
+        return f"{host}:{server.server_port}"
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+
+
+class Present(Collector):
+    """What is asked for at the moment of telling: how full the queue, the memory and the retention are."""
+
+    def __init__(self, engine: "Engine", detached: Callable[[], tuple[int, int, int]]) -> None:
+        self._engine = engine
+        self._detached = detached
+
+    def collect(self) -> Iterator[Metric]:
+        done = self._engine.statistics()
+        yield _gauge(
+            "t2i_queue_jobs",
+            "Jobs admitted and not ended: those that wait for their first call, and those that have begun.",
+            "state",
+            {"waiting": done.waiting, "running": done.running},
+        )
+        yield GaugeMetricFamily(
+            "t2i_device_call_age_seconds",
+            "How long the call in flight has taken so far, 0 between calls.",
+            self._engine.busy,
+        )
+        running, kept, kept_bytes = self._detached()
+        yield _gauge(
+            "t2i_detached_jobs",
+            "Detached jobs: those that run, and those that have ended and are kept.",
+            "state",
+            {"running": running, "kept": kept},
+        )
+        yield GaugeMetricFamily("t2i_retained_bytes", "Memory of detached jobs that have ended.", kept_bytes)
+
+
+def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
+
+
+# Calls.
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Gives each call of the service its names, a span and its place in the metrics.
+
+    OpenTelemetry's own interceptor is not used, because it takes a stream's handler for a generator; ours writes to
+    the context, since only so can it see that a client has stopped reading.
+    """
+
+    def __init__(self, metrics: Metrics, traces: "Traces | None") -> None:
+        self._metrics = metrics
+        self._traces = traces
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
+        if handler is None or service != SERVICE:
+            return handler
+        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+        make: Callable[..., Any] = getattr(grpc, f"{kind}_rpc_method_handler")
+        behavior = self._watched(method, getattr(handler, kind))
+        return make(behavior, handler.request_deserializer, handler.response_serializer)
+
+    def _watched(self, method: str, behavior: Behavior) -> Behavior:
+        async def watched(request: Any, context: Any) -> Any:
+            began = time.monotonic()
+            metadata = dict(context.invocation_metadata() or ())
+            request_id = _request_id(metadata)
+            context.set_trailing_metadata(((REQUEST_ID, request_id),))
+            code = grpc.StatusCode.OK
+            with self._traces.call(method, metadata, request_id) if self._traces else contextlib.nullcontext() as span:
+                _call.set(Call(request_id, span.trace_id if span else _trace_id_of_caller(metadata)))
+                try:
+                    return await behavior(request, context)
+                except asyncio.CancelledError:
+                    code = grpc.StatusCode.CANCELLED
+                    raise
+                except Exception:
+                    code = context.code() or grpc.StatusCode.UNKNOWN
+                    raise
+                finally:
+                    self._metrics.call_ended(method, code, time.monotonic() - began)
+                    if span:
+                        span.end(code, job_of_call.get())
+
+        return watched
+
+
+def _request_id(metadata: Mapping[str, Any]) -> str:
+    """The caller's, if it may come near a log, or a new one."""
+    given = str(metadata.get(REQUEST_ID, ""))
+    return given if re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", given) else uuid.uuid4().hex
+
+
+def _trace_id_of_caller(metadata: Mapping[str, Any]) -> str:
+    """From a `traceparent` as W3C's Trace Context has it."""
+    found = re.fullmatch(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", str(metadata.get("traceparent", "")))
+    return found[1] if found else ""
+
+
+def traces_of_environment() -> "Traces | None":
+    """Traces, if OpenTelemetry's own environment variables name a collector for them."""
+    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if off or not any(os.environ.get(name) for name in endpoints):
+        return None
+    try:
+        from server.traces import Traces  # the packages that it needs are an extra, and take long to import
+    except ImportError as error:
+        log.warning("no traces, although the environment names a collector: %s; install the extra [telemetry]", error)
+        return None
+    return Traces()
+
+
+# The log.
+
+
+def log_to_stderr(level: str, form: str) -> None:
+    """Log from this level on, as "text" or "json"."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(form == "json")  # which else come in between as text
+
+
+def _names() -> dict[str, str]:
+    """What the call under way is known by."""
+    call = _call.get()
+    names = {"request_id": call.request_id, "trace_id": call.trace_id} if call else {}
+    names["job"] = job_of_call.get() or ""
+    return {name: value for name, value in names.items() if value}
+
+
+class _Text(logging.Formatter):
+    """A line for people, with what its call is known by at the end."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        line = super().formatMessage(record)
+        names = " ".join(f"{name}={value}" for name, value in _names().items())
+        return f"{line} [{names}]" if names else line
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_names(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)

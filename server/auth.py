@@ -175,7 +175,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
 
 async def _refuse(error: Unauthenticated, _: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     log.info("a call from %s without a known token was turned away", context.peer())
-    await context.abort(*contract.told(error))
+    await contract.abort(context, error)
 
 
 def _tokens(path: Path, content: bytes) -> list[tuple[bytes, Caller]]:

@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -382,10 +382,12 @@ def status_of(error: Exception) -> status_pb2.Status:
     return status
 
 
-def told(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    """An error in STATUS as a call's last words: code, message, and trailing metadata with the details."""
+async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> None:
+    """End a call by an error in STATUS: code, message, and trailing metadata with the details."""
     status = status_of(error)
-    return STATUS[type(error)], status.message, (("grpc-status-details-bin", status.SerializeToString()),)
+    # What abort is given takes the place of what was set before.
+    details = (*(context.trailing_metadata() or ()), ("grpc-status-details-bin", status.SerializeToString()))
+    await context.abort(STATUS[type(error)], status.message, trailing_metadata=details)
 
 
 def coded(task: Task, event: events.ImageReady) -> images.CodedImage:

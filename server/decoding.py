@@ -69,4 +69,4 @@ def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], AsyncIterat
 
 async def _abort_if_undecodable(request: Any, context: Context) -> None:
     if isinstance(request, Undecodable):
-        await context.abort(*contract.told(request))
+        await contract.abort(context, request)

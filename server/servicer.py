@@ -153,14 +153,14 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
             yield
         except tuple(contract.STATUS) as error:
             code = contract.STATUS[type(error)]
-            await _abort(context, error)
+            await contract.abort(context, error)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception:
             code = grpc.StatusCode.INTERNAL
             log.exception("%s failed", call)
-            await _abort(context, contract.Fault())
+            await contract.abort(context, contract.Fault())
         finally:
             log.info("%s %s %.3f s", call, code.name, time.monotonic() - began)
 
@@ -168,9 +168,3 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._under_way.discard(context)
         if not self._under_way:
             self._idle.set()
-
-
-async def _abort(context: Context, error: Exception) -> None:
-    code, message, details = contract.told(error)
-    # What abort is given takes the place of what was set before.
-    await context.abort(code, message, trailing_metadata=(*(context.trailing_metadata() or ()), *details))

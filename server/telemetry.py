@@ -271,7 +271,9 @@ class Calls(grpc.aio.ServerInterceptor):
         service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
         if handler is None or service != SERVICE:
             return handler
-        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+        kind = "_".join(
+            "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
+        )
         make: Callable[..., Any] = getattr(grpc, f"{kind}_rpc_method_handler")
         behavior = self._watched(method, getattr(handler, kind))
         return make(behavior, handler.request_deserializer, handler.response_serializer)

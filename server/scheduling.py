@@ -354,6 +354,8 @@ class Schedule:
 
     def _eta(self, task: Task, wait: float, now: float) -> float:
         """Seconds until the end of a task that would have `wait` seconds to wait if nothing came any more."""
+        if not task.calls:  # whatever comes, nothing can go before it any more
+            return 0.0
         arrivals = self._arrivals.rates(now)
         rank = task.admitted + task.handicap
         start = arrivals.put_off(now, wait, rank)

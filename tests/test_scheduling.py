@@ -176,6 +176,14 @@ def test_a_job_whose_calls_are_made_runs_no_more_but_counts_until_it_is_removed(
     assert (len(schedule), schedule.pixels) == (0, 0)
 
 
+def test_a_job_whose_calls_are_made_is_done_whoever_waits():
+    schedule = schedule_of()
+    added(schedule, *(steps(1) for _ in range(5)), now=0.0)
+    (task,) = added(schedule, steps(1), now=10.0)
+    schedule.made([task], 1.0)
+    assert schedule.forecast(task, 11.0).eta == 0
+
+
 def test_a_job_removed_during_its_call_stays_removed():
     schedule = schedule_of()
     (task,) = added(schedule, steps(5))

@@ -51,7 +51,7 @@ class TestStream:
         assert events[0].queued.position == 0
         assert events[0].queued.eta.ToMilliseconds() > 0
         etas = [e.progress.eta.ToMicroseconds() for e in events if e.HasField("progress")]
-        assert [eta > 0 for eta in etas] == [True] * 11 + [False]  # how much they fall depends on who else uses the CPU
+        assert [eta > 0 for eta in etas] == [True] * 11 + [False]
 
     def test_gives_each_image_as_soon_as_it_is_ready(self, stub):
         stream = stub.StreamGenerate(request(parameter={"n": 2}, sampling={"steps": 2}), timeout=PATIENCE)

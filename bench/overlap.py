@@ -2,8 +2,9 @@
 
 Some jobs are submitted to the engine at once, each with images and a prompt of its own, and made with and without that
 overlap: both ways in turn, A B B A ..., so that a device whose speed drifts slows both. Told are the seconds until the
-last image, the shares of them in which no call of the model was under way, and no step, and the gaps from one step's
-end to the next one's beginning. On the way it proves that every image has the same bytes both ways.
+last image, the shares of them in which no call of the model was under way, and no step, how many images shared a step,
+and the gaps from one step's end to the next one's beginning. On the way it proves that every image has the same bytes
+both ways.
 
 Run: python -m bench.overlap. The model is the embedded ensemble, or what --base and --refiner say. On the CPU, where
 the service does not do so, the ratio shows why.
@@ -76,15 +77,15 @@ def main() -> None:
         f"rounds; all {options.jobs * options.images} images equal both ways"
     )
     print(
-        f"{'':12}{'seconds':>10}{'images/s':>10}{'no call':>10}{'no step':>10}"
+        f"{'':12}{'seconds':>10}{'images/s':>10}{'no call':>10}{'no step':>10}{'shared by':>10}"
         f"{'encode':>12}{'decode':>12}{'median gap':>12}{'longest gap':>12}"
     )
     for overlaps, of_this_way in runs.items():
         figures = [statistics.median(getattr(each, name) for each in of_this_way) for name in Run.FIGURES]
-        seconds, no_call, no_step, *times = figures
+        seconds, no_call, no_step, shared, *times = figures
         print(
             f"{'overlapping' if overlaps else 'one by one':12}{seconds:10.3f}"
-            f"{options.jobs * options.images / seconds:10.3f}{no_call:10.1%}{no_step:10.1%}"
+            f"{options.jobs * options.images / seconds:10.3f}{no_call:10.1%}{no_step:10.1%}{shared:10.2f}"
             + "".join(f"{1e3 * each:9.2f} ms" for each in times)
         )
     ratios = [a.seconds / b.seconds for a, b in zip(runs[False], runs[True], strict=True)]
@@ -94,13 +95,14 @@ def main() -> None:
 
 @dataclass
 class Run:
-    """One way through all requests: the images in order, and when each call began and ended."""
+    """One way through all requests: the images in order, when each call began and ended, images by step."""
 
-    FIGURES = ("seconds", "no_call", "no_step", "encode", "decode", "median_gap", "longest_gap")
+    FIGURES = ("seconds", "no_call", "no_step", "shared_by", "encode", "decode", "median_gap", "longest_gap")
 
     images: list[NDArray[np.uint8]]
     seconds: float
     calls: dict[str, list[tuple[float, float]]]
+    shared_by: float
 
     @property
     def no_call(self) -> float:
@@ -160,7 +162,9 @@ def run(ensemble: model.Ensemble, requests: Sequence[ImageRequest], overlaps: bo
     seconds = time.perf_counter() - began
     engine.stop()
     engine.join(60)
-    return Run([images[place] for place in sorted(images)], seconds, timed.calls)
+    return Run(
+        [images[place] for place in sorted(images)], seconds, timed.calls, timed.images / len(timed.calls["step"])
+    )
 
 
 @dataclass
@@ -169,6 +173,7 @@ class Timed:
 
     ensemble: model.Ensemble
     overlaps: bool
+    images: int = 0  # that steps were made for
     calls: dict[str, list[tuple[float, float]]] = field(
         default_factory=lambda: {"encode": [], "step": [], "decode": []}
     )
@@ -180,6 +185,7 @@ class Timed:
         return self._time("encode", self.ensemble.encode, request)
 
     def step(self, trajectories: Sequence[Any]) -> None:
+        self.images += len(trajectories)
         self._time("step", self.ensemble.step, trajectories)
 
     def decode(self, trajectory: Any) -> NDArray[np.uint8]:

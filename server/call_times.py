@@ -21,6 +21,11 @@ class Kind(NamedTuple):
     height: int
     rows: int = 1
 
+    @property
+    def shared(self) -> bool:
+        """Whether several jobs' calls of this kind can be made as one."""
+        return self.stage in _EXPERTS
+
 
 class CallTimes:
     """Seconds per call, by expert, shape and rows.

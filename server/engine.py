@@ -442,9 +442,10 @@ class Engine:
                     return []
                 now = self._clock()
                 tasks = self._schedule.choose(now)
-                if tasks and tasks[0].kind.stage in _EXPERTS and model.max_batch > 1:
-                    tasks = self._schedule.choose(now, model.max_batch)
-                on_side = bool(tasks) and tasks[0].kind.stage not in _EXPERTS and now >= self._overlap_from
+                if tasks and tasks[0].kind.shared and model.max_batch > 1:
+                    # The side thread encodes ahead, below; here a prompt would have to wait for it.
+                    tasks = self._schedule.choose(now, model.max_batch, join=now < self._overlap_from)
+                on_side = bool(tasks) and not tasks[0].kind.shared and now >= self._overlap_from
                 if not tasks or (on_side and len(self._side_queue) == _SIDE_QUEUE):
                     # Where too much waits for the side thread, the device is left to it: no step may add to that.
                     self._changed.wait()

@@ -96,6 +96,7 @@ class Task:
     _free_handicap: float = field(default=0.0, repr=False)
     _held: bool = field(default=False, repr=False)
     _ahead: bool = field(default=False, repr=False)
+    _put_off: int = field(default=0, repr=False)  # calls made in its stead since its calls are of this kind
 
     @property
     def kind(self) -> Kind:
@@ -247,38 +248,51 @@ class Schedule:
 
     # What runs.
 
-    def choose(self, now: float, most: int = 1) -> list[Task]:
+    def choose(self, now: float, most: int = 1, join: bool = True) -> list[Task]:
         """The tasks whose next call is to be made now, in one call together; none if there are none.
 
         The first is the one whose turn it is, up to `most` - 1 others of its kind follow in the order of the schedule,
-        as far as the longer call makes no deadline late. One that could follow after a single call of another kind, as
-        of the text encoders, gets that call first, if it came before the bound of all that wait.
+        as far as the longer call makes no deadline late. Calls that more share go before: whoever has finished its part
+        of one expert waits for others to come to the next. It is put off so for at most `most` - 1 calls for each that
+        it needs, the places in its own that would be empty, and never past a deadline. One that could follow after a
+        single call of another kind, as of the text encoders, gets that call first where they `join`, even if it came
+        last: that call has to be made at some time, and an empty place in all calls until then costs more.
         """
         first = self._first(now)
-        if first is None:
-            return []
-        batch = [first]
+        if first is None or most == 1 or not first.kind.shared:
+            return [first] if first else []
+        alike: dict[Kind, list[Task]] = {first.kind: [first]}
         looked: list[Task] = []
-        joining: Task | None = None
-        while len(batch) < most and len(looked) < _LOOK and (caller := self._turns.first()):
-            if self._claims.press(now, self._times.expect(first.kind, len(batch) + 1)):
-                break
+        while len(alike[first.kind]) < most and len(looked) < _LOOK and (caller := self._turns.first()):
             task = caller.queue.first()
             assert task is not None
-            if task is not first and task.kind == first.kind:
-                batch.append(task)
             looked.append(task)
-            bound = looked[0].admitted + looked[0].handicap  # the least rank
-            if joining is None and task is not first and task.follows_with(first.kind) and task.admitted <= bound:
-                joining = task
+            if task is not first:
+                alike.setdefault(task.kind, []).append(task)
             caller.queue.drop(task)
             self._place(caller)
         for task in looked:
             self._rank(task)
-        if joining is not None and len(batch) < most and not self._first_come:
-            longer = self._times.expect(joining.kind) + self._times.expect(first.kind, len(batch) + 1)
-            if not self._claims.press(now, longer):
-                return [joining]
+
+        batch = self._in_time(alike[first.kind][:most], now)
+        if not self._first_come and first._put_off < (most - 1) * first.calls[0][1]:
+            fullest = max((each[:most] for kind, each in alike.items() if kind.shared), key=len)
+            if len(fullest) > len(batch) and not self._claims.press(
+                now, self._times.expect(fullest[0].kind, len(fullest))
+            ):
+                first._put_off += 1
+                batch = fullest
+        if join and len(batch) < most and not self._first_come:
+            for task in looked:
+                if task.follows_with(batch[0].kind):
+                    longer = self._times.expect(task.kind) + self._times.expect(batch[0].kind, len(batch) + 1)
+                    return batch if self._claims.press(now, longer) else [task]
+        return batch
+
+    def _in_time(self, batch: list[Task], now: float) -> list[Task]:
+        """As many of these as can share a call without making a deadline late, at least the first."""
+        while len(batch) > 1 and self._claims.press(now, self._times.expect(batch[0].kind, len(batch))):
+            batch = batch[:-1]
         return batch
 
     def choose_ahead(self, stage: Stage) -> list[Task]:
@@ -312,6 +326,7 @@ class Schedule:
         for task in tasks:
             kind, count = task.calls[0]
             task.calls[:1] = [(kind, count - calls)] if count > calls else []
+            task._put_off *= count > calls
             task.used += seconds / len(tasks)
             self._changed(task)
 

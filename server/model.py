@@ -137,14 +137,15 @@ def load(
     name: str | None = None,
     max_batch: int = 1,
     preview_decoder: Path | None = None,
-    overlap: bool = False,
+    overlap: bool | None = None,
 ) -> "Ensemble":
     """Load the experts from their folders onto a device.
 
     `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16 or fp16. Without a refiner the base works alone.
     `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one. Previews are
-    drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap` prompts are encoded and
-    images decoded beside steps: on a GPU small calls fill what steps leave idle; the cores of a CPU have nothing idle.
+    drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default on CUDA,
+    prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the cores of a
+    CPU have nothing idle.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -168,7 +169,8 @@ def load(
                 parts |= {"text_encoder_2": base_pipeline.text_encoder_2, "tokenizer_2": base_pipeline.tokenizer_2}
             refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
         card = _card(base_files, refiner_files, base_pipeline, precision, name, max_batch)
-        return Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlap)
+        overlaps = device == "cuda" if overlap is None else overlap
+        return Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps)
 
 
 class Ensemble:
@@ -185,7 +187,7 @@ class Ensemble:
         card: ModelCard,
         max_batch: int,
         preview_decoder: Path | None,
-        overlap: bool,
+        overlaps: bool,
     ) -> None:
         self.card = card
         self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
@@ -194,8 +196,8 @@ class Ensemble:
         self._tokenizer = base.tokenizer
         self._scheduler_config = base.scheduler.config
         self._device = torch.device(card.device)
-        self.overlaps = overlap
-        on_streams = overlap and self._device.type == "cuda"
+        self.overlaps = overlaps
+        on_streams = overlaps and self._device.type == "cuda"
         self._side_stream = torch.cuda.Stream(self._device) if on_streams else None  # type: ignore[no-untyped-call]
         self._dtype = PRECISIONS[card.precision]
         self._by_image: list[_ImageByImage] = []

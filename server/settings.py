@@ -117,8 +117,10 @@ class Settings(BaseSettings):
     max_batch: int = Field(
         1, ge=1, le=64, description="images that share a network call; every call then costs as much as a full one"
     )
-    overlap: bool = Field(
-        False, description="encode prompts and decode images beside the steps of other requests: for GPUs, needs memory"
+    overlap: bool | None = Field(
+        None,
+        description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
+        "default: on CUDA",
     )
     device_seconds: float = Field(
         300, gt=0, description="after so long in one call of the model the device is given up, and the server with it"

@@ -2,7 +2,7 @@
 
 Both run in this process on the same loaded ensemble and on the same thread, in turn, A B B A ..., so that neither a
 machine whose speed drifts nor a second pool of OpenMP threads decides the ratio; decoding and coding the image is part
-of both. Run: python -m bench.overhead
+of both. Run: python -m bench.overhead; T2I_BASE, T2I_COMPILE and so on say what is served, as for the server.
 """
 
 import argparse
@@ -87,7 +87,14 @@ class Bare:
     overlaps = False
 
     def load(self, settings: Settings) -> "Bare":
-        self._ensemble = model.load(*settings.experts, settings.device, settings.precision)
+        self._ensemble = model.load(
+            *settings.experts,
+            settings.device,
+            settings.precision,
+            compile=settings.compile,
+            compile_cache=settings.compile_cache,
+            warm_up=settings.warm_up_sizes,
+        )
         self.card = self._ensemble.card
         self._request = default_request(self.card, "cat napping", seed=1)
         return self

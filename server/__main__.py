@@ -83,6 +83,9 @@ def _load(settings: Settings) -> Model:
         settings.model_name,
         max_batch=settings.max_batch,
         overlap=settings.overlap,
+        compile=settings.compile,
+        compile_cache=settings.compile_cache,
+        warm_up=settings.warm_up_sizes,
         preview_decoder=settings.preview_decoder,
     )
 

@@ -91,6 +91,7 @@ class Environment:
     fp32_math: str
     threads: int
     max_batch: int
+    compiled: str
     reference: str = ""
 
     @property

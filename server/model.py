@@ -6,9 +6,10 @@ same latent space. One step here is one network call, so that whoever calls can 
 """
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,9 +32,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server import checkpoint, preview, provenance
-from server.checkpoint import Checkpoint, MissingPart, NoDevice, NotEnoughMemory
-from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server import checkpoint, compilation, preview, provenance
+from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
+from server.compilation import Compiled
+from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning, default_request
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -138,6 +140,9 @@ def load(
     max_batch: int = 1,
     preview_decoder: Path | None = None,
     overlap: bool | None = None,
+    compile: compilation.Mode = "off",  # noqa: A002  # the flag's name
+    compile_cache: Path | None = None,
+    warm_up: Sequence[tuple[int, int]] = (),
 ) -> "Ensemble":
     """Load the experts from their folders onto a device.
 
@@ -145,7 +150,9 @@ def load(
     `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one. Previews are
     drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default on CUDA,
     prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the cores of a
-    CPU have nothing idle.
+    CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of width and
+    height, by default the one that the base was trained on, with guidance as by default; that takes from seconds to
+    minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -168,9 +175,18 @@ def load(
             if shared:
                 parts |= {"text_encoder_2": base_pipeline.text_encoder_2, "tokenizer_2": base_pipeline.tokenizer_2}
             refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
-        card = _card(base_files, refiner_files, base_pipeline, precision, name, max_batch)
+        native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
+        sizes = warm_up or [(native, native)]
+        compiled = "off" if compile == "off" else _compiled(compile, sizes, base_pipeline.vae_scale_factor)
+        card = _card(base_files, refiner_files, base_pipeline, precision, name, max_batch, compiled)
         overlaps = device == "cuda" if overlap is None else overlap
-        return Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps)
+        if compile_cache is not None:
+            compilation.keep_in(compile_cache)
+        ensemble = Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile)
+        if compile != "off":
+            with _compiling():
+                ensemble.warm_up(sizes)
+        return ensemble
 
 
 class Ensemble:
@@ -188,6 +204,7 @@ class Ensemble:
         max_batch: int,
         preview_decoder: Path | None,
         overlaps: bool,
+        compile: compilation.Mode,  # noqa: A002
     ) -> None:
         self.card = card
         self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
@@ -212,12 +229,25 @@ class Ensemble:
         else:
             channels = self._unets[Stage.BASE].config.in_channels
             self._preview = preview.load(preview_decoder, channels, self._device, self._dtype)
-        if self._side_stream is not None:
-            # Once a decoding takes the autoencoder to fp32, a step may get its old weights' memory: not while that
-            # still reads them.
-            for weights in self._vae.parameters():
-                weights.data.record_stream(self._side_stream)
+        self._compile = compile
+        self._networks = {stage: self._fast(unet, partial(_called, unet)) for stage, unet in self._unets.items()}
+        self._decoders: dict[torch.dtype, compilation.Call] = {}
         self._finish()
+
+    def _fast(self, network: torch.nn.Module, call: compilation.Call) -> compilation.Call:
+        return call if self._compile == "off" else Compiled(network, call, self._compile)
+
+    def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Compile the calls for images of these sizes, width and height, by making one of each."""
+        with compilation.warming():
+            for width, height in sizes:
+                request = replace(default_request(self.card, "warm-up", seed=0), width=width, height=height)
+                trajectory = self.plan(request, self.encode(request), seed=0)
+                kinds = dict.fromkeys(trajectory.stages)
+                for stage in kinds:
+                    trajectory.position = trajectory.stages.index(stage)
+                    self.step([trajectory])
+                self.decode(trajectory)
 
     def limit_batch(self, images: int) -> None:
         """From now on let no more than so many images share a call, at most as many as the ensemble was loaded for.
@@ -340,13 +370,12 @@ class Ensemble:
         stage, rows = trajectories[0].stages[trajectories[0].position], len(inputs[0])
         timesteps = torch.stack([each.device_timesteps[each.position] for each in trajectories])
         added = [each.conditioning.added[stage] for each in trajectories]
-        predicted = self._unets[stage](
+        predicted = self._networks[stage](
             torch.cat(inputs).to(self._dtype),
             timesteps.repeat_interleave(rows),
-            encoder_hidden_states=torch.cat([each.conditioning.hidden[stage] for each in trajectories]),
-            added_cond_kwargs={name: torch.cat([each[name] for each in added]) for name in added[0]},
-            return_dict=False,
-        )[0]
+            torch.cat([each.conditioning.hidden[stage] for each in trajectories]),
+            *(torch.cat([each[name] for each in added]) for name in ("text_embeds", "time_ids")),
+        )
         return [predicted[place * rows :][:rows].float() for place in range(len(trajectories) - missing)]
 
     def preview(self, trajectory: Trajectory) -> NDArray[np.uint8]:
@@ -379,22 +408,23 @@ class Ensemble:
             pixels = self._decoded(latents, self._dtype)
             if self._dtype == torch.float32 or torch.isfinite(pixels).all():
                 return pixels
-        with self._autoencoder_in_fp32():
-            return self._decoded(latents, torch.float32)
+        return self._decoded(latents, torch.float32)
 
     def _decoded(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Pixels of shape (1, 3, height, width) in -1 to 1, fp32."""
+        if dtype not in self._decoders:
+            vae = self._vae if dtype == self._dtype else copy.deepcopy(self._vae).to(dtype)
+            self._decoders[dtype] = self._fast(vae.decoder, partial(_decoded, vae))
         mean, deviation = self._latent_statistics()
         unscaled = latents / self._vae.config.scaling_factor * deviation + mean
-        pixels: torch.Tensor = self._vae.decode(unscaled.to(dtype), return_dict=False)[0].float()
-        return pixels
+        return self._decoders[dtype](unscaled.to(dtype)).float()
 
     @torch.no_grad()
     def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         """The latents, fp32, that `_decoded` brings back to about these pixels."""
         mean, deviation = self._latent_statistics()
-        with self._autoencoder_in_fp32():
-            distribution = self._vae.encode(pixels.to(self._device, torch.float32), return_dict=False)[0]
+        vae = copy.deepcopy(self._vae).to(torch.float32)
+        distribution = vae.encode(pixels.to(self._device, torch.float32), return_dict=False)[0]
         latents: torch.Tensor = (distribution.mode() - mean) / deviation * self._vae.config.scaling_factor
         return latents
 
@@ -408,14 +438,6 @@ class Ensemble:
             for values in (config.latents_mean, config.latents_std)
         )
         return mean, deviation
-
-    @contextlib.contextmanager
-    def _autoencoder_in_fp32(self) -> Iterator[None]:
-        self._vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            self._vae.to(self._dtype)
 
     def _scheduler(self, request: ImageRequest, begin: int) -> Any:
         """A scheduler of the request's kind, about to make call number `begin`; its tables stay on the CPU."""
@@ -470,6 +492,27 @@ def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_Imag
                 by_image = _ImageByImage(layer)
                 setattr(module, name, by_image)
                 yield by_image
+
+
+def _called(
+    unet: Any,
+    rows: torch.Tensor,
+    timesteps: torch.Tensor,
+    hidden: torch.Tensor,
+    pooled: torch.Tensor,
+    ids: torch.Tensor,
+) -> torch.Tensor:
+    """What an expert predicts."""
+    added = {"text_embeds": pooled, "time_ids": ids}
+    predicted: torch.Tensor = unet(
+        rows, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
+    )[0]
+    return predicted
+
+
+def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+    return pixels
 
 
 def _denoised(scheduler: Any, moved: Any) -> torch.Tensor:
@@ -605,6 +648,25 @@ def _loading_on(device: str) -> Iterator[None]:
         ) from error
 
 
+def _compiled(mode: str, sizes: Sequence[tuple[int, int]], multiple: int) -> str:
+    """What is compiled, as it is told. Raises CannotCompile where there can be no images of these sizes."""
+    told = [f"{width}x{height}" for width, height in sizes]
+    if wrong := [each for each, size in zip(told, sizes, strict=True) if any(side % multiple for side in size)]:
+        raise CannotCompile(f"sides must be multiples of {multiple}: --warm-up cannot have {', '.join(wrong)}")
+    return f"{mode} for {', '.join(told)}"
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CannotCompile(
+            f"the networks cannot be compiled here ({reason}); install a C++ compiler, or leave --compile off"
+        ) from error
+
+
 def _pipeline(kind: Any, files: Checkpoint, precision: str, **parts: Any) -> Any:
     try:
         return kind.from_pretrained(
@@ -628,6 +690,7 @@ def _card(
     precision: str,
     name: str | None,
     max_batch: int,
+    compiled: str,
 ) -> ModelCard:
     defaults = checkpoint.defaults(base)
     return ModelCard(
@@ -643,5 +706,5 @@ def _card(
         default_guidance_scale=defaults.guidance_scale,
         default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
         default_scheduler="euler",
-        environment=provenance.environment(pipeline.device.type, precision, max_batch),
+        environment=provenance.environment(pipeline.device.type, precision, max_batch, compiled),
     )

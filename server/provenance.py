@@ -21,8 +21,11 @@ _PACKAGES = ("diffusers", "transformers", "tokenizers", "pillow")
 _CODECS = ("libjpeg_turbo", "webp", "zlib", "zlib_ng")
 
 
-def environment(device: str, precision: str, max_batch: int) -> Environment:
-    """The environment of networks on `device` in `precision`, as ModelCard has them, with `max_batch` images a call."""
+def environment(device: str, precision: str, max_batch: int, compiled: str = "off") -> Environment:
+    """The environment of networks on `device` in `precision`, as ModelCard has them, with `max_batch` images a call.
+
+    `compiled` is as in the contract.
+    """
     return Environment(
         versions=_versions(device),
         hardware=torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -30,6 +33,7 @@ def environment(device: str, precision: str, max_batch: int) -> Environment:
         fp32_math=_fp32_math(device),
         threads=torch.get_num_threads() if device == "cpu" else 0,
         max_batch=max_batch,
+        compiled=compiled,
     )
 
 

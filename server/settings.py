@@ -23,6 +23,12 @@ def _address(value: str) -> str:
     return value
 
 
+def _sizes(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{1,4}(,[1-9]\d{1,4}x[1-9]\d{1,4})*", value):
+        raise ValueError("give sizes in pixels as WIDTHxHEIGHT,..., for example 1024x1024,1152x896")
+    return value
+
+
 def _is_loopback(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]")
     try:
@@ -122,6 +128,19 @@ class Settings(BaseSettings):
         description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
         "default: on CUDA",
     )
+    compile: Literal["off", "blocks", "full"] = Field(
+        "off",
+        description="compile the networks before serving: blocks, the layers that they repeat, or full, each as a "
+        "whole, for minutes; on CUDA every call is then one graph",
+    )
+    compile_cache: Path | None = Field(
+        None, description="folder that keeps what is compiled, so that a later start takes it from there"
+    )
+    warm_up: Annotated[str, AfterValidator(_sizes)] | None = Field(
+        None,
+        description="WIDTHxHEIGHT,...: sizes that are compiled, others are served as with --compile off; default: the "
+        "size the model was trained on",
+    )
     device_seconds: float = Field(
         300, gt=0, description="after so long in one call of the model the device is given up, and the server with it"
     )
@@ -161,6 +180,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _what_is_compiled_has_a_way(self) -> Self:
+        if self.compile == "off" and (self.compile_cache is not None or self.warm_up is not None):
+            raise ValueError("--compile-cache and --warm-up are for --compile blocks or full")
+        return self
+
+    @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("--tls-certificate and --tls-key go together; give both files, or neither")
@@ -189,6 +214,12 @@ class Settings(BaseSettings):
             pixels=self.max_queue_pixels,
             bytes=self.max_queue_bytes,
         )
+
+    @property
+    def warm_up_sizes(self) -> list[tuple[int, int]]:
+        """Width and height of the images that are compiled for; none for the default."""
+        sizes = (size.split("x") for size in (self.warm_up or "").split(",") if size)
+        return [(int(width), int(height)) for width, height in sizes]
 
     @property
     def experts(self) -> tuple[Path, Path | None]:

@@ -13,7 +13,7 @@ from server.engine import Engine
 from server.events import Event, Failed, Finished
 
 REQUEST = ImageRequest("a cat", "", (5,), 3, 4.0, 0.7, "euler", 8, 8)
-ENVIRONMENT = Environment({}, "none", "none", "none", 0, 1)
+ENVIRONMENT = Environment({}, "none", "none", "none", 0, 1, "off")
 CARD = ModelCard("stepped", "", True, "none", "none", ("euler",), 8, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT)
 
 

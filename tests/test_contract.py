@@ -31,7 +31,9 @@ CARD = ModelCard(
     default_guidance_scale=5.0,
     default_high_noise_frac=0.8,
     default_scheduler="euler",
-    environment=Environment({"torch": "2.13.0"}, "none", "fp32", "matmul ieee, convolution ieee", 2, 1, "e" * 64),
+    environment=Environment(
+        {"torch": "2.13.0"}, "none", "fp32", "matmul ieee, convolution ieee", 2, 1, "off", "e" * 64
+    ),
 )
 LIMITS = contract.limits_of(CARD, Settings())
 

@@ -30,7 +30,7 @@ class WrongPixels:
 
     max_batch = 1
     overlaps = False
-    environment = Environment({}, "none", "fp32", "none", 1, 1)
+    environment = Environment({}, "none", "fp32", "none", 1, 1, "off")
     card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", environment)
 
     def encode(self, request: ImageRequest) -> Nothing:

@@ -53,6 +53,7 @@ def answer(image_metadata: pb.ImageMetadata) -> pb.GenerateResponse:
             fp32_math="matmul ieee, convolution ieee",
             threads=2,
             max_batch=1,
+            compiled="off",
             reference="b" * 64,
         )
     )

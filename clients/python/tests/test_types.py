@@ -23,7 +23,7 @@ IMAGE = Image(
     request={"prompt": "cat napping", "seed": 7},
     sha256="",
 )
-ENVIRONMENT = Environment("", {}, "", "fp32", "", 1, 1, "")
+ENVIRONMENT = Environment("", {}, "", "fp32", "", 1, 1, "off", "")
 
 
 @pytest.mark.parametrize("name", ["cat.jpg", "cat.jpeg", "CAT.JPG"])

@@ -206,6 +206,7 @@ def read_environment(environment: pb.Environment) -> Environment:
         fp32_math=environment.fp32_math,
         threads=environment.threads,
         max_batch=environment.max_batch,
+        compiled=environment.compiled or "off",  # before there was a choice
         reference=environment.reference,
     )
 

@@ -127,6 +127,7 @@ def _facts(fingerprint: str, environment: Environment) -> dict[str, str]:
         "fp32 math": environment.fp32_math,
         "threads": str(environment.threads),
         "largest batch": str(environment.max_batch),
+        "compiled": environment.compiled,
         "reference image": environment.reference,
     }
 

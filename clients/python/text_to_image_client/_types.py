@@ -223,6 +223,8 @@ class Environment:
     """Threads that share a computation on the CPU; 0 on other devices."""
     max_batch: int
     """Images that can share a network call, whose shape that decides."""
+    compiled: str
+    """How networks are compiled, and for images of which sizes: "off", or "blocks for 1024x1024"."""
     reference: str
     """SHA-256 in hex of an image that every server draws before it serves: measured, where the rest is told."""
 

@@ -797,6 +797,7 @@ class Environment(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     REFERENCE_FIELD_NUMBER: builtins.int
     MAX_BATCH_FIELD_NUMBER: builtins.int
+    COMPILED_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     """SHA-256 in hex over all other fields. Where it and the weights' fingerprint are equal, so are the bytes that a
     request makes.
@@ -820,6 +821,10 @@ class Environment(google.protobuf.message.Message):
     """Images that can share a network call, the server's `--max-batch`. It decides the shape of every call, whoever shares
     it. Smaller than it was once memory has run out.
     """
+    compiled: builtins.str
+    """How networks are compiled, and for images of which sizes: "blocks for 1024x1024, 1152x896"; "off" if they are not.
+    Images of other sizes have the bytes of "off".
+    """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """By name: "server", this service; "torch", "diffusers", "transformers" and "tokenizers", which compute; "pillow" with
@@ -838,8 +843,9 @@ class Environment(google.protobuf.message.Message):
         threads: builtins.int = ...,
         reference: builtins.str = ...,
         max_batch: builtins.int = ...,
+        compiled: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "fp32_math", b"fp32_math", "hardware", b"hardware", "max_batch", b"max_batch", "precision", b"precision", "reference", b"reference", "threads", b"threads", "versions", b"versions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compiled", b"compiled", "fingerprint", b"fingerprint", "fp32_math", b"fp32_math", "hardware", b"hardware", "max_batch", b"max_batch", "precision", b"precision", "reference", b"reference", "threads", b"threads", "versions", b"versions"]) -> None: ...
 
 global___Environment = Environment
 

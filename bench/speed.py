@@ -1,0 +1,208 @@
+"""How near the ensemble comes to what its arithmetic takes on a GPU, beside stock diffusers in the same run.
+
+The floor is the operations of the networks over the rate at which this device was just seen to multiply bf16 matrices.
+Told are a base step with guidance, a refiner step, a decoding and a whole image, for every way of compiling that is
+asked for; and how far its first predicted noise is from that of the networks as they are.
+
+Run: python -m bench.full_size FOLDER, then
+python -m bench.speed --base FOLDER/base --refiner FOLDER/refiner --ways off blocks stock stock-compiled
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from server import model
+from server.domain import ImageRequest, Stage, default_request
+
+WAYS = ("off", "blocks", "full", "stock", "stock-compiled")
+
+
+@dataclass
+class Figures:
+    """Seconds, but for `error`, which is relative, and bytes of device memory at most."""
+
+    ready: float
+    base: float
+    refiner: float
+    decode: float
+    image: float
+    error: float
+    memory: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--refiner", type=Path, required=True)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["off", "blocks", "stock"])
+    parser.add_argument("--precision", default="bf16", help="bf16 or fp16 (default: bf16)")
+    parser.add_argument("--steps", type=int, default=40, help="a fifth of them the refiner's (default: 40)")
+    parser.add_argument("--images", type=int, default=3, help="images timed for each way (default: 3)")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what is compiled")
+    parser.add_argument("--json", type=Path, help="file to write the figures to as well")
+    options = parser.parse_args()
+
+    rate = _matrix_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s of bf16 products")
+    operations: dict[str, float] = {}
+    first: torch.Tensor | None = None
+    figures: dict[str, Figures] = {}
+    for way in options.ways:
+        if way.startswith("stock"):
+            figures[way] = _stock(options, compiled=way == "stock-compiled")
+        else:
+            figures[way], noise = _ours(options, way, operations)
+            first = noise if first is None else first
+            figures[way].error = float((noise - first).norm() / first.norm())
+        print(way, figures[way], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    refined = options.steps // 5
+    floors = {part: count / rate for part, count in operations.items()}
+    floors["image"] = (options.steps - refined) * floors["base"] + refined * floors["refiner"] + floors["decode"]
+    print(f"{'':15}{'ready':>8}" + "".join(f"{part:>20}" for part in floors) + f"{'error':>10}{'memory':>10}")
+    print(f"{'floor':15}{'':8}" + "".join(f"{1e3 * floor:11.2f} ms      " for floor in floors.values()))
+    for way, of_it in figures.items():
+        times = asdict(of_it)
+        parts = "".join(f"{1e3 * times[part]:11.2f} ms {times[part] / floors[part]:4.2f}x" for part in floors)
+        print(f"{way:15}{of_it.ready:7.1f}s{parts}{of_it.error:10.5f}{of_it.memory / 2**30:6.1f} GiB")
+    if options.json:
+        told = {way: asdict(of_it) for way, of_it in figures.items()}
+        options.json.write_text(json.dumps({"rate": rate, "floors": floors, "ways": told}, indent=2) + "\n")
+
+
+def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -> tuple[Figures, torch.Tensor]:
+    """The figures, and the noise that the base first predicts, less that it was given."""
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    ensemble = model.load(
+        options.base, options.refiner, "cuda", options.precision, compile=way, compile_cache=options.cache
+    )
+    ready = time.perf_counter() - began
+    request = replace(default_request(ensemble.card, "cat napping", seed=0), steps=options.steps, high_noise_frac=0.8)
+
+    trajectory = _planned(ensemble, request)
+    before = trajectory.latents
+    ensemble.step([trajectory])
+    moved = (trajectory.latents.cpu() - before).clone()
+
+    times: dict[str, list[float]] = {"base": [], "refiner": [], "decode": []}
+    seconds = []
+    for _ in range(options.images):
+        with _timed() as whole:
+            trajectory = _planned(ensemble, request)
+            for stage in trajectory.stages:
+                with _timed() as took:
+                    ensemble.step([trajectory])
+                times["base" if stage is Stage.BASE else "refiner"].append(took())
+            with _timed() as took:
+                _decoded(ensemble, trajectory)
+            times["decode"].append(took())
+        seconds.append(whole())
+    memory = torch.cuda.max_memory_allocated()
+    if not operations:
+        operations |= _operations(ensemble, request)
+    medians = {part: statistics.median(some) for part, some in times.items()}
+    return Figures(ready, **medians, image=statistics.median(seconds), error=0.0, memory=memory), moved
+
+
+def _planned(ensemble: model.Ensemble, request: ImageRequest) -> model.Trajectory:
+    return ensemble.plan(request, ensemble.encode(request), request.seeds[0])
+
+
+def _decoded(ensemble: model.Ensemble, trajectory: model.Trajectory) -> None:
+    """Decode noise in place of what random weights make, which need not be finite."""
+    trajectory.latents = torch.randn(trajectory.latents.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    ensemble.decode(trajectory)
+
+
+def _operations(ensemble: model.Ensemble, request: ImageRequest) -> dict[str, float]:
+    """Floating-point operations of each call, from the shapes that it multiplies."""
+    counted = {}
+    trajectory = _planned(ensemble, request)
+    for name, stage in (("base", Stage.BASE), ("refiner", Stage.REFINER)):
+        trajectory.position = trajectory.stages.index(stage)
+        counted[name] = _counted(partial(ensemble.step, [trajectory]))
+    return counted | {"decode": _counted(partial(_decoded, ensemble, trajectory))}
+
+
+def _counted(call: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def _stock(options: argparse.Namespace, compiled: bool) -> Figures:
+    """diffusers' own two pipelines, as its documentation runs and, if so, compiles them."""
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    dtype = model.PRECISIONS[options.precision]
+    files = {"torch_dtype": dtype, "variant": "fp16", "add_watermarker": False}
+    base = StableDiffusionXLPipeline.from_pretrained(options.base, **files).to("cuda")
+    refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        options.refiner, vae=base.vae, text_encoder_2=base.text_encoder_2, **files
+    ).to("cuda")
+    for pipeline in (base, refiner):
+        pipeline.set_progress_bar_config(disable=True)
+        if compiled:
+            pipeline.unet.to(memory_format=torch.channels_last)
+            pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
+    if compiled:
+        base.vae.decode = torch.compile(base.vae.decode, mode="reduce-overhead", fullgraph=True)
+
+    def image() -> None:
+        with torch.inference_mode():
+            common = {"prompt": "cat napping", "num_inference_steps": options.steps}
+            latents = base(**common, denoising_end=0.8, output_type="latent").images
+            refiner(**common, denoising_start=0.8, image=latents, output_type="pil")
+
+    image()
+    ready = time.perf_counter() - began
+    seconds = []
+    for _ in range(options.images):
+        with _timed() as took:
+            image()
+        seconds.append(took())
+    nothing = float("nan")
+    memory = torch.cuda.max_memory_allocated()
+    return Figures(ready, nothing, nothing, nothing, statistics.median(seconds), nothing, memory)
+
+
+def _matrix_rate(side: int = 8192, runs: int = 30) -> float:
+    """Operations a second of bf16 products of random square matrices, the median."""
+    one, other = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    taken = []
+    for _ in range(runs):
+        with _timed() as took:
+            one @ other
+        taken.append(took())
+    return float(2 * side**3 / statistics.median(taken[5:]))
+
+
+@contextmanager
+def _timed() -> Iterator[Callable[[], float]]:
+    """The seconds that the device and the host take for what is done, once it is."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    ended = began
+    yield lambda: ended - began
+    torch.cuda.synchronize()
+    ended = time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

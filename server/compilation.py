@@ -1,0 +1,138 @@
+"""Networks at the speed of their device: layers are compiled, and on CUDA a whole call is one graph.
+
+What is compiled are the layers that a network repeats, or the whole of it, which takes far longer. On CUDA a call of
+the shapes seen while `warming` is recorded once and replayed from then on, since Python is slower at launching kernels
+than such a device at running them. Calls of other shapes are made as if nothing had been compiled.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Mode = Literal["off", "blocks", "full"]
+Call = Callable[..., torch.Tensor]
+
+_BLOCKS = (ResnetBlock2D, Transformer2DModel, Downsample2D, Upsample2D)
+_BEFORE = 2  # calls before one is recorded, in which kernels are loaded and workspaces made
+_CODES = 1024  # versions of one function that may be compiled: layers of all sizes share theirs
+# The first that can compute an attention does. cuDNN's was the fastest by measurement.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
+
+
+def keep_in(folder: Path) -> None:
+    """Let what is compiled from now on be kept in a folder, and taken from there by later processes."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+
+
+class Compiled:
+    """A call of a network with tensors, compiled for the shapes and dtypes that it is called with while `warming`.
+
+    `call` takes tensors and makes one of them with `network`. For one thread at a time, and on CUDA for one stream.
+    """
+
+    warming = False  # in any thread: nothing is served until all is warm
+
+    def __init__(self, network: nn.Module, call: Call, mode: Literal["blocks", "full"]) -> None:
+        self._plain = call
+        self._made: dict[Hashable, Call] = {}
+        self._pool: Any = None
+        self._switch = _Switch()
+        device = next(network.parameters()).device
+        if device.type == "cuda":
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as its convolutions want it
+            self._pool = torch.cuda.graph_pool_handle()
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _CODES
+        if mode == "blocks":
+            _compile_blocks(network, self._switch)
+            self._fast = call
+        else:
+            self._fast = torch.compile(call, fullgraph=True, dynamic=False)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        key = tuple((each.shape, each.dtype) for each in inputs)
+        if self.warming and key not in self._made:
+            self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
+        return self._made.get(key, self._plain)(*inputs)
+
+    def _compiled(self, *inputs: torch.Tensor) -> torch.Tensor:
+        with self._switch, sdpa_kernel(_ATTENTION, set_priority=True):
+            return self._fast(*inputs)
+
+    def _recorded(self, inputs: tuple[torch.Tensor, ...]) -> Call:
+        """A call of these shapes as one graph, over inputs and an output of its own."""
+        held = [each.clone() for each in inputs]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_BEFORE):
+                self._compiled(*held)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            made = self._compiled(*held)
+
+        def replayed(*inputs: torch.Tensor) -> torch.Tensor:
+            torch._foreach_copy_(held, list(inputs))
+            graph.replay()
+            return made.clone()  # the next replay writes over it
+
+        return replayed
+
+
+@contextlib.contextmanager
+def warming() -> Iterator[None]:
+    """While this lasts, shapes that are seen for the first time are compiled."""
+    Compiled.warming = True
+    try:
+        yield
+    finally:
+        Compiled.warming = False
+
+
+class _Switch(contextlib.AbstractContextManager[None]):
+    """Whether the blocks of one network run compiled."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+
+
+class _Block(nn.Module):
+    """A layer that runs compiled or as it is."""
+
+    def __init__(self, layer: nn.Module, switch: _Switch) -> None:
+        super().__init__()
+        self.layer = layer
+        self._switch = switch
+        self._ways: dict[bool, Callable[..., Any]] = {
+            True: torch.compile(layer, fullgraph=True, dynamic=False),
+            False: layer,
+        }
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self._ways[self._switch.on](*inputs, **named)
+
+
+def _compile_blocks(network: nn.Module, switch: _Switch) -> None:
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, _BLOCKS):
+                setattr(module, name, _Block(layer, switch))

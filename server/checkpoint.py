@@ -10,7 +10,8 @@ CheckpointError
 ├── TruncatedFile    12: a weights file is not whole
 ├── WrongExpert      13: a base where the refiner belongs, or the other way round
 ├── NotEnoughMemory  14: the device cannot hold the weights
-└── NoDevice         15: the device that was asked for is not there
+├── NoDevice         15: the device that was asked for is not there
+└── OtherWeights     16: whole, but not the weights that were named (server/verify.py)
 """
 
 import hashlib
@@ -74,6 +75,12 @@ class NoDevice(CheckpointError):
     """The device that was asked for is not there."""
 
     exit_code = 15
+
+
+class OtherWeights(CheckpointError):
+    """Whole, but not the weights that were named."""
+
+    exit_code = 16
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap run test lint \
-	test-deploy lint-deploy generate generate-check lock image weights evaluate clean
+	test-deploy lint-deploy environments generate generate-check lock image weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -116,6 +116,8 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 $(VENV)/.training: training/requirements.txt $(VENV)/.runtime
 	$(PIP) install --no-deps --requirement training/requirements.txt
 	touch $@
+
+environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up all that the other targets would, at once with -j
 
 .venv-generate/.done: proto/requirements.txt
 .venv-checkov/.done: deploy/requirements.txt

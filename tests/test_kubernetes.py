@@ -95,6 +95,7 @@ def test_everything_is_in_one_namespace_which_asks_for_restricted_pods(resources
 
 
 def test_pods_are_as_the_restricted_pod_security_standard_has_them(resources: list[Resource]):
+    assert pod(resources)["automountServiceAccountToken"] is False
     context = pod(resources)["securityContext"]
     assert context["runAsNonRoot"] is True
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -174,6 +175,14 @@ def test_selectors_find_the_pods_and_names_find_what_they_name(resources: list[R
     claims = {each["metadata"]["name"] for each in resources if each["kind"] == "PersistentVolumeClaim"}
     claimed = (volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod(resources)["volumes"])
     assert {claim for claim in claimed if claim} == claims
+
+
+def test_nothing_is_let_out_and_callers_are_let_in_to_their_port_alone(resources: list[Resource]):
+    policy = the("NetworkPolicy", resources)["spec"]
+    assert (policy["policyTypes"], policy["egress"]) == (["Ingress", "Egress"], [])
+    callers, collectors = policy["ingress"]
+    assert [port["port"] for port in callers["ports"]] == ["grpc"]
+    assert [port["port"] for port in collectors["ports"]] == ["metrics"]
 
 
 def test_the_service_is_headless_so_that_clients_see_every_replica(resources: list[Resource]):

@@ -4,10 +4,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+IMAGE ?= text-to-image-service:latest
+VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap run test lint \
-	generate generate-check lock weights evaluate clean
+	test-deploy lint-deploy environments generate generate-check lock image weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -40,6 +42,11 @@ run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--de
 test: $(VENV)/.dev ## set up and run all tests, with line coverage
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
+DEPLOY_TESTS := tests/test_image.py tests/test_kubernetes.py tests/test_probes.py tests/test_rolling_update.py
+
+test-deploy: $(VENV)/.dev lint-deploy ## the image, Kubernetes, probes, a rolling update; all of it as root, on Debian
+	$(BIN)/python -m pytest $(DEPLOY_TESTS) $(ARGS)
+
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,6 +55,16 @@ lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking,
 	$(BIN)/buf breaking --against proto/released.json
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run scripts/*.sh
+
+CHECKOV := .venv-checkov/bin/checkov --skip-download --quiet --compact
+
+lint-deploy: $(VENV)/.dev .venv-checkov/.done ## checkov over the Dockerfile and what the Kubernetes overlays come to
+	$(CHECKOV) --framework dockerfile --file Dockerfile
+	@mkdir -p out
+	for overlay in cpu gpu; do \
+		$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$$overlay > out/$$overlay.yaml && \
+		$(CHECKOV) --framework kubernetes --file out/$$overlay.yaml || exit 1; \
+	done
 
 # The virtual path makes the stubs import as text_to_image_client.v1, with no rewriting of generated code.
 STUBS := text_to_image_client/v1
@@ -73,6 +90,9 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for
 		pyproject.toml clients/python/pyproject.toml; done
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-dev.lock
 
+image: ## build the container image with docker, podman or buildah; VARIANT=cuda is the one for GPUs
+	$(PYTHON) scripts/build_image.py --tag $(IMAGE) --variant $(VARIANT) $(ARGS)
+
 weights: $(VENV)/.training ## train the embedded ensemble anew: see training/README.md
 	$(BIN)/python -m training $(ARGS)
 
@@ -80,7 +100,7 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) .venv-generate out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-generate .venv-checkov out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(VENV)/.runtime: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -97,7 +117,11 @@ $(VENV)/.training: training/requirements.txt $(VENV)/.runtime
 	$(PIP) install --no-deps --requirement training/requirements.txt
 	touch $@
 
+environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up all that the other targets would, at once with -j
+
 .venv-generate/.done: proto/requirements.txt
-	$(PYTHON) -m venv .venv-generate
-	.venv-generate/bin/python -m pip --disable-pip-version-check --quiet install --requirement proto/requirements.txt
+.venv-checkov/.done: deploy/requirements.txt
+.venv-%/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
 	touch $@

@@ -11,7 +11,8 @@ CheckpointError
 ├── WrongExpert      13: a base where the refiner belongs, or the other way round
 ├── NotEnoughMemory  14: the device cannot hold the weights
 ├── NoDevice         15: the device that was asked for is not there
-└── CannotCompile    16: the networks cannot be compiled on this machine
+├── OtherWeights     16: whole, but not the weights that were named (server/verify.py)
+└── CannotCompile    17: the networks cannot be compiled on this machine
 """
 
 import hashlib
@@ -77,10 +78,16 @@ class NoDevice(CheckpointError):
     exit_code = 15
 
 
+class OtherWeights(CheckpointError):
+    """Whole, but not the weights that were named."""
+
+    exit_code = 16
+
+
 class CannotCompile(CheckpointError):
     """The networks cannot be compiled on this machine."""
 
-    exit_code = 16
+    exit_code = 17
 
 
 @dataclass(frozen=True)

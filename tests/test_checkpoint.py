@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import pytest
 import tiny_ensemble
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from serving import PATIENCE, connect
+from serving import PATIENCE, ROOT, connect
 
 from server import checkpoint, model
 from server.checkpoint import (
@@ -256,3 +260,34 @@ def test_a_checkpoint_may_bring_its_own_name_and_defaults(folder: Path):
         "mini", 7, 3.0, 0.8,
     )  # fmt: skip
     assert model.load(folder / "base", None, device="cpu", name="given").card.name == "given"
+
+
+class TestVerify:
+    """`python -m server.verify`, for a step before the server starts."""
+
+    @staticmethod
+    def verify(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        experts = {"T2I_BASE": str(folder / "base"), "T2I_REFINER": str(folder / "refiner")}
+        return subprocess.run(
+            [sys.executable, "-m", "server.verify", *arguments],
+            cwd=ROOT, env=os.environ | experts, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+
+    def test_it_tells_the_fingerprint_that_the_server_tells(self, whole: Path):
+        verified = self.verify(whole)
+        assert (verified.returncode, verified.stdout) == (0, f"{load(whole).card.fingerprint}\n")
+        assert self.verify(whole, "--fingerprint", verified.stdout.strip()).returncode == 0
+
+    def test_other_weights_than_those_that_were_named_are_refused_with_16(self, whole: Path):
+        verified = self.verify(whole, "--fingerprint", "0" * 64)
+        assert verified.returncode == 16
+        assert re.fullmatch(
+            r"python -m server\.verify: these weights have the fingerprint [0-9a-f]{64}, not 0{64}\n", verified.stderr
+        )
+
+    def test_broken_weights_are_told_in_the_servers_words_and_with_its_code(self, folder: Path):
+        (folder / "base" / UNET).write_text(POINTER)
+        verified = self.verify(folder)
+        assert verified.returncode == GitLfsPointer.exit_code
+        assert "run `git lfs install`" in verified.stderr
+        assert "Traceback" not in verified.stderr

@@ -3,6 +3,7 @@
 What a healthy service answers is tested against the real one, in tests/.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -72,8 +73,8 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
         return self.Generate(request, context)
 
 
-@pytest.fixture
-def service() -> Iterator[ScriptedService]:
+@contextlib.contextmanager
+def serving() -> Iterator[ScriptedService]:
     scripted = ScriptedService()
     server = grpc.server(ThreadPoolExecutor(4))
     pb_grpc.add_TextToImageServiceServicer_to_server(scripted, server)
@@ -82,6 +83,19 @@ def service() -> Iterator[ScriptedService]:
     server.start()
     yield scripted
     server.stop(None).wait()
+
+
+@pytest.fixture
+def service() -> Iterator[ScriptedService]:
+    with serving() as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def services() -> Iterator[list[ScriptedService]]:
+    """Two of them, as replicas are."""
+    with serving() as one, serving() as other:
+        yield [one, other]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -22,6 +22,7 @@ from text_to_image_client import (
     Done,
     FieldViolation,
     InvalidRequest,
+    ModelInfo,
     NotFound,
     Progress,
     Refused,
@@ -161,6 +162,52 @@ def test_without_retries_the_first_answer_stands(service, status):
     with TextToImage(service.target, retries=0) as client, pytest.raises(Unavailable, match="loading"):
         client.model()
     assert len(service.requests) == 1
+
+
+ENOUGH = 5000  # calls; which of several servers are connected at the first of them is chance
+
+
+async def models_in_a_thread(target: str) -> AsyncIterator[ModelInfo]:
+    with TextToImage(target, round_robin=True, retries=0) as client:
+        for _ in range(ENOUGH):
+            yield await asyncio.to_thread(client.model)
+
+
+async def models_async(target: str) -> AsyncIterator[ModelInfo]:
+    async with AsyncTextToImage(target, round_robin=True, retries=0) as client:
+        for _ in range(ENOUGH):
+            yield await client.model()
+
+
+@pytest.mark.parametrize("calls", [models_in_a_thread, models_async])
+async def test_several_servers_are_called_in_turn(services, calls):
+    for service in services:
+        service.answer(*[pb.GetModelResponse()] * ENOUGH)
+        service.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.SERVING)
+    async for _ in calls(f"ipv4:{services[0].target},{services[1].target}"):
+        if all(service.requests for service in services):
+            return
+    pytest.fail("one was never called")
+
+
+@pytest.mark.parametrize("calls", [models_in_a_thread, models_async])
+async def test_a_server_that_is_not_ready_is_left_out(services, calls):
+    loading, ready = services
+    loading.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.NOT_SERVING)
+    ready.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.SERVING)
+    ready.answer(*[pb.GetModelResponse()] * 200)
+    async with contextlib.aclosing(calls(f"ipv4:{loading.target},{ready.target}")) as answers:
+        for _ in range(200):
+            await anext(answers)
+    assert (len(loading.requests), len(ready.requests)) == (0, 200)
+
+
+async def test_servers_none_of_which_is_ready_are_unavailable(services):
+    for service in services:
+        service.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.NOT_SERVING)
+    with pytest.raises(Unavailable):
+        await anext(models_async(f"ipv4:{services[0].target},{services[1].target}"))
+    assert services[0].requests == services[1].requests == []
 
 
 @pytest.mark.parametrize("retries", [-1, 5])

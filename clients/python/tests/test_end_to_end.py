@@ -197,7 +197,8 @@ def test_run_starts_a_service_of_its_own_and_prints_as_instill_does():
 
 
 DOCKER = f"""#!/bin/sh
-# As much of docker as `t2i run -t` sees of it: `run` in the foreground, `port` as soon as something is published.
+# As much of docker as `t2i run -t` sees of it: an engine and an image that are there, `run` in the foreground, `port`
+# as soon as something is published.
 ready="$(dirname "$0")/ready"
 case "$1" in
     run) echo "$@" > "$ready.asked"; exec {sys.executable} -m server --listen 127.0.0.1:0 --ready-file "$ready" ;;
@@ -213,6 +214,7 @@ def test_run_with_a_tag_draws_in_the_container_that_it_starts(tmp_path: Path):
     ended = t2i("run", "-t", "v1", "-i", '{"prompt": "cat napping"}', PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert ended.returncode == 0, ended.stderr
     assert '"image": "data:image/jpeg;base64,' in ended.stdout
+    assert ended.stderr == "text-to-image-service:v1 under docker\n"
     assert (tmp_path / "ready.asked").read_text().endswith(" text-to-image-service:v1\n")
     assert not (tmp_path / "ready").exists(), "the service was stopped"
 

@@ -11,6 +11,7 @@ from text_to_image_client._service import (
     ServiceFailed,
     container_command,
     container_launch,
+    container_tool,
     local_launch,
     running,
 )
@@ -82,20 +83,35 @@ def test_a_machine_without_docker_and_podman_is_said_so(monkeypatch, tmp_path):
         container_launch("latest", gpu=False)
 
 
+def put(folder: Path, tool: str, script: str) -> None:
+    (folder / tool).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / tool).chmod(0o755)
+
+
 @pytest.mark.parametrize(
-    ("engine", "gpu", "flags"),
+    ("tools", "message"),
     [
-        ("/usr/bin/docker", False, ()),
-        ("/usr/bin/docker", True, ("--gpus", "all")),
-        ("/usr/bin/podman", True, ("--device", "nvidia.com/gpu=all")),
+        (["docker"], "`docker info` says why it does not work here"),
+        (["podman", "docker"], "`docker info` and `podman info` say why they do not work here"),
     ],
 )
-def test_a_container_listens_on_loopback_alone_and_gets_the_gpu_when_asked(engine, gpu, flags):
-    command = container_command(engine, "t2i-1", "latest", gpu)
-    assert command[:7] == (engine, "run", "--rm", "--name", "t2i-1", "--publish", "127.0.0.1::50051")
-    assert command[7 : 7 + len(flags)] == flags
-    assert ("T2I_DEVICE=cuda" in command) is gpu
-    assert command[-1] == "text-to-image-service:latest"
+def test_a_tool_without_its_engine_is_said_so(monkeypatch, tmp_path, tools, message):
+    for tool in tools:
+        put(tmp_path, tool, "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServiceFailed, match=message):
+        container_tool()
+
+
+@pytest.mark.parametrize("docker", [None, "exit 1"])
+def test_podman_takes_the_place_of_a_docker_that_does_not_work(monkeypatch, tmp_path, docker):
+    if docker:
+        put(tmp_path, "docker", docker)
+    put(tmp_path, "podman", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    launch = container_launch("latest", gpu=False)
+    assert launch.command[0] == str(tmp_path / "podman")
+    assert launch.means == "text-to-image-service:latest under podman"
 
 
 @pytest.mark.parametrize(
@@ -106,5 +122,27 @@ def test_a_container_listens_on_loopback_alone_and_gets_the_gpu_when_asked(engin
         ("registry.example/team/mine", "registry.example/team/mine"),
     ],
 )
-def test_a_bare_tag_belongs_to_the_services_own_image(tag, image):
-    assert container_command("docker", "t2i-1", tag, gpu=False)[-1] == image
+def test_a_bare_tag_belongs_to_the_services_own_image_and_one_that_is_not_there_is_said_so(
+    monkeypatch, tmp_path, tag, image
+):
+    put(tmp_path, "docker", f'test "$*" = "image inspect {image}" -o "$1" = info')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert container_launch(tag, gpu=False).command[-1] == image
+    with pytest.raises(ServiceFailed, match=f"docker has no image {image}0; build it with `make image`"):
+        container_launch(f"{tag}0", gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("tool", "gpu", "flags"),
+    [
+        ("/usr/bin/docker", False, ()),
+        ("/usr/bin/docker", True, ("--gpus", "all")),
+        ("/usr/bin/podman", True, ("--device", "nvidia.com/gpu=all")),
+    ],
+)
+def test_a_container_listens_on_loopback_alone_and_gets_the_gpu_when_asked(tool, gpu, flags):
+    command = container_command(tool, "t2i-1", "text-to-image-service:v1", gpu)
+    assert command[:7] == (tool, "run", "--rm", "--name", "t2i-1", "--publish", "127.0.0.1::50051")
+    assert command[7 : 7 + len(flags)] == flags
+    assert ("T2I_DEVICE=cuda" in command) is gpu
+    assert command[-1] == "text-to-image-service:v1"

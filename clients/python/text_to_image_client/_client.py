@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["TLS", "AsyncEventStream", "AsyncTextToImage", "EventStream", "TextToImage"]
 
 MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever it is told
+_MAX_RECONNECT_MS = 5000  # a server that comes back at its address has its share of calls soon, not in two minutes
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class TextToImage:
     answer has begun. `tls` is for a service with TLS, `token` for one that asks who calls; over a network, a token
     needs TLS, or whoever listens has it. Every call raises the errors of `TextToImageError`; nobody listening at
     `target` is `Unavailable`.
+
+    `round_robin` is for a target of several addresses, such as "dns:///NAME:PORT" with a headless Service's name or
+    "ipv4:HOST:PORT,HOST:PORT": calls go in turn to those whose health is SERVING, so that none meets a server that
+    loads or drains. Detached jobs are to be had from their own server alone, so follow them without it.
     """
 
     def __init__(
@@ -74,11 +79,12 @@ class TextToImage:
         retries: int = MAX_RETRIES,
         tls: TLS | None = None,
         token: str | None = None,
+        round_robin: bool = False,
     ) -> None:
         self.target = target
         self._timeout = timeout
         self._metadata = _metadata(token)
-        options = _channel_options(retries)
+        options = _channel_options(retries, round_robin)
         if tls is None:
             self._channel = grpc.insecure_channel(target, options)
         else:
@@ -166,11 +172,12 @@ class AsyncTextToImage:
         retries: int = MAX_RETRIES,
         tls: TLS | None = None,
         token: str | None = None,
+        round_robin: bool = False,
     ) -> None:
         self.target = target
         self._timeout = timeout
         self._metadata = _metadata(token)
-        self._options = _channel_options(retries)
+        self._options = _channel_options(retries, round_robin)
         self._credentials = None if tls is None else tls.credentials()
         self._channel: grpc.aio.Channel | None = None
 
@@ -330,10 +337,12 @@ def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def _channel_options(retries: int) -> list[tuple[str, Any]]:
+def _channel_options(retries: int, round_robin: bool) -> list[tuple[str, Any]]:
     if not 0 <= retries <= MAX_RETRIES:
         raise ValueError(f"retries must be 0 to {MAX_RETRIES}, not {retries}")
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    service = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
+    config: dict[str, Any] = {}
     if retries:
         # Health checks are left out: a probe wants to know what is, not what may be in three seconds.
         policy = {
@@ -343,8 +352,12 @@ def _channel_options(retries: int) -> list[tuple[str, Any]]:
             "backoffMultiplier": 2,
             "retryableStatusCodes": ["UNAVAILABLE"],
         }
-        service = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
-        config = {"methodConfig": [{"name": [{"service": service}], "retryPolicy": policy}]}
+        config["methodConfig"] = [{"name": [{"service": service}], "retryPolicy": policy}]
+    if round_robin:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+        config["healthCheckConfig"] = {"serviceName": service}
+        options.append(("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS))
+    if config:
         options.append(("grpc.service_config", json.dumps(config)))
     return options
 

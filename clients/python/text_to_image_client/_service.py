@@ -35,10 +35,14 @@ class ServiceFailed(Exception):
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a service: its command line, and what tells its address once it has one."""
+    """How to start a service: its command line, what tells its address once it has one, and what was chosen for it.
+
+    `means` names what was chosen, and is empty where there was no choice.
+    """
 
     command: tuple[str, ...]
     address: Callable[[], str | None]
+    means: str = ""
 
 
 def local_launch(directory: Path, gpu: bool) -> Launch:
@@ -67,32 +71,54 @@ def local_launch(directory: Path, gpu: bool) -> Launch:
 def container_launch(tag: str, gpu: bool) -> Launch:
     """The container image `tag`: a full reference, or the tag alone of text-to-image-service.
 
-    Raises ServiceFailed if there is neither docker nor podman.
+    Raises ServiceFailed if neither docker nor podman works here, or the one that does has no such image.
     """
-    engine = shutil.which("docker") or shutil.which("podman")
-    if engine is None:
-        raise ServiceFailed("-t TAG needs docker or podman, and neither is on the PATH")
+    tool = container_tool()
+    called = Path(tool).name
+    image = tag if ":" in tag or "/" in tag else f"{IMAGE}:{tag}"
+    if not _succeeds(tool, "image", "inspect", image):  # which `run` would go and look for in a public registry
+        raise ServiceFailed(
+            f"{called} has no image {image}; build it with `make image` in the service's repository, "
+            f"or get it with `{called} pull`"
+        )
     name = f"t2i-{uuid.uuid4().hex[:12]}"
 
     def address() -> str | None:
-        published = subprocess.run([engine, "port", name, str(_PORT)], capture_output=True, text=True, check=False)
+        published = subprocess.run([tool, "port", name, str(_PORT)], capture_output=True, text=True, check=False)
         return published.stdout.split("\n")[0] or None
 
-    return Launch(container_command(engine, name, tag, gpu), address)
+    return Launch(container_command(tool, name, image, gpu), address, f"{image} under {called}")
 
 
-def container_command(engine: str, name: str, tag: str, gpu: bool) -> tuple[str, ...]:
-    """`engine run` in the foreground, so that its life is the container's, on a free loopback port."""
+def container_tool() -> str:
+    """The path of docker, or else of podman, if it works. Raises ServiceFailed if neither does."""
+    there = [path for path in map(shutil.which, ("docker", "podman")) if path is not None]
+    for path in there:
+        if _succeeds(path, "info"):  # docker's client may be there without its engine
+            return path
+    if not there:
+        raise ServiceFailed("-t TAG needs docker or podman, and neither is on the PATH")
+    asked = " and ".join(f"`{Path(path).name} info`" for path in there)
+    why = "says why it does" if len(there) == 1 else "say why they do"
+    raise ServiceFailed(f"-t TAG needs docker or podman; {asked} {why} not work here")
+
+
+def _succeeds(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def container_command(tool: str, name: str, image: str, gpu: bool) -> tuple[str, ...]:
+    """`run` in the foreground, so that its life is the container's, on a free loopback port."""
     devices: tuple[str, ...] = ()
     if gpu:
         # podman takes GPUs by the Container Device Interface.
-        devices = ("--device", "nvidia.com/gpu=all") if Path(engine).name == "podman" else ("--gpus", "all")
+        devices = ("--device", "nvidia.com/gpu=all") if Path(tool).name == "podman" else ("--gpus", "all")
     return (
-        *(engine, "run", "--rm", "--name", name, "--publish", f"127.0.0.1::{_PORT}"),
+        *(tool, "run", "--rm", "--name", name, "--publish", f"127.0.0.1::{_PORT}"),
         *devices,
         *("--env", f"T2I_LISTEN=0.0.0.0:{_PORT}"),
         *(("--env", "T2I_DEVICE=cuda") if gpu else ()),
-        tag if ":" in tag or "/" in tag else f"{IMAGE}:{tag}",
+        image,
     )
 
 

@@ -489,6 +489,8 @@ def run(gpu: bool, tag: str | None, text: str, start_timeout: float) -> None:
     with tempfile.TemporaryDirectory(prefix="t2i-") as directory:
         _instill("Starting model image...")
         launch = container_launch(tag, gpu) if tag else local_launch(Path(directory), gpu)
+        if launch.means:
+            _say(launch.means)
         with running(launch, Path(directory)) as service:
             _instill("Deploying model...")
             target = service.wait_until_serving(start_timeout)

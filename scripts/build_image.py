@@ -1,0 +1,109 @@
+"""Build the container image with docker, podman or buildah, whichever works on this machine.
+
+    python scripts/build_image.py --variant cuda --tag text-to-image-service:v1 --build-arg BASE=...
+
+Flags that are not its own go to the tool as they are. pip looks inside the build where it looks on this machine: its
+configuration, and the certificates that it is told to trust, come in as secrets, which no layer keeps.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# docker's own format, because OCI's has no HEALTHCHECK.
+TOOLS = {
+    "docker": ("docker", "build"),
+    "podman": ("podman", "build", "--format", "docker"),
+    "buildah": ("buildah", "build", "--format", "docker"),
+}
+PIP_OPTIONS = ("index-url", "extra-index-url", "trusted-host", "find-links", "cert", "proxy", "timeout", "retries")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--tag", default="text-to-image-service:latest", help="NAME:TAG of the image")
+    parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="the torch inside")
+    parser.add_argument("--tool", choices=TOOLS, help="default: the first that works")
+    given, arguments = parser.parse_known_args()
+
+    tool = given.tool or working_tool()
+    if tool is None:
+        print(f"none of {', '.join(TOOLS)} is installed and works here; `TOOL info` says why", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as secrets:
+        command = [
+            *TOOLS[tool],
+            *("--build-arg", f"VARIANT={given.variant}"),
+            *("--build-arg", f"VERSION={version()}", "--build-arg", f"REVISION={revision()}"),
+            *pip_arguments(tool, configured(), Path(secrets)),
+            *("--tag", given.tag, *arguments, str(ROOT)),
+        ]
+        print(shlex.join(command), file=sys.stderr)
+        status = subprocess.run(command, env={"DOCKER_BUILDKIT": "1", **os.environ}, check=False).returncode
+    if status == 0:
+        print(f"{tool} has built {given.tag}")
+    return status
+
+
+def working_tool() -> str | None:
+    """The first tool that answers: a docker client is often there without an engine behind it."""
+    for tool in TOOLS:
+        if shutil.which(tool) and subprocess.run([tool, "info"], capture_output=True, check=False).returncode == 0:
+            return tool
+    return None
+
+
+def version() -> str:
+    return re.findall(r'^__version__ = "(.+)"$', (ROOT / "server" / "__init__.py").read_text("utf-8"), re.MULTILINE)[0]
+
+
+def revision() -> str:
+    """The commit, marked if files differ from it; empty outside of a clone."""
+    command = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def configured() -> dict[str, str]:
+    """pip's options on this machine, by name, those of its environment variables last as they hold over files."""
+    listed = subprocess.run(
+        (sys.executable, "-m", "pip", "config", "list"), capture_output=True, text=True, check=True
+    ).stdout
+    found = re.findall(r"^(:env:|global|install)\.(\S+)='(.*)'$", listed, re.MULTILINE)
+    return {name: value for _, name, value in sorted(found, key=lambda each: each[0] == ":env:")}
+
+
+def pip_arguments(tool: str, options: Mapping[str, str], secrets: Path) -> list[str]:
+    """What the tool is to be told so that pip in the build has these options, as far as they mean something there."""
+    kept = {name: options[name] for name in PIP_OPTIONS if name in options}
+    arguments = []
+    if certificates := kept.pop("cert", None):
+        arguments += ["--secret", f"id=pip.crt,src={certificates}"]
+        kept["cert"] = "/etc/pip.crt"
+    for name in ("index-url", "extra-index-url", "find-links"):
+        places = [place for place in kept.pop(name, "").split() if not place.startswith("file:")]
+        folders = [place for place in places if place.startswith("/")]
+        if tool == "docker":  # whose builds see nothing of this machine's disk but the context
+            places = [place for place in places if place not in folders]
+        else:
+            arguments += [f"--volume={folder}:{folder}:ro" for folder in folders if Path(folder).is_dir()]
+        if places:
+            kept[name] = " ".join(places)
+    if kept:
+        file = secrets / "pip.conf"
+        file.write_text("\n".join(["[global]", *(f"{name} = {value}" for name, value in kept.items()), ""]))
+        arguments += ["--secret", f"id=pip.conf,src={file}"]
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`python -m server.verify`: are the weights whole, and those that are wanted? Says so without loading them.
+
+For a step before the server starts, such as an init container. It takes the server's own T2I_BASE and T2I_REFINER, and
+ends with the server's exit codes for checkpoints, which server/checkpoint.py has.
+"""
+
+import argparse
+import sys
+
+from pydantic import ValidationError
+
+from server import checkpoint
+from server.settings import Settings
+
+
+def main() -> int:
+    """Print the fingerprint of the weights, or a sentence that says what is wrong with them; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m server.verify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--fingerprint", metavar="SHA256", help="what the weights must have, as this command or GetModel told it"
+    )
+    wanted = parser.parse_args().fingerprint
+    try:
+        base, refiner = Settings().experts
+    except ValidationError as error:
+        parser.error("; ".join(each["msg"] for each in error.errors()))
+    try:
+        checkpoints = [checkpoint.inspect_base(base)]
+        if refiner is not None:
+            checkpoints.append(checkpoint.inspect_refiner(refiner))
+        found = checkpoint.fingerprint(checkpoints)
+        if wanted is not None and found != wanted:
+            raise checkpoint.OtherWeights(f"these weights have the fingerprint {found}, not {wanted}")
+    except checkpoint.CheckpointError as error:
+        print(f"python -m server.verify: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    print(found)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

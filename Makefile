@@ -68,7 +68,7 @@ generate-check: .venv-generate/.done
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for
 	for extra in "" dev; do $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		$${extra:+--extra $$extra --extra telemetry --constraint requirements.lock} \
+		$${extra:+--extra $$extra --extra telemetry --extra filter --constraint requirements.lock} \
 		--upgrade-package torch==2.13.0 --output-file requirements$${extra:+-$$extra}.lock \
 		pyproject.toml clients/python/pyproject.toml; done
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-dev.lock

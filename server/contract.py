@@ -288,6 +288,12 @@ def parse(
         unused = "has no effect on a format that loses nothing"
         warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", unused))
 
+    preview_interval = output.preview_interval
+    if preview_interval and card.content_filter is not None:
+        preview_interval = 0
+        unused = "has no effect here, where a content filter judges images before they are sent, and only finished ones"
+        warnings.append(Warning(Notice.OPTION_UNUSED, "output.previewInterval", unused))
+
     if wrong or request_id is None:
         raise InvalidRequest(wrong)
     return Task(
@@ -303,7 +309,7 @@ def parse(
             width=width,
             height=height,
         ),
-        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes, output.preview_interval),
+        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes, preview_interval),
         warnings=tuple(warnings),
         priority=min(message.priority, limits.max_priority),
         detached=detached,
@@ -419,10 +425,11 @@ def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning
     )
 
 
-def choice_message(task: Task, image: images.CodedImage) -> pb.Choice:
+def choice_message(task: Task, image: images.CodedImage, filtered: bool = False) -> pb.Choice:
+    finish_reason = "content_filtered" if filtered else "success"
     if task.output.raw:
-        return pb.Choice(finish_reason="success", raw=image.data)
-    return pb.Choice(finish_reason="success", image=image.data_uri)
+        return pb.Choice(finish_reason=finish_reason, raw=image.data)
+    return pb.Choice(finish_reason=finish_reason, image=image.data_uri)
 
 
 def image_metadata_message(task: Task, event: events.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
@@ -545,6 +552,9 @@ def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
             for width, height in [size_of(ratio, card.native_side, card.side_multiple)]
         ],
         environment=_environment_message(card.environment),
+        content_filter=None
+        if card.content_filter is None
+        else pb.GetModelResponse.ContentFilter(**dataclasses.asdict(card.content_filter)),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from server import auth, contract
+from server.content_filter import Screening
 from server.contract import Limits, Task
 from server.domain import Caller, ModelCard
 from server.engine import Engine
@@ -34,9 +35,17 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     """Answers UNAVAILABLE until `open` is called with the card of the loaded model."""
 
-    def __init__(self, engine: Engine, settings: Settings, observe: Observe = unobserved) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        observe: Observe = unobserved,
+        screening: Screening | None = None,
+    ) -> None:
         self._settings = settings
-        self._recordings = Recordings(engine, settings.retention_seconds, settings.retention_bytes, observe=observe)
+        self._recordings = Recordings(
+            engine, settings.retention_seconds, settings.retention_bytes, observe=observe, screening=screening
+        )
         self._served: tuple[ModelCard, Limits] | None = None
         self._under_way: set[Context] = set()
         self._idle = asyncio.Event()

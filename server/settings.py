@@ -14,12 +14,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.scheduling import Limits, Order
 
+OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
 
 
 def _address(value: str) -> str:
     if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}", value) or int(value.rpartition(":")[2]) > 65535:
         raise ValueError("give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535")
+    return value
+
+
+def _filter(value: str) -> str:
+    if value != OPEN_NSFW and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise ValueError(f"give {OPEN_NSFW}, or MODULE:NAME of what makes a filter of your own")
     return value
 
 
@@ -36,8 +43,8 @@ class Settings(BaseSettings):
 
     Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops. Exit codes: 0 stopped when asked,
     1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
-    6 the device did not answer any more, 7 certificates or tokens cannot be used, 10 and up: the checkpoint or the
-    device, each said in one sentence.
+    6 the device did not answer any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 and up:
+    the checkpoint or the device, each said in one sentence.
     """
 
     model_config = SettingsConfigDict(
@@ -131,6 +138,14 @@ class Settings(BaseSettings):
     )
     max_priority: int = Field(
         0, ge=-2, le=2, description="highest priority of a request; a higher one is lowered to it"
+    )
+    content_filter: Annotated[str, AfterValidator(_filter)] | None = Field(
+        None,
+        description="what judges images before they are sent: open-nsfw, of the extra [filter], or MODULE:NAME of what "
+        "makes another; an image that it objects to becomes plain grey, and there are no previews; default: none",
+    )
+    content_filter_threshold: float = Field(
+        0.8, gt=0, le=1, description="score, 0 to 1, from which on the content filter objects to an image"
     )
     grace_seconds: float = Field(
         30, ge=0, le=3600, description="how long running jobs may go on after SIGTERM before they are ended"

@@ -148,6 +148,11 @@ class Metrics:
             buckets=[4**power for power in range(6, 14)],
             registry=registry,
         )
+        self._images_filtered = Counter(
+            "t2i_images_filtered_total",
+            "Finished images that the content filter objected to, and that were replaced.",
+            registry=registry,
+        )
         self._previews_dropped = Counter(
             "t2i_previews_dropped_total", "Previews that came too late to be drawn or told.", registry=registry
         )
@@ -189,9 +194,10 @@ class Metrics:
                 self._wait_seconds.observe(waited)
             case PreviewDropped():
                 self._previews_dropped.inc()
-            case Coded(pixels=pixels, size=size):
+            case Coded(pixels=pixels, size=size, filtered=filtered):
                 self._image_pixels.observe(pixels)
                 self._image_bytes.observe(size)
+                self._images_filtered.inc(filtered)
             case Settled(device=device, delivered=delivered):
                 self._device_seconds.labels("delivered" if delivered else "wasted").inc(device)
             case Ended(outcome=outcome, admitted=admitted, ended=ended, foretold=foretold):

@@ -83,8 +83,8 @@ class Traces:
                         each.stage, each.began, each.ended,
                         image=each.index, calls=each.calls, device_seconds=each.device,
                     )  # fmt: skip
-            case Coded(pixels=pixels, size=size, began=began, ended=ended):
-                self._span("code image", began, ended, pixels=pixels, bytes=size)
+            case Coded(pixels=pixels, size=size, began=began, ended=ended, filtered=filtered):
+                self._span("code image", began, ended, pixels=pixels, bytes=size, filtered=filtered)
 
     def _span(self, name: str, began: float, ended: float, **attributes: float) -> None:
         """A span that is over, below the current one; times are on the monotonic clock."""

@@ -50,7 +50,7 @@ _NOTICES = {
     Notice.BATCH_REDUCED: pb.Warning.CODE_BATCH_REDUCED,
 }
 
-_DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
+DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
 _MESSAGE_BYTES = (16 * 1024, 64 * 1024 * 1024)
 _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
 _ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
@@ -74,6 +74,10 @@ class Undecodable(Exception):
 
 class Stalled(Exception):
     """The client has left its stream unread for too long."""
+
+
+class UnknownModel(Exception):
+    """No model of this name and version is served."""
 
 
 class UnknownJob(Exception):
@@ -122,6 +126,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     events.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     events.Cancelled: grpc.StatusCode.CANCELLED,
     Stalled: grpc.StatusCode.CANCELLED,
+    UnknownModel: grpc.StatusCode.NOT_FOUND,
     UnknownJob: grpc.StatusCode.NOT_FOUND,
     NameTaken: grpc.StatusCode.ALREADY_EXISTS,
     events.ModelFailed: grpc.StatusCode.INTERNAL,
@@ -270,7 +275,7 @@ def parse(
     require(output.format in _CODINGS, "output.format", f"must be one of {', '.join(pb.Format.keys())}")
     quality = _given(output, "quality", 95)
     require(1 <= quality <= 100, "output.quality", f"must be 1 to 100, is {quality}")
-    max_message_bytes = _given(output, "max_message_bytes", _DEFAULT_MESSAGE_BYTES)
+    max_message_bytes = _given(output, "max_message_bytes", DEFAULT_MESSAGE_BYTES)
     least, most = _MESSAGE_BYTES
     require(
         least <= max_message_bytes <= most,

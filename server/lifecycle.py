@@ -29,9 +29,11 @@ from server.decoding import Decoding
 from server.domain import ModelCard, default_request
 from server.engine import Engine, Model
 from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
+from server.open_inference import OpenInferenceServicer
 from server.servicer import TextToImageServicer
 from server.settings import Settings
-from server.telemetry import SERVICE, Calls, Metrics, Present, traces_of_environment
+from server.telemetry import KSERVE, SERVICE, Calls, Metrics, Present, traces_of_environment
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ class Server:
             interceptors=[Calls(self._metrics, self._traces), *gates, Decoding()], options=self._options
         )
         self._servers = [self._grpc]
+        self._faces = (SERVICE, KSERVE) if settings.kserve else (SERVICE,)
         self.device_is_busy = False
         """Whether the device was still inside a call when everything else had stopped."""
         self._lost = False
@@ -127,10 +130,12 @@ class Server:
 
     async def _open_port(self) -> str:
         pb_grpc.add_TextToImageServiceServicer_to_server(self._servicer, self._grpc)
+        if self._settings.kserve:
+            oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._servicer), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
-            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._grpc)
+            reflection.enable_server_reflection((*self._faces, HEALTH, reflection.SERVICE_NAME), self._grpc)
         if self._settings.channelz:
             channelz.add_channelz_servicer(self._grpc)
         address = _bind(self._grpc, self._settings.listen, self._credentials)
@@ -204,7 +209,7 @@ class Server:
         raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
 
     async def _set_health(self, status: int) -> None:
-        for service in ("", SERVICE):
+        for service in ("", *self._faces):
             await self._health.set(service, status)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:

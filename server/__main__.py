@@ -2,7 +2,7 @@
 
 0 stopped when asked · 1 unexpected error · 2 bad flags · 3 cannot listen · 4 cannot write the ready file ·
 5 the model is loaded but cannot make an image · 6 the device did not answer any more ·
-7 certificates or tokens cannot be used ·
+7 certificates or tokens cannot be used · 8 the content filter cannot be had ·
 10 and up: the checkpoint or the device, see server/checkpoint.py
 """
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from server.auth import Unusable
 from server.checkpoint import CheckpointError
+from server.content_filter import UnusableFilter
 from server.engine import Model
 from server.events import DeviceLost
 from server.lifecycle import CannotListen, CannotWriteReadyFile, Server, WarmUpFailed
@@ -30,6 +31,7 @@ _EXIT_CODES: dict[type[Exception], int] = {
     WarmUpFailed: 5,
     DeviceLost: 6,
     Unusable: 7,
+    UnusableFilter: 8,
 }
 
 

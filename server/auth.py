@@ -26,8 +26,13 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Probes carry no token. Reflection tells no more than the published proto file, and --no-reflection ends it.
-_OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+# Probes carry no token. Reflection tells no more than the published proto files, and --no-reflection ends it.
+_OPEN = (
+    "/grpc.health.v1.Health/",
+    "/grpc.reflection.",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
 
 _STREAM_SECONDS = 86_400  # what a call may last beyond its connection's age: no job should need as long
 _ANSWER_SECONDS = 20.0  # at most, for a peer's answer to a ping, and for its first bytes

@@ -50,7 +50,7 @@ _NOTICES = {
     Notice.BATCH_REDUCED: pb.Warning.CODE_BATCH_REDUCED,
 }
 
-_DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
+DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
 _MESSAGE_BYTES = (16 * 1024, 64 * 1024 * 1024)
 _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
 _ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
@@ -74,6 +74,10 @@ class Undecodable(Exception):
 
 class Stalled(Exception):
     """The client has left its stream unread for too long."""
+
+
+class UnknownModel(Exception):
+    """No model of this name and version is served."""
 
 
 class UnknownJob(Exception):
@@ -122,6 +126,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     events.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     events.Cancelled: grpc.StatusCode.CANCELLED,
     Stalled: grpc.StatusCode.CANCELLED,
+    UnknownModel: grpc.StatusCode.NOT_FOUND,
     UnknownJob: grpc.StatusCode.NOT_FOUND,
     NameTaken: grpc.StatusCode.ALREADY_EXISTS,
     events.ModelFailed: grpc.StatusCode.INTERNAL,
@@ -270,7 +275,7 @@ def parse(
     require(output.format in _CODINGS, "output.format", f"must be one of {', '.join(pb.Format.keys())}")
     quality = _given(output, "quality", 95)
     require(1 <= quality <= 100, "output.quality", f"must be 1 to 100, is {quality}")
-    max_message_bytes = _given(output, "max_message_bytes", _DEFAULT_MESSAGE_BYTES)
+    max_message_bytes = _given(output, "max_message_bytes", DEFAULT_MESSAGE_BYTES)
     least, most = _MESSAGE_BYTES
     require(
         least <= max_message_bytes <= most,
@@ -288,6 +293,12 @@ def parse(
         unused = "has no effect on a format that loses nothing"
         warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", unused))
 
+    preview_interval = output.preview_interval
+    if preview_interval and card.content_filter is not None:
+        preview_interval = 0
+        unused = "has no effect here, where a content filter judges images before they are sent, and only finished ones"
+        warnings.append(Warning(Notice.OPTION_UNUSED, "output.previewInterval", unused))
+
     if wrong or request_id is None:
         raise InvalidRequest(wrong)
     return Task(
@@ -303,7 +314,7 @@ def parse(
             width=width,
             height=height,
         ),
-        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes, output.preview_interval),
+        output=Output(_CODINGS[output.format], quality, output.raw, max_message_bytes, preview_interval),
         warnings=tuple(warnings),
         priority=min(message.priority, limits.max_priority),
         detached=detached,
@@ -419,10 +430,11 @@ def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning
     )
 
 
-def choice_message(task: Task, image: images.CodedImage) -> pb.Choice:
+def choice_message(task: Task, image: images.CodedImage, filtered: bool = False) -> pb.Choice:
+    finish_reason = "content_filtered" if filtered else "success"
     if task.output.raw:
-        return pb.Choice(finish_reason="success", raw=image.data)
-    return pb.Choice(finish_reason="success", image=image.data_uri)
+        return pb.Choice(finish_reason=finish_reason, raw=image.data)
+    return pb.Choice(finish_reason=finish_reason, image=image.data_uri)
 
 
 def image_metadata_message(task: Task, event: events.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
@@ -545,6 +557,9 @@ def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
             for width, height in [size_of(ratio, card.native_side, card.side_multiple)]
         ],
         environment=_environment_message(card.environment),
+        content_filter=None
+        if card.content_filter is None
+        else pb.GetModelResponse.ContentFilter(**dataclasses.asdict(card.content_filter)),
     )
 
 

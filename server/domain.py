@@ -101,6 +101,14 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class FilterCard:
+    """What judges images before they are sent: it objects to those that it scores `threshold` or more, of 1."""
+
+    name: str
+    threshold: float
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What is served. `native_side` is the side in pixels of the square that the model was trained on."""
 
@@ -117,6 +125,7 @@ class ModelCard:
     default_high_noise_frac: float
     default_scheduler: str
     environment: Environment
+    content_filter: FilterCard | None = None
 
 
 class StepFailed(Exception):

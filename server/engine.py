@@ -310,6 +310,11 @@ class Engine:
         return self._thread is None or not self._thread.is_alive()
 
     @property
+    def admits(self) -> bool:
+        """Whether jobs are admitted, as far as there is room."""
+        return self._refusing is None
+
+    @property
     def busy(self) -> float:
         """Seconds that the call in flight has taken so far, the longer of two; 0 between calls."""
         with self._changed:

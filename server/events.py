@@ -164,12 +164,16 @@ class Ended:
 
 @dataclass(frozen=True)
 class Coded:
-    """A finished image was coded to a file of `size` bytes, from `began` to `ended` on the monotonic clock."""
+    """A finished image was judged, where that is asked for, and coded to a file of `size` bytes.
+
+    That was from `began` to `ended` on the monotonic clock. `filtered` tells that the file shows something else.
+    """
 
     pixels: int
     size: int
     began: float
     ended: float
+    filtered: bool = False
 
 
 @dataclass(frozen=True)

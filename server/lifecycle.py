@@ -15,21 +15,25 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import numpy as np
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
+from numpy.typing import NDArray
 
-from server import auth
+from server import auth, content_filter
 from server.decoding import Decoding
 from server.domain import ModelCard, default_request
 from server.engine import Engine, Model
 from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
+from server.open_inference import OpenInferenceServicer
 from server.servicer import TextToImageServicer
 from server.settings import Settings
-from server.telemetry import SERVICE, Calls, Metrics, Present, traces_of_environment
+from server.telemetry import KSERVE, SERVICE, Calls, Metrics, Present, traces_of_environment
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
@@ -54,7 +58,7 @@ class WarmUpFailed(Exception):
 class Server:
     """A server process from start to stop. `load` brings the model and is called on the device thread.
 
-    Raises auth.Unusable.
+    Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
     """
 
     def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
@@ -63,7 +67,8 @@ class Server:
         self._metrics = Metrics(settings.max_queue)
         self._traces = traces_of_environment()
         self._engine = Engine(settings.queue, settings.schedule, observe=self._observe)
-        self._servicer = TextToImageServicer(self._engine, settings, self._observe)
+        self._screening = content_filter.load(settings)
+        self._servicer = TextToImageServicer(self._engine, settings, self._observe, self._screening)
         self._health = health.HealthServicer()
         self._credentials = auth.server_credentials(settings)
         # Without the first option, two processes on one port would share its connections in silence. The second: a
@@ -80,6 +85,7 @@ class Server:
             interceptors=[Calls(self._metrics, self._traces), *gates, Decoding()], options=self._options
         )
         self._servers = [self._grpc]
+        self._faces = (SERVICE, KSERVE) if settings.kserve else (SERVICE,)
         self.device_is_busy = False
         """Whether the device was still inside a call when everything else had stopped."""
         self._lost = False
@@ -124,10 +130,12 @@ class Server:
 
     async def _open_port(self) -> str:
         pb_grpc.add_TextToImageServiceServicer_to_server(self._servicer, self._grpc)
+        if self._settings.kserve:
+            oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._servicer), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
-            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._grpc)
+            reflection.enable_server_reflection((*self._faces, HEALTH, reflection.SERVICE_NAME), self._grpc)
         if self._settings.channelz:
             channelz.add_channelz_servicer(self._grpc)
         address = _bind(self._grpc, self._settings.listen, self._credentials)
@@ -146,25 +154,40 @@ class Server:
         self._metrics.serves(card)
         self._metrics.state("warming_up")
         log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
-        reference = await self._warm_up(card)
-        self._servicer.open(replace(card, environment=replace(card.environment, reference=reference)))
+        first = await self._warm_up(card)
+        reference = hashlib.sha256(first.tobytes()).hexdigest()
+        card = replace(card, environment=replace(card.environment, reference=reference))
+        self._servicer.open(await self._screened(card, first))
         await self._set_health(HealthCheckResponse.SERVING)
         self._metrics.state("serving")
         self._write_ready_file(address)
         log.info("serving %s on %s", card.name, address)
 
-    async def _warm_up(self, card: ModelCard) -> str:
+    async def _screened(self, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
+        """The card with what judges images, which decides their bytes too; it has judged the first."""
+        if self._screening is None:
+            return card
+        try:
+            await asyncio.to_thread(self._screening.objects_to, first)
+        except Exception as error:  # an operator's own code, which may raise anything
+            raise WarmUpFailed(f"the content filter cannot judge the first image: {error}") from error
+        found = self._screening.card
+        told = {"content_filter": f"{found.name} from {found.threshold:g}"}
+        environment = replace(card.environment, versions={**card.environment.versions, **told})
+        return replace(card, content_filter=found, environment=environment)
+
+    async def _warm_up(self, card: ModelCard) -> NDArray[np.uint8]:
         """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
 
-        The digest of its pixels is that of the reference image: what this process computes, measured.
+        It is the reference image: what this process computes, measured.
         """
         loop = asyncio.get_running_loop()
-        reference = hashlib.sha256()
+        pixels: list[NDArray[np.uint8]] = []
         ended: asyncio.Queue[Finished | Failed] = asyncio.Queue()
 
         def deliver(event: Event) -> None:
             if isinstance(event, ImageReady):
-                reference.update(event.pixels.tobytes())
+                pixels.append(event.pixels)
             elif isinstance(event, Finished | Failed):
                 loop.call_soon_threadsafe(ended.put_nowait, event)
 
@@ -172,7 +195,7 @@ class Server:
         terminal = await ended.get()
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
-        return reference.hexdigest()
+        return pixels[0]
 
     async def _watch_device(self) -> None:
         """Raises DeviceLost when a call of the model does not come back; every call has failed with it then."""
@@ -186,7 +209,7 @@ class Server:
         raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
 
     async def _set_health(self, status: int) -> None:
-        for service in ("", SERVICE):
+        for service in ("", *self._faces):
             await self._health.set(service, status)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:

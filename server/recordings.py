@@ -1,7 +1,8 @@
 """A job's messages, recorded once and told to every stream that follows it, while it runs and for a while after.
 
 Every call goes this way: it begins a recording, or joins that of a detached job, and listens. All of it happens in the
-event loop, where nothing can come between looking a job up and listening to it; only images are coded on other threads.
+event loop, where nothing can come between looking a job up and listening to it; only images are judged and coded on
+other threads.
 """
 
 import asyncio
@@ -9,9 +10,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
-from server import contract
+from server import content_filter, contract
+from server.content_filter import Screening
 from server.contract import InvalidRequest, NameTaken, Task, UnknownJob, Violation
 from server.domain import Caller, ModelCard, Warning
 from server.engine import Engine
@@ -29,6 +32,7 @@ from server.events import (
     Settled,
     unobserved,
 )
+from server.images import CodedImage
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class Recording:
         timeout: float,
         caller: Caller,
         observe: Observe = unobserved,
+        screening: Screening | None = None,
     ) -> None:
         self.request = request
         self.task = task
@@ -70,6 +75,7 @@ class Recording:
         self._grown = asyncio.Event()
         self._complete = False
         self._observe = observe
+        self._screening = screening
         self._listeners = 0
         self._findable = task.detached
         self._settled = False
@@ -198,19 +204,25 @@ class Recording:
                 return await asyncio.to_thread(contract.preview_message, task, event)
             case ImageReady(index=index):
                 began = time.monotonic()
-                image = await asyncio.to_thread(contract.coded, task, event)
+                image, filtered = await asyncio.to_thread(self._coded, event)
                 pixels = task.image.width * task.image.height
-                self._observe(Coded(pixels, len(image.data), began, time.monotonic()))
+                self._observe(Coded(pixels, len(image.data), began, time.monotonic(), filtered))
                 self._images[index] = contract.image_metadata_message(task, event, image)
                 if image.smaller:
                     self._warnings.append(contract.recoded_warning(task, image, index))
-                choice = contract.choice_message(task, image)
+                choice = contract.choice_message(task, image, filtered)
                 ready = pb.ChoiceReady(choice_index=index, choice=choice, metadata=self._images[index])
                 return pb.StreamGenerateResponse(choice=ready)
             case Finished():
                 images = [self._images[index] for index in sorted(self._images)]
                 metadata = contract.metadata_message(task, self._card, images, self._warnings, event)
                 return pb.StreamGenerateResponse(done=pb.Done(metadata=metadata))
+
+    def _coded(self, event: ImageReady) -> tuple[CodedImage, bool]:
+        """The image as it may be seen, and whether it shows something else."""
+        filtered = self._screening is not None and self._screening.objects_to(event.pixels)
+        shown = replace(event, pixels=content_filter.blank(event.pixels)) if filtered else event
+        return contract.coded(self.task, shown), filtered
 
 
 def _only_the_newest_of(message: pb.StreamGenerateResponse) -> Hashable:
@@ -240,12 +252,14 @@ class Recordings:
         retention_bytes: int,
         call_later: Callable[[float, Callable[[Recording], None], Recording], Timer] | None = None,
         observe: Observe = unobserved,
+        screening: Screening | None = None,
     ) -> None:
         self._engine = engine
         self._retention_seconds = retention_seconds
         self._retention_bytes = retention_bytes
         self._call_later = call_later
         self._observe = observe
+        self._screening = screening
         self._running: set[Recording] = set()
         self._detached: dict[tuple[str, str], Recording] = {}
         self._kept: dict[Recording, tuple[int, Timer]] = {}  # in the order of their ends, with size and time
@@ -263,7 +277,7 @@ class Recordings:
             if known.request != request:
                 raise NameTaken(f"{task.request_id} is another request; Cancel it, or give this one another requestId")
             return known
-        recording = Recording(self._engine, request, task, card, timeout, caller, self._observe)
+        recording = Recording(self._engine, request, task, card, timeout, caller, self._observe, self._screening)
         self._running.add(recording)
         recording.ended.add_done_callback(lambda _: self._retain(recording))
         if known is not None:

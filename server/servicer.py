@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from server import auth, contract
+from server.content_filter import Screening
 from server.contract import Limits, Task
 from server.domain import Caller, ModelCard
 from server.engine import Engine
@@ -34,9 +35,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     """Answers UNAVAILABLE until `open` is called with the card of the loaded model."""
 
-    def __init__(self, engine: Engine, settings: Settings, observe: Observe = unobserved) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        observe: Observe = unobserved,
+        screening: Screening | None = None,
+    ) -> None:
         self._settings = settings
-        self._recordings = Recordings(engine, settings.retention_seconds, settings.retention_bytes, observe=observe)
+        self._engine = engine
+        self._recordings = Recordings(
+            engine, settings.retention_seconds, settings.retention_bytes, observe=observe, screening=screening
+        )
         self._served: tuple[ModelCard, Limits] | None = None
         self._under_way: set[Context] = set()
         self._idle = asyncio.Event()
@@ -61,54 +71,67 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         request_id = contract.request_id_of(request)
-        async with self._statuses("Generate", request_id, context):
+        async with self.statuses("Generate", request_id, context):
             caller = auth.caller_of(context)
-            card, task = self._parse(request, request_id, caller)
-            recording = self._begin(request, contract.in_one_message(task), card, caller, context)
-            choices: dict[int, pb.Choice] = {}
-            with recording.listening() as messages:
-                async for message in messages:
-                    if message.HasField("choice"):
-                        choices[message.choice.choice_index] = message.choice.choice
-            return contract.whole_answer(recording.task, choices, message.done.metadata)
+            card, task = self.parse(request, request_id, caller)
+            return await self.answer(self.begin(request, contract.in_one_message(task), card, caller, context))
 
     async def StreamGenerate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         request_id = contract.request_id_of(request)
-        async with self._statuses("StreamGenerate", request_id, context):
+        async with self.statuses("StreamGenerate", request_id, context):
             caller = auth.caller_of(context)
-            card, task = self._parse(request, request_id, caller)
-            await self._tell(self._begin(request, task, card, caller, context), 0, context)
+            card, task = self.parse(request, request_id, caller)
+            await self._tell(self.begin(request, task, card, caller, context), 0, context)
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # type: ignore[override]
         name = contract.name_of(request)
-        async with self._statuses("Attach", name, context):
+        async with self.statuses("Attach", name, context):
             await self._tell(self._recordings.find(name, auth.caller_of(context)), request.after, context)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         name = contract.name_of(request)
-        async with self._statuses("Cancel", name, context):
+        async with self.statuses("Cancel", name, context):
             self._recordings.cancel(name, auth.caller_of(context))
         return pb.CancelResponse()
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        async with self._statuses("GetModel", None, context):
-            return contract.model_message(*self._model(auth.caller_of(context)))
+        async with self.statuses("GetModel", None, context):
+            return contract.model_message(*self.model(auth.caller_of(context)))
 
-    def _model(self, caller: Caller) -> tuple[ModelCard, Limits]:
+    # What other faces of the service are made of, too.
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are admitted, as far as there is room."""
+        return self._served is not None and self._engine.admits
+
+    def model(self, caller: Caller) -> tuple[ModelCard, Limits]:
+        """What is served, and what the caller may ask of it. Raises Loading."""
         if self._served is None:
             raise contract.Loading("the model is still loading; try again in a moment")
         card, limits = self._served
         return card, limits if caller.max_priority is None else replace(limits, max_priority=caller.max_priority)
 
-    def _parse(self, request: pb.GenerateRequest, request_id: str | None, caller: Caller) -> tuple[ModelCard, Task]:
-        card, limits = self._model(caller)
+    def parse(self, request: pb.GenerateRequest, request_id: str | None, caller: Caller) -> tuple[ModelCard, Task]:
+        """Raises Loading and InvalidRequest."""
+        card, limits = self.model(caller)
         return card, contract.parse(request, request_id, card, limits)
 
-    def _begin(
+    def begin(
         self, request: pb.GenerateRequest, task: Task, card: ModelCard, caller: Caller, context: Context
     ) -> Recording:
+        """Begin the task's job, or join it. Raises what Recordings.begin raises."""
         timeout = context.time_remaining()
         return self._recordings.begin(request, task, card, math.inf if timeout is None else timeout, caller)
+
+    async def answer(self, recording: Recording) -> pb.GenerateResponse:
+        """All that a recording has, once its job has ended. Raises what that ended with."""
+        choices: dict[int, pb.Choice] = {}
+        with recording.listening() as messages:
+            async for message in messages:
+                if message.HasField("choice"):
+                    choices[message.choice.choice_index] = message.choice.choice
+        return contract.whole_answer(recording.task, choices, message.done.metadata)
 
     async def _tell(self, recording: Recording, after: int, context: Context) -> None:
         """Hand a recording's messages on, as long as the client reads them."""
@@ -137,7 +160,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         return None
 
     @contextlib.asynccontextmanager
-    async def _statuses(self, method: str, job: str | None, context: Context) -> AsyncIterator[None]:
+    async def statuses(self, method: str, job: str | None, context: Context) -> AsyncIterator[None]:
         """Count a call as under way, turn its errors into statuses by the table in contract.py, and log how it ended.
 
         Prompts are not logged.

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.scheduling import Limits, Order
 
+OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -26,6 +27,12 @@ def _address(value: str) -> str:
 def _sizes(value: str) -> str:
     if not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{1,4}(,[1-9]\d{1,4}x[1-9]\d{1,4})*", value):
         raise ValueError("give sizes in pixels as WIDTHxHEIGHT,..., for example 1024x1024,1152x896")
+    return value
+
+
+def _filter(value: str) -> str:
+    if value != OPEN_NSFW and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise ValueError(f"give {OPEN_NSFW}, or MODULE:NAME of what makes a filter of your own")
     return value
 
 
@@ -42,8 +49,8 @@ class Settings(BaseSettings):
 
     Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops. Exit codes: 0 stopped when asked,
     1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
-    6 the device did not answer any more, 7 certificates or tokens cannot be used, 10 and up: the checkpoint or the
-    device, each said in one sentence.
+    6 the device did not answer any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 and up:
+    the checkpoint or the device, each said in one sentence.
     """
 
     model_config = SettingsConfigDict(
@@ -153,6 +160,14 @@ class Settings(BaseSettings):
     max_priority: int = Field(
         0, ge=-2, le=2, description="highest priority of a request; a higher one is lowered to it"
     )
+    content_filter: Annotated[str, AfterValidator(_filter)] | None = Field(
+        None,
+        description="what judges images before they are sent: open-nsfw, of the extra [filter], or MODULE:NAME of what "
+        "makes another; an image that it objects to becomes plain grey, and there are no previews; default: none",
+    )
+    content_filter_threshold: float = Field(
+        0.8, gt=0, le=1, description="score, 0 to 1, from which on the content filter objects to an image"
+    )
     grace_seconds: float = Field(
         30, ge=0, le=3600, description="how long running jobs may go on after SIGTERM before they are ended"
     )
@@ -166,6 +181,7 @@ class Settings(BaseSettings):
         description="memory for detached jobs that have ended; the oldest are forgotten beyond it",
     )
     reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
+    kserve: bool = Field(False, description="serve the Open Inference Protocol, version 2, too, as KServe does")
     channelz: bool = Field(False, description="gRPC channelz: what connections and sockets are doing, for debugging")
     metrics_listen: Annotated[str, AfterValidator(_address)] | None = Field(
         None, description="HOST:PORT to tell Prometheus metrics on; port 0 takes a free one and tells it in the log"

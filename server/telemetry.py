@@ -34,6 +34,7 @@ from prometheus_client.registry import Collector
 
 from server.domain import ModelCard, Stage
 from server.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
+from server.inference_v2 import open_inference_pb2 as oip
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
+KSERVE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID = "x-request-id"
 
 Behavior = Callable[[Any, Any], Awaitable[Any]]
@@ -148,6 +150,11 @@ class Metrics:
             buckets=[4**power for power in range(6, 14)],
             registry=registry,
         )
+        self._images_filtered = Counter(
+            "t2i_images_filtered_total",
+            "Finished images that the content filter objected to, and that were replaced.",
+            registry=registry,
+        )
         self._previews_dropped = Counter(
             "t2i_previews_dropped_total", "Previews that came too late to be drawn or told.", registry=registry
         )
@@ -189,9 +196,10 @@ class Metrics:
                 self._wait_seconds.observe(waited)
             case PreviewDropped():
                 self._previews_dropped.inc()
-            case Coded(pixels=pixels, size=size):
+            case Coded(pixels=pixels, size=size, filtered=filtered):
                 self._image_pixels.observe(pixels)
                 self._image_bytes.observe(size)
+                self._images_filtered.inc(filtered)
             case Settled(device=device, delivered=delivered):
                 self._device_seconds.labels("delivered" if delivered else "wasted").inc(device)
             case Ended(outcome=outcome, admitted=admitted, ended=ended, foretold=foretold):
@@ -269,23 +277,24 @@ class Calls(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
-        if handler is None or service != SERVICE:
+        if handler is None or service not in (SERVICE, KSERVE):
             return handler
         kind = "_".join(
             "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
         )
         make: Callable[..., Any] = getattr(grpc, f"{kind}_rpc_method_handler")
-        behavior = self._watched(method, getattr(handler, kind))
+        behavior = self._watched(service, method, getattr(handler, kind))
         return make(behavior, handler.request_deserializer, handler.response_serializer)
 
-    def _watched(self, method: str, behavior: Behavior) -> Behavior:
+    def _watched(self, service: str, method: str, behavior: Behavior) -> Behavior:
         async def watched(request: Any, context: Any) -> Any:
             began = time.monotonic()
             metadata = dict(context.invocation_metadata() or ())
             request_id = _request_id(metadata)
             context.set_trailing_metadata(((REQUEST_ID, request_id),))
             code = grpc.StatusCode.OK
-            with self._traces.call(method, metadata, request_id) if self._traces else contextlib.nullcontext() as span:
+            tracing = self._traces.call(service, method, metadata, request_id) if self._traces else None
+            with tracing or contextlib.nullcontext() as span:
                 _call.set(Call(request_id, span.trace_id if span else _trace_id_of_caller(metadata)))
                 try:
                     return await behavior(request, context)

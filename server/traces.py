@@ -19,9 +19,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from server import __version__
 from server.events import Coded, Ended, Observation
-from text_to_image_client.v1 import text_to_image_pb2 as pb
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
 _STOP_SECONDS = 3.0  # for the last spans to leave; a collector that does not answer must not hold up the end
 
 # The server's own fault, by OpenTelemetry's conventions for RPC.
@@ -60,10 +58,10 @@ class Traces:
         self._tracer = self._provider.get_tracer("text-to-image", __version__)
 
     @contextlib.contextmanager
-    def call(self, method: str, metadata: Mapping[str, Any], request_id: str) -> Iterator[CallSpan]:
-        attributes = {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": method, "t2i.request_id": request_id}
+    def call(self, service: str, method: str, metadata: Mapping[str, Any], request_id: str) -> Iterator[CallSpan]:
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, "t2i.request_id": request_id}
         with self._tracer.start_as_current_span(
-            f"{_SERVICE}/{method}",
+            f"{service}/{method}",
             context=propagate.extract(metadata),
             kind=trace.SpanKind.SERVER,
             attributes=attributes,
@@ -83,8 +81,8 @@ class Traces:
                         each.stage, each.began, each.ended,
                         image=each.index, calls=each.calls, device_seconds=each.device,
                     )  # fmt: skip
-            case Coded(pixels=pixels, size=size, began=began, ended=ended):
-                self._span("code image", began, ended, pixels=pixels, bytes=size)
+            case Coded(pixels=pixels, size=size, began=began, ended=ended, filtered=filtered):
+                self._span("code image", began, ended, pixels=pixels, bytes=size, filtered=filtered)
 
     def _span(self, name: str, began: float, ended: float, **attributes: float) -> None:
         """A span that is over, below the current one; times are on the monotonic clock."""

@@ -1,4 +1,7 @@
-"""What a person with grpcurl sees: the real tool, reflection on, no proto file at hand."""
+"""What a person with grpcurl sees: the real tool, reflection on, no proto file at hand.
+
+What every client sees is in test_compatibility.py.
+"""
 
 import base64
 import json
@@ -6,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from serving import PATIENCE, SERVICE, ServerProcess
 
 GRPCURL = Path(sys.executable).parent / "grpcurl"
@@ -84,18 +86,6 @@ def test_an_answer_that_it_printed_is_what_t2i_makes_again(server, tmp_path: Pat
         assert (tmp_path / f"pizza-{index}.jpg").read_bytes() == base64.b64decode(image)
 
 
-def test_stream_generate_prints_events_as_they_happen(server):
-    asked = {"data": {"prompt": "pizza"}, "sampling": {"steps": 5}}
-    events = messages(grpcurl(server, f"{SERVICE}/StreamGenerate", data=json.dumps(asked)).stdout)
-    assert [next(iter(event)) for event in events] == ["queued", *["progress"] * 7, "choice", "done"]
-    assert [event["progress"]["stage"] for event in events[1:-2]] == [
-        "STAGE_ENCODE",
-        *["STAGE_BASE"] * 4,
-        "STAGE_REFINER",
-        "STAGE_DECODE",
-    ]
-
-
 def test_a_detached_job_is_followed_and_cancelled_by_its_name(server):
     asked = {"data": {"prompt": "pizza"}, "sampling": {"steps": 5}, "requestId": "curled"}
     asked["onDisconnect"] = "ON_DISCONNECT_DETACH"
@@ -115,12 +105,6 @@ def test_a_bad_request_prints_every_violation(server):
     assert "Code: InvalidArgument" in answer.stderr
     for field in ("data.prompt", "parameter.n"):
         assert f'"field":"{field}"' in answer.stderr
-
-
-@pytest.mark.parametrize("service", ["", SERVICE])
-def test_health_says_serving(server, service: str):
-    answer = grpcurl(server, "grpc.health.v1.Health/Check", data=json.dumps({"service": service}))
-    assert json.loads(answer.stdout) == {"status": "SERVING"}
 
 
 def test_reflection_can_be_turned_off(start_server):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from text_to_image_client import (
+    ContentFilter,
     Done,
     Event,
     Format,
@@ -196,3 +197,6 @@ def test_the_served_model_is_read_with_its_sizes():
     assert (model.limits.max_priority, model.limits.retention) == (-1, 600.0)
     assert model.sizes == {"16:9": (168, 96)}
     assert model.environment.versions == {"torch": "2.13.0"}
+    assert model.content_filter is None
+    response.content_filter.name, response.content_filter.threshold = "open-nsfw 1.0.0", 0.5
+    assert read_model(response).content_filter == ContentFilter("open-nsfw 1.0.0", 0.5)

@@ -16,6 +16,7 @@ from ._exceptions import (
 )
 from ._provenance import Provenance
 from ._types import (
+    ContentFilter,
     Defaults,
     Done,
     Environment,
@@ -44,6 +45,7 @@ __all__ = [
     "AsyncEventStream",
     "AsyncTextToImage",
     "Cancelled",
+    "ContentFilter",
     "DeadlineExceeded",
     "Defaults",
     "Done",

@@ -8,6 +8,7 @@ from google.protobuf.json_format import MessageToDict
 
 from ._exceptions import FieldViolation, InvalidRequest
 from ._types import (
+    ContentFilter,
     Defaults,
     Done,
     Environment,
@@ -194,6 +195,9 @@ def read_model(response: pb.GetModelResponse) -> ModelInfo:
         ),
         sizes={size.aspect_ratio: (size.width, size.height) for size in response.sizes},
         environment=read_environment(response.environment),
+        content_filter=ContentFilter(response.content_filter.name, response.content_filter.threshold)
+        if response.HasField("content_filter")
+        else None,
     )
 
 

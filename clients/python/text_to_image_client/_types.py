@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Required, TypeAlias, TypedDict
 
 __all__ = [
+    "ContentFilter",
     "Defaults",
     "Done",
     "Environment",
@@ -124,7 +125,7 @@ class Image:
     media_type: str
     """"image/jpeg", "image/png" or "image/webp"."""
     finish_reason: str
-    """"success" or "content_filtered"."""
+    """"success", or "content_filtered": the service's content filter objected, and this is plain grey."""
     seed: int
     width: int
     height: int
@@ -371,6 +372,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class ContentFilter:
+    """What judges images before they are sent: one that it scores `threshold` or more, of 1, is replaced by grey."""
+
+    name: str
+    threshold: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What is served."""
 
@@ -388,6 +397,8 @@ class ModelInfo:
     sizes: Mapping[str, tuple[int, int]]
     """Width and height of every aspect ratio."""
     environment: Environment
+    content_filter: ContentFilter | None = None
+    """None where images are not judged."""
 
 
 class ServingStatus(enum.StrEnum):

@@ -421,7 +421,7 @@ def model(target: str, timeout: float) -> None:
 
 
 def _table(model: ModelInfo) -> Table:
-    defaults, limits, environment = model.defaults, model.limits, model.environment
+    defaults, limits, environment, screen = model.defaults, model.limits, model.environment, model.content_filter
     rows = {
         "model": model.name,
         "experts": "base and refiner" if model.has_refiner else "base",
@@ -435,6 +435,7 @@ def _table(model: ModelInfo) -> Table:
         f"{limits.max_pixels} pixels in all",
         "limits": f"{limits.max_images} images, {limits.max_steps} steps, {limits.max_prompt_characters} characters, "
         f"{limits.max_queue} requests at once, priority {limits.max_priority}",
+        "content filter": f"{screen.name}, replaces images from {screen.threshold:g} on" if screen else "none",
         "detached": f"kept for {limits.retention:g} s after their end, as long as there is room",
         "hardware": environment.hardware + (f", {environment.threads} threads" if environment.threads else ""),
         "fp32 math": environment.fp32_math,

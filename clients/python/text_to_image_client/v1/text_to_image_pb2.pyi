@@ -339,7 +339,7 @@ class Output(google.protobuf.message.Message):
     """
     preview_interval: builtins.int
     """A `preview` event for every so many network calls of an image. 0: none. Previews never slow an image down, and are
-    left out rather than late. Default 0; no effect in Generate, which has no events.
+    left out rather than late. Default 0; no effect in Generate, which has no events, nor where a content filter is on.
     """
     def __init__(
         self,
@@ -410,7 +410,9 @@ class Choice(google.protobuf.message.Message):
     IMAGE_FIELD_NUMBER: builtins.int
     RAW_FIELD_NUMBER: builtins.int
     finish_reason: builtins.str
-    """"success" or "content_filtered"."""
+    """"success", or "content_filtered": the server's content filter objected to the image, and this is plain grey, of the
+    same size and coding. `GetModelResponse.content_filter` tells whether there is one.
+    """
     image: builtins.str
     """A data URI: "data:image/jpeg;base64,/9j/7gAOQWRvY...". Empty if `output.raw` was asked for."""
     raw: builtins.bytes
@@ -829,7 +831,7 @@ class Environment(google.protobuf.message.Message):
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """By name: "server", this service; "torch", "diffusers", "transformers" and "tokenizers", which compute; "pillow" with
         "libjpeg_turbo", "webp", "zlib" and "zlib_ng" as far as it has them, which code; on a GPU of NVIDIA's also "cuda"
-        and "cudnn".
+        and "cudnn"; "content_filter", with the score from which on it objects, if images are judged.
         """
 
     def __init__(
@@ -924,6 +926,24 @@ global___GetModelRequest = GetModelRequest
 @typing.final
 class GetModelResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ContentFilter(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        THRESHOLD_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        """Its name and version."""
+        threshold: builtins.float
+        """It scores an image 0 to 1; from this score on it is replaced by plain grey, "content_filtered"."""
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            threshold: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["name", b"name", "threshold", b"threshold"]) -> None: ...
 
     @typing.final
     class Defaults(google.protobuf.message.Message):
@@ -1027,6 +1047,7 @@ class GetModelResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     SIZES_FIELD_NUMBER: builtins.int
     ENVIRONMENT_FIELD_NUMBER: builtins.int
+    CONTENT_FILTER_FIELD_NUMBER: builtins.int
     name: builtins.str
     fingerprint: builtins.str
     """SHA-256 over all weights and configuration files served, in hex."""
@@ -1052,6 +1073,10 @@ class GetModelResponse(google.protobuf.message.Message):
     def environment(self) -> global___Environment:
         """What decides an image's bytes beside its request and the weights."""
 
+    @property
+    def content_filter(self) -> global___GetModelResponse.ContentFilter:
+        """What judges images before they are sent; absent if nothing does."""
+
     def __init__(
         self,
         *,
@@ -1065,8 +1090,9 @@ class GetModelResponse(google.protobuf.message.Message):
         limits: global___GetModelResponse.Limits | None = ...,
         sizes: collections.abc.Iterable[global___GetModelResponse.Size] | None = ...,
         environment: global___Environment | None = ...,
+        content_filter: global___GetModelResponse.ContentFilter | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["defaults", b"defaults", "environment", b"environment", "limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["defaults", b"defaults", "device", b"device", "environment", b"environment", "fingerprint", b"fingerprint", "has_refiner", b"has_refiner", "limits", b"limits", "name", b"name", "precision", b"precision", "schedulers", b"schedulers", "sizes", b"sizes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["content_filter", b"content_filter", "defaults", b"defaults", "environment", b"environment", "limits", b"limits"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["content_filter", b"content_filter", "defaults", b"defaults", "device", b"device", "environment", b"environment", "fingerprint", b"fingerprint", "has_refiner", b"has_refiner", "limits", b"limits", "name", b"name", "precision", b"precision", "schedulers", b"schedulers", "sizes", b"sizes"]) -> None: ...
 
 global___GetModelResponse = GetModelResponse

@@ -1,0 +1,111 @@
+"""What NVIDIA's tritonclient, which knows nothing of us, makes of `--kserve`: run in an environment of its own.
+
+    python triton.py TARGET MODEL CASE
+
+Prints what came of the case as one line of JSON.
+"""
+
+import base64
+import json
+import queue
+import sys
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+
+def texts(name: str, *values: str, shape: tuple[int, ...] = (-1,)) -> triton.InferInput:
+    array = np.array([value.encode() for value in values], object).reshape(shape)
+    tensor = triton.InferInput(name, list(array.shape), "BYTES")
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def numbers(name: str, *values: float, datatype: str = "UINT32") -> triton.InferInput:
+    array = np.array(values, {"UINT32": np.uint32, "INT64": np.int64, "FP32": np.float32}[datatype])
+    tensor = triton.InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def told(result: triton.InferResult) -> dict[str, object]:
+    images = result.as_numpy("image")
+    return {
+        "id": result.get_response().id,
+        "shape": list(images.shape),
+        "images": [base64.b64encode(each).decode() for each in images.flatten()],
+        "finish_reasons": [each.decode() for each in result.as_numpy("finish_reason").flatten()],
+        "seeds": result.as_numpy("seed").tolist(),
+        "metadata": [json.loads(each) for each in result.as_numpy("metadata")],
+    }
+
+
+def look(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    metadata = client.get_model_metadata(model)
+    server = client.get_server_metadata()
+    return {
+        "live": client.is_server_live(),
+        "ready": client.is_server_ready(),
+        "models": [client.is_model_ready(model), client.is_model_ready(model, "2"), client.is_model_ready("other")],
+        "server": [server.name, server.version],
+        "inputs": {each.name: [each.datatype, *each.shape] for each in metadata.inputs},
+        "outputs": {each.name: [each.datatype, *each.shape] for each in metadata.outputs},
+        "versions": list(metadata.versions),
+    }
+
+
+def draw(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    inputs = [texts("prompt", "a red apple", shape=(1, 1)), texts("negative_prompt", "blue"), numbers("seed", 7)]
+    inputs += [numbers("guidance_scale", 4.2, datatype="FP32"), numbers("steps", 3, datatype="INT64")]
+    return told(client.infer(model, inputs, request_id="from-triton", parameters={"format": "png"}))
+
+
+def batch(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    inputs = [texts("prompt", "a red apple", "a blue heart"), numbers("seed", 7, 40)]
+    return told(client.infer(model, inputs, parameters={"n": 2, "steps": 2, "format": "webp"}))
+
+
+def choose(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    outputs = [triton.InferRequestedOutput("seed")]
+    result = client.infer(model, [texts("prompt", "x")], outputs=outputs, parameters={"steps": 1, "seed": 0})
+    return {"outputs": [each.name for each in result.get_response().outputs], "seeds": result.as_numpy("seed").tolist()}
+
+
+def errors(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    cases = {
+        "model": lambda: client.infer("other", [texts("prompt", "x")]),
+        "prompt": lambda: client.infer(model, [texts("prompt", " ")]),
+        "many": lambda: client.infer(model, [texts("prompt", "x")], parameters={"steps": 0, "n": 99, "colour": "red"}),
+        "deadline": lambda: client.infer(model, [texts("prompt", "x")], parameters={"steps": 150}, client_timeout=0.2),
+    }
+    found = {}
+    for name, call in cases.items():
+        try:
+            call()
+        except InferenceServerException as error:
+            found[name] = [error.status(), error.message()]
+    return found
+
+
+def cancel(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    ended: queue.Queue[InferenceServerException | None] = queue.Queue()
+    parameters = {"steps": 150, "n": 8}
+    call = client.async_infer(
+        model,
+        [texts("prompt", "x")],
+        lambda result, error: ended.put(error),
+        request_id="to-be-cancelled",
+        parameters=parameters,
+    )
+    print("begun", flush=True)
+    sys.stdin.readline()
+    call.cancel()
+    error = ended.get(timeout=60)
+    return {"status": error and error.status()}
+
+
+if __name__ == "__main__":
+    _, target, model, case = sys.argv
+    with triton.InferenceServerClient(target) as client:
+        print(json.dumps(globals()[case](client, model)))

@@ -31,8 +31,8 @@ COPY clients/python client
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=pip.crt,target=/etc/pip.crt \
     pip/bin/pip --python /opt/venv install --no-deps ./client
 
-# No stage has a compiler: every package comes as a wheel, and the networks run eagerly. (torch.compile on CUDA would
-# need one where the service runs, since Triton compiles its launchers there.)
+# No stage has a compiler: every package comes as a wheel. `--compile` needs one where the service runs (on CUDA Triton
+# compiles its launchers there), so it is for an image that is made on top of this one.
 FROM ${BASE}
 ARG BASE
 ARG VERSION=""

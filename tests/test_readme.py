@@ -1,4 +1,4 @@
-"""What the README tells of flags and exit codes is what the code has, and SECURITY.md of tests what the tests have."""
+"""What README and operating guide tell of flags, exit codes and alerts is there, and so are SECURITY.md's tests."""
 
 import re
 
@@ -32,6 +32,15 @@ def test_every_exit_code_is_told():
     codes |= {kind.exit_code for kind in checkpoint.CheckpointError.__subclasses__()}
     section = README.split("### Exit codes")[1].split("\n## ")[0]
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == codes
+
+
+def test_the_operating_guide_has_every_alert_and_no_flag_that_is_not_there():
+    guide = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    alerts = re.findall(r"- alert: (\w+)", (ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text("utf-8"))
+    assert alerts
+    assert [alert for alert in alerts if f"`{alert}`" not in guide] == []
+    flags = set(re.findall(r"`--(?:no-)?([a-z-]+)", guide))
+    assert flags <= {name.replace("_", "-") for name in Settings.model_fields}
 
 
 def test_every_test_that_the_threat_table_names_is_there():

@@ -33,7 +33,7 @@ def test_the_port_is_open_but_not_serving_until_the_first_image_is_made(start_se
 
 
 def test_sigterm_refuses_new_calls_lets_the_running_one_finish_and_exits_with_0(start_server):
-    server = start_server().wait_until_ready()
+    server = start_server("--grace-seconds", "600").wait_until_ready()
     with connect(server) as channel:
         stub, health = pb_grpc.TextToImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)

@@ -825,7 +825,7 @@ class Environment(google.protobuf.message.Message):
     """
     compiled: builtins.str
     """How networks are compiled, and for images of which sizes: "blocks for 1024x1024, 1152x896"; "off" if they are not.
-    Images of other sizes have the bytes of "off".
+    On the CPU images of other sizes have the bytes of "off".
     """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

@@ -242,6 +242,7 @@ class Server:
         self._engine.stop()
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await asyncio.gather(*(each.stop(_CONNECTIONS_SECONDS) for each in self._servers))
+        await _let_calls_end()
         self.device_is_busy = not await asyncio.to_thread(self._engine.join, 0 if self._lost else _DEVICE_SECONDS)
         done = self._engine.statistics()
         log.info(
@@ -267,6 +268,12 @@ class Server:
             unfinished.replace(path)
         except OSError as error:
             raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+async def _let_calls_end() -> None:
+    """A call whose peer has just gone ends in a few turns of the loop; cut off in them, gRPC logs it as a fault."""
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=_CONNECTIONS_SECONDS)
 
 
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:

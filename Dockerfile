@@ -17,16 +17,16 @@ WORKDIR /build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # pip stays outside of what is copied into the image.
 RUN python3 -m venv pip && python3 -m venv --without-pip /opt/venv
-COPY requirements.lock ./
+COPY requirements-image.lock ./
 # Secrets, so that an index with a password is in no layer. torch comes first and alone, so that its index is asked for
 # nothing else.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=pip.crt,target=/etc/pip.crt \
-    grep '^torch==' requirements.lock > torch.lock && \
+    grep '^torch==' requirements-image.lock > torch.lock && \
     if [ "$VARIANT" = cpu ]; then \
         pip/bin/pip --python /opt/venv install --no-deps ${TORCH_CPU_INDEX:+--index-url "$TORCH_CPU_INDEX"} \
             --requirement torch.lock; \
     fi && \
-    pip/bin/pip --python /opt/venv install --requirement requirements.lock
+    pip/bin/pip --python /opt/venv install --requirement requirements-image.lock
 COPY clients/python client
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=pip.crt,target=/etc/pip.crt \
     pip/bin/pip --python /opt/venv install --no-deps ./client

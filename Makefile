@@ -39,13 +39,18 @@ bench-overlap: $(VENV)/.runtime ## images per second with and without prompts an
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)
 
+# Two test files at a time, each with the servers that it starts: most of the time is theirs until they are ready, which
+# takes one core. More threads than cores would wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev ## set up and run all tests, with line coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
-DEPLOY_TESTS := tests/test_image.py tests/test_kubernetes.py tests/test_probes.py tests/test_rolling_update.py
+DEPLOY_TESTS := $(addprefix tests/test_,$(addsuffix .py,image kubernetes probes rolling_update security telemetry \
+	content_filter compatibility open_inference))
 
-test-deploy: $(VENV)/.dev lint-deploy ## the image, Kubernetes, probes, a rolling update; all of it as root, on Debian
-	$(BIN)/python -m pytest $(DEPLOY_TESTS) $(ARGS)
+test-deploy: $(VENV)/.dev lint-deploy ## what a cluster needs: the image, Kubernetes, security ...; all as root, on Debian
+	$(PYTEST) $(DEPLOY_TESTS) $(ARGS)
 
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check
@@ -86,13 +91,16 @@ generate-check: .venv-generate/.done
 		cmp "$$fresh/$$stub" "$$stub" || { echo "stale stubs: run make generate"; exit 1; }; \
 	done && rm -r "$$fresh"
 
+# What is installed alone, what the image holds, what the tests need: each with the versions of the one before.
+LOCKED = $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate --no-emit-index-url \
+	--no-emit-find-links --no-emit-trusted-host --upgrade-package torch==2.13.0 pyproject.toml clients/python/pyproject.toml
+
 lock: $(VENV)/.dev ## pin what pyproject.toml asks for
-	for extra in "" dev; do $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate \
-		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		$${extra:+--extra $$extra --extra telemetry --extra filter --constraint requirements.lock} \
-		--upgrade-package torch==2.13.0 --output-file requirements$${extra:+-$$extra}.lock \
-		pyproject.toml clients/python/pyproject.toml; done
-	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-dev.lock
+	$(LOCKED) --output-file requirements.lock
+	$(LOCKED) --extra telemetry --extra filter --constraint requirements.lock --output-file requirements-image.lock
+	$(LOCKED) --extra telemetry --extra filter --extra dev --constraint requirements-image.lock \
+		--output-file requirements-dev.lock
+	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-image.lock requirements-dev.lock
 
 image: ## build the container image with docker, podman or buildah; VARIANT=cuda is the one for GPUs
 	$(PYTHON) scripts/build_image.py --tag $(IMAGE) --variant $(VARIANT) $(ARGS)

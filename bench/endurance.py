@@ -1,0 +1,155 @@
+"""A thousand streams at once for five minutes: is every call ended as it should be, and does memory stay flat?
+
+One server on the embedded ensemble, and callers that each keep one stream open all the time: as soon as it has ended
+they begin another, of small quick images, and one in twenty leaves as soon as it has heard where it stands. A call is
+lost if it ends in any other way than with its image or by leaving, and hung if it has not ended after fifteen minutes.
+Run: python -m bench.endurance --plot docs/endurance.png
+"""
+
+import argparse
+import asyncio
+import collections
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+
+from text_to_image_client._service import local_launch, running
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+_STREAMS_PER_CONNECTION = 100
+_LEAVES = 1 / 20
+_READY_SECONDS, _HUNG_SECONDS = 300.0, 900.0
+_SETTLED = 0.2  # of the time, after which memory should not grow any more
+_MIB = 2**20
+
+
+@dataclass
+class Record:
+    """What has been seen so far."""
+
+    began: float = field(default_factory=time.monotonic)
+    ends: collections.Counter[str] = field(default_factory=collections.Counter)
+    took: list[float] = field(default_factory=list)  # seconds of each call that got its image
+    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds since the beginning, resident MiB
+    open: int = 0
+    most_open: int = 0
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--plot", type=Path, help="draw the server's memory into this file")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        launch = local_launch(Path(folder), gpu=False)
+        flags = ("--max-queue", str(options.streams), "--log-level", "warning")
+        with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
+            target = service.wait_until_serving(_READY_SECONDS)
+            record = await endure(target, psutil.Process(service.process.pid), options.streams, options.seconds)
+            print(service.log(), end="")
+    print(report(record, options.seconds))
+    if options.plot is not None:
+        plot(record, options.plot)
+
+
+async def endure(target: str, server: psutil.Process, streams: int, seconds: float) -> Record:
+    """Keep so many streams open for so long, then let them end."""
+    record = Record()
+    watching = asyncio.create_task(_watch(server, record))
+    channels = [
+        grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+        for _ in range(-(-streams // _STREAMS_PER_CONNECTION))
+    ]
+    await asyncio.gather(
+        *(_caller(channels[number % len(channels)], number, record, seconds) for number in range(streams))
+    )
+    watching.cancel()
+    for channel in channels:
+        await channel.close()
+    return record
+
+
+async def _watch(server: psutil.Process, record: Record) -> None:
+    while True:
+        record.memory.append((time.monotonic() - record.began, server.memory_info().rss / _MIB))
+        await asyncio.sleep(1)
+
+
+async def _caller(channel: grpc.aio.Channel, number: int, record: Record, seconds: float) -> None:
+    choose = random.Random(number)
+    while time.monotonic() - record.began < seconds:
+        record.open += 1
+        record.most_open = max(record.most_open, record.open)
+        record.ends[await _call(channel, choose, record)] += 1
+        record.open -= 1
+
+
+async def _call(channel: grpc.aio.Channel, choose: random.Random, record: Record) -> str:
+    """How one call ended."""
+    request = pb.GenerateRequest(
+        data=pb.TaskData(prompt="cat napping"),
+        parameter=pb.TaskParameter(seed=choose.getrandbits(31)),
+        sampling=pb.Sampling(steps=2, guidance_scale=1, width=64, height=64),
+        output=pb.Output(raw=True),
+    )
+    leaves = choose.random() < _LEAVES
+    began = time.monotonic()
+    stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request)
+    images, done = 0, False
+    try:
+        async with asyncio.timeout(_HUNG_SECONDS):  # not a deadline, by which the server would refuse
+            async for event in stream:
+                if leaves and event.HasField("queued"):
+                    stream.cancel()
+                    return "left"
+                images += event.HasField("choice")
+                done = event.HasField("done")
+    except TimeoutError:
+        return "hung"
+    except grpc.aio.AioRpcError as error:
+        return f"lost: {error.code().name}, {error.details()}"
+    if not (done and images == 1):
+        return "lost: ended without its image"
+    record.took.append(time.monotonic() - began)
+    return "image"
+
+
+def report(record: Record, seconds: float) -> str:
+    times, memory = np.array(record.memory).T
+    settled = (times >= _SETTLED * seconds) & (times <= seconds)
+    slope = np.polyfit(times[settled] / 60, memory[settled], 1)[0]
+    took = ", ".join(f"p{share} {np.percentile(record.took, share):.1f} s" for share in (50, 95, 99))
+    return "\n".join((
+        f"{record.most_open} streams open at once, {sum(record.ends.values())} calls in {times[-1]:.0f} s: "
+        + ", ".join(f"{count} {end}" for end, count in record.ends.most_common()),
+        f"calls that got their image took {took}, at most {max(record.took):.1f} s",
+        f"memory of the server: {memory[0]:.0f} MiB at first, {memory[settled][0]:.0f} after {_SETTLED * seconds:.0f} s, "
+        f"{memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; {slope:+.2f} MiB a minute in between",
+    ))  # fmt: skip
+
+
+def plot(record: Record, path: Path) -> None:
+    """Draw the server's memory over time."""
+    from matplotlib.figure import Figure  # an extra of development, not needed for the report
+
+    times, memory = np.array(record.memory).T
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(times, memory, color="tab:blue")
+    axes.set(xlabel="seconds", ylabel="resident memory, MiB", ylim=(0, 1.15 * memory.max()))
+    axes.set_title(f"the server under {record.most_open} open streams", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

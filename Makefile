@@ -8,7 +8,8 @@ IMAGE ?= text-to-image-service:latest
 VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap run test lint \
+.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap \
+	bench-endurance run test lint \
 	test-deploy lint-deploy environments generate generate-check lock image weights evaluate clean
 
 help: ## list these targets
@@ -29,6 +30,9 @@ bench-scheduling: $(VENV)/.dev ## simulate a million jobs against other orders; 
 
 bench-trace: $(VENV)/.runtime ## two hundred callers through gRPC, against first come, first served
 	$(BIN)/python -m bench.trace $(ARGS)
+
+bench-endurance: $(VENV)/.dev ## a thousand streams for five minutes: how calls end, and the server's memory
+	$(BIN)/python -m bench.endurance --plot docs/endurance.png $(ARGS)
 
 bench-batching: $(VENV)/.runtime ## images per second by the number of images that share a network call
 	$(BIN)/python -m bench.batching $(ARGS)

@@ -132,8 +132,9 @@ def report(record: Record, seconds: float) -> str:
         f"{record.most_open} streams open at once, {sum(record.ends.values())} calls in {times[-1]:.0f} s: "
         + ", ".join(f"{count} {end}" for end, count in record.ends.most_common()),
         f"calls that got their image took {took}, at most {max(record.took):.1f} s",
-        f"memory of the server: {memory[0]:.0f} MiB at first, {memory[settled][0]:.0f} after {_SETTLED * seconds:.0f} s, "
-        f"{memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; {slope:+.2f} MiB a minute in between",
+        f"memory of the server: {memory[0]:.0f} MiB at first, {memory[settled][0]:.0f} after "
+        f"{_SETTLED * seconds:.0f} s, {memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; "
+        f"{slope:+.2f} MiB a minute in between",
     ))  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import PATIENCE, ROOT, first_step, request
 
+from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 IMAGE = "localhost/text-to-image-service:tested"
@@ -88,7 +89,8 @@ STRICTLY = (
 @pytest.fixture
 def container(podman: Podman, image: str) -> Iterator[str]:
     """The image running as strictly as a cluster may have it, with its weights from a folder of the host."""
-    variables = ("T2I_BASE=/models/base", "T2I_REFINER=/models/refiner", "T2I_GRACE_SECONDS=120")
+    experts = ("T2I_BASE=/models/base", "T2I_REFINER=/models/refiner")
+    variables = (*experts, "T2I_CONTENT_FILTER=open-nsfw", "T2I_GRACE_SECONDS=120")
     given = [word for variable in variables for word in ("--env", variable)]
     name = podman("run", "--detach", *STRICTLY, *given, "--publish", "127.0.0.1::50051", image)
     yield name
@@ -112,6 +114,7 @@ def test_it_serves_from_a_read_only_root_and_drains_when_it_is_stopped(podman: P
         next(answer for answer in health if answer.status == SERVING)
         podman("healthcheck", "run", container)
         stub = pb_grpc.TextToImageServiceStub(channel)
+        assert stub.GetModel(pb.GetModelRequest(), timeout=PATIENCE).content_filter.name == "open-nsfw"
         answer = stub.Generate(request(parameter={"seed": 7}), timeout=PATIENCE)
         assert answer.data.choices[0].image.startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
 
@@ -137,6 +140,12 @@ def test_it_has_neither_a_compiler_nor_pip(podman: Podman, image: str):
     look = "for tool in cc c++ gcc g++ clang tcc as ld make pip pip3; do command -v $tool; done; true"
     assert inside(podman, image, look) == ""
     assert inside(podman, image, "command -v t2i") == "/opt/venv/bin/t2i", "it looks where there is something"
+
+
+def test_it_has_what_traces_need(podman: Podman, image: str):
+    look = "from server.telemetry import traces_of_environment as traces; print(traces() is not None)"
+    collector = "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317"
+    assert inside(podman, image, f"{collector} python -c '{look}'") == "True"
 
 
 def test_it_says_what_it_is_and_keeps_nothing_of_how_it_was_built(podman: Podman, image: str):

@@ -14,7 +14,7 @@ from server import model
 from server.checkpoint import CannotCompile
 from server.domain import default_request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # a C++ compiler on a busy machine
 
 SIDE = 64
 

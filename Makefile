@@ -73,15 +73,17 @@ PROTOC = (cd $(1) && $(CURDIR)/.venv-generate/bin/python -m grpc_tools.protoc \
 	--proto_path=$(2)=$(CURDIR)/proto --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
 	$(2)/$(3).proto)
 
-# Our own contract belongs to the client, the standard's to the server alone.
+# Our own contract belongs to the client, those of others to the server alone.
 generate: .venv-generate/.done ## make the Python stubs from proto/
 	$(call PROTOC,clients/python,text_to_image_client/v1,text_to_image)
 	$(call PROTOC,.,server/inference_v2,open_inference)
+	$(call PROTOC,.,server/model_ray_v1alpha,user_defined)
 
 generate-check: .venv-generate/.done
 	@fresh=$$(mktemp -d) && mkdir "$$fresh/clients" "$$fresh/clients/python" && \
 	$(call PROTOC,$$fresh/clients/python,text_to_image_client/v1,text_to_image) && \
 	$(call PROTOC,$$fresh,server/inference_v2,open_inference) && \
+	$(call PROTOC,$$fresh,server/model_ray_v1alpha,user_defined) && \
 	(cd "$$fresh" && find . -type f) | while read -r stub; do \
 		cmp "$$fresh/$$stub" "$$stub" || { echo "stale stubs: run make generate"; exit 1; }; \
 	done && rm -r "$$fresh"

@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap run test lint \
-	test-deploy lint-deploy environments generate generate-check lock image weights evaluate clean
+	test-deploy test-instill lint-deploy environments generate generate-check lock image instill-model weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -43,6 +43,9 @@ test: $(VENV)/.dev ## set up and run all tests, with line coverage
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 DEPLOY_TESTS := tests/test_image.py tests/test_kubernetes.py tests/test_probes.py tests/test_rolling_update.py
+
+test-instill: $(VENV)/.dev .venv-instill/.done instill-model ## what Instill Core deploys, with Instill's SDK and Ray
+	$(BIN)/python -m pytest tests/test_instill.py tests/test_instill_deployment.py
 
 test-deploy: $(VENV)/.dev lint-deploy ## the image, Kubernetes, probes, a rolling update; all of it as root, on Debian
 	$(BIN)/python -m pytest $(DEPLOY_TESTS) $(ARGS)
@@ -99,6 +102,16 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for
 image: ## build the container image with docker, podman or buildah; VARIANT=cuda is the one for GPUs
 	$(PYTHON) scripts/build_image.py --tag $(IMAGE) --variant $(VARIANT) $(ARGS)
 
+# What is in packages/ is for the interpreter of the image alone, hence its version and no link to an environment here.
+instill-model: requirements.lock ## out/instill, ready for `instill build`: see deploy/instill/README.md
+	mkdir -p out/instill
+	cp deploy/instill/instill.yaml deploy/instill/model.py out/instill
+	rm -rf out/instill/packages
+	$(PYTHON) -m pip --disable-pip-version-check --quiet install --target out/instill/packages \
+		--requirement requirements.lock $(ARGS)
+	$(PYTHON) -m pip --disable-pip-version-check --quiet install --target out/instill/packages --no-deps ./clients/python
+	cp -r server weights out/instill/packages
+
 weights: $(VENV)/.training ## train the embedded ensemble anew: see training/README.md
 	$(BIN)/python -m training $(ARGS)
 
@@ -106,7 +119,7 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) .venv-generate .venv-checkov out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(VENV)/.runtime: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -127,6 +140,7 @@ environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up al
 
 .venv-generate/.done: proto/requirements.txt
 .venv-checkov/.done: deploy/requirements.txt
+.venv-instill/.done: deploy/instill/requirements.txt
 .venv-%/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<

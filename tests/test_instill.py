@@ -299,7 +299,7 @@ class TestSDK:
     def test_its_messages_are_ours(self, sdk):
         ours = {
             message.full_name: [
-                [each.name, each.number, each.label, each.message_type.full_name] for each in message.fields
+                [each.name, each.number, each.is_repeated, each.message_type.full_name] for each in message.fields
             ]
             for message in user_defined.DESCRIPTOR.message_types_by_name.values()
         }

@@ -273,8 +273,8 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Call:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", *SDK], check=True)
     subprocess.run([*install, "jsonschema>=4.20,<5"], check=True)
+    subprocess.run([*install, "--no-deps", *SDK], check=True)
 
     def run(*arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(

@@ -25,7 +25,7 @@ MODEL = ROOT / "out" / "instill"
 SDK = ROOT / ".venv-instill"
 STAND_IN = ROOT / "tests" / "docker_stand_in.py"
 STARTED = 400  # seconds for Ray to start and the model to be ready on a busy machine
-PROTO_SERVICE = "user_defined_pb2_grpc.add_UserDefinedServiceServicer_to_server"
+PROTO_SERVICE = "instill.protogen.model.ray.v1alpha.user_defined_pb2_grpc.add_UserDefinedServiceServicer_to_server"
 APPLICATION = "instill-ai_text-to-image_v1"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -80,6 +80,7 @@ def docker() -> Iterator[Docker]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "T2I_METRICS_LISTEN": "127.0.0.1:9464",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "100",  # of a machine that is busy with other tests
+        "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "100",
     }
     (folder / "environment.json").write_text(json.dumps(environment))
     yield Docker(folder)

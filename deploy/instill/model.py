@@ -55,7 +55,7 @@ class TextToImage:
         ready_file = Path(self._folder.name, "ready")
         self._service = start(ready_file)
         while not ready_file.exists():
-            self.check_health()
+            self._check_service()
             time.sleep(0.1)
         channel = grpc.aio.insecure_channel(ready_file.read_text().strip(), options=UNLIMITED)
         self._call = channel.unary_unary(
@@ -67,8 +67,11 @@ class TextToImage:
         self._service.wait()
         self._folder.cleanup()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Asked by Ray time and again: a replica that fails is replaced."""
+        self._check_service()
+
+    def _check_service(self) -> None:
         if (code := self._service.poll()) is not None:
             raise RuntimeError(f"the service has ended with exit code {code}; its last words are in this replica's log")
 

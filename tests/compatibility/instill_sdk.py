@@ -24,7 +24,8 @@ def fields() -> dict[str, list[object]]:
     messages = user_defined_pb2.DESCRIPTOR.message_types_by_name.values()
     return {
         message.full_name: [
-            [each.name, each.number, each.label, each.message_type.full_name] for each in message.fields
+            [each.name, each.number, each.label == each.LABEL_REPEATED, each.message_type.full_name]
+            for each in message.fields
         ]
         for message in messages
     }

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from serving import PATIENCE, ROOT
 
+from server.checkpoint import CheckpointError
+
 PROGRAMS = ROOT / "tests" / "compatibility"
 MODEL = ROOT / "out" / "instill"
 SDK = ROOT / ".venv-instill"
@@ -106,6 +108,27 @@ def test_instill_build_takes_the_folder(docker: Docker, tmp_path: Path):
     assert {"PYTHON_VERSION=-py311", "RAY_VERSION=2.47.0"} <= set(asked["arguments"])
 
 
+def test_what_was_cloned_into_the_documented_folders_is_what_is_served(docker: Docker):
+    """Empty ones are refused by the service by their names, where without them the embedded ensemble is served."""
+    folders = [docker.folder / "image" / f"stable-diffusion-xl-{name}-1.0" for name in ("base", "refiner")]
+    for folder in folders:
+        folder.mkdir()
+    start = "import pathlib, sys, _model; sys.exit(_model.start(pathlib.Path('ready')).wait())"
+    ended = subprocess.run(
+        [SDK / "bin" / "python", "-c", start],
+        cwd=docker.folder / "image",
+        env=docker.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    for folder in folders:
+        folder.rmdir()
+    assert ended.returncode == CheckpointError.exit_code, ended.stderr
+    assert str(folders[0]) in ended.stderr
+
+
 @pytest.mark.parametrize("flags", [(), ("-g",)], ids=["on a processor", "with a device"])
 def test_instill_run_prints_what_t2i_run_prints(docker: Docker, flags: tuple[str, ...]):
     given = ["-i", '{"prompt": "cat napping"}']
@@ -134,22 +157,31 @@ def said(log: str) -> list[str]:
 @pytest.fixture(scope="module")
 def core(docker: Docker) -> Iterator[str]:
     """A container with Ray started as Core has it and the model deployed as Core does it; its name."""
-    start = f"ray start --head && serve start --grpc-port 9000 --grpc-servicer-functions {PROTO_SERVICE} && sleep inf"
-    docker("run", "-d", "--name", "core", "ray", "bash", "-c", start)
+    start = (
+        f"ray start --head && serve start --grpc-port 9000 --grpc-servicer-functions {PROTO_SERVICE} && "
+        "touch started && sleep inf"
+    )
     url = "http://127.0.0.1:8265/api/serve/applications/"
-    docker("exec", "core", "sh", "-c", f"until curl -sf {url}; do sleep 1; done")
     application = {"name": APPLICATION, "import_path": "_model:entrypoint", "route_prefix": f"/{APPLICATION}"}
     wanted = json.dumps({"applications": [application | {"runtime_env": {}}]})
-    docker("exec", "core", "curl", "-sf", "-X", "PUT", "-H", "Content-Type: application/json", "-d", wanted, url)
-    until = time.monotonic() + STARTED
-    while (found := json.loads(docker("exec", "core", "curl", "-sf", url))["applications"][APPLICATION])["status"] != (
-        "RUNNING"
-    ):
-        assert found["status"] != "DEPLOY_FAILED", found["message"]
-        assert time.monotonic() < until, docker.log()
-        time.sleep(1)
-    yield "core"
-    docker("stop", "core")
+    deploy = ("curl", "-s", "--fail-with-body", "-X", "PUT", "-H", "Content-Type: application/json", "-d", wanted, url)
+    docker("run", "-d", "--name", "core", "ray", "bash", "-c", start)
+    try:
+        docker("exec", "core", "sh", "-c", "until test -e started; do sleep 1; done")
+        docker("exec", "core", *deploy)
+        until = time.monotonic() + STARTED
+        while (state := deployed(docker, url))["status"] != "RUNNING":
+            assert state["status"] != "DEPLOY_FAILED", state["message"]
+            assert time.monotonic() < until, docker.log()
+            time.sleep(1)
+        yield "core"
+    finally:
+        docker("stop", "core")
+
+
+def deployed(docker: Docker, url: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(docker("exec", "core", "curl", "-sf", url))
+    return found["applications"][APPLICATION]  # type: ignore[no-any-return]
 
 
 def call(docker: Docker, core: str, **asked: Any) -> dict[str, Any]:

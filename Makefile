@@ -8,9 +8,9 @@ IMAGE ?= text-to-image-service:latest
 VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap \
-	bench-endurance run test lint \
-	test-deploy lint-deploy environments generate generate-check lock image weights evaluate clean
+.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-endurance \
+	run test test-deploy test-instill lint lint-deploy environments generate generate-check lock image instill-model \
+	weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -56,6 +56,9 @@ DEPLOY_TESTS := $(addprefix tests/test_,$(addsuffix .py,image kubernetes probes 
 test-deploy: $(VENV)/.dev lint-deploy ## what a cluster needs: the image, Kubernetes, security ...; all as root, on Debian
 	$(PYTEST) $(DEPLOY_TESTS) $(ARGS)
 
+test-instill: $(VENV)/.dev .venv-instill/.done instill-model ## what Instill Core deploys, with Instill's SDK and Ray
+	$(BIN)/python -m pytest tests/test_instill.py tests/test_instill_deployment.py $(ARGS)
+
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -82,15 +85,17 @@ PROTOC = (cd $(1) && $(CURDIR)/.venv-generate/bin/python -m grpc_tools.protoc \
 	--proto_path=$(2)=$(CURDIR)/proto --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
 	$(2)/$(3).proto)
 
-# Our own contract belongs to the client, the standard's to the server alone.
+# Our own contract belongs to the client, those of others to the server alone.
 generate: .venv-generate/.done ## make the Python stubs from proto/
 	$(call PROTOC,clients/python,text_to_image_client/v1,text_to_image)
 	$(call PROTOC,.,server/inference_v2,open_inference)
+	$(call PROTOC,.,server/model_ray_v1alpha,user_defined)
 
 generate-check: .venv-generate/.done
 	@fresh=$$(mktemp -d) && mkdir "$$fresh/clients" "$$fresh/clients/python" && \
 	$(call PROTOC,$$fresh/clients/python,text_to_image_client/v1,text_to_image) && \
 	$(call PROTOC,$$fresh,server/inference_v2,open_inference) && \
+	$(call PROTOC,$$fresh,server/model_ray_v1alpha,user_defined) && \
 	(cd "$$fresh" && find . -type f) | while read -r stub; do \
 		cmp "$$fresh/$$stub" "$$stub" || { echo "stale stubs: run make generate"; exit 1; }; \
 	done && rm -r "$$fresh"
@@ -109,6 +114,16 @@ lock: $(VENV)/.dev ## pin what pyproject.toml asks for
 image: ## build the container image with docker, podman or buildah; VARIANT=cuda is the one for GPUs
 	$(PYTHON) scripts/build_image.py --tag $(IMAGE) --variant $(VARIANT) $(ARGS)
 
+# What is in packages/ is for the interpreter of the image alone, hence its version and no link to an environment here.
+instill-model: requirements.lock ## out/instill, ready for `instill build`: see deploy/instill/README.md
+	mkdir -p out/instill
+	cp deploy/instill/instill.yaml deploy/instill/model.py out/instill
+	rm -rf out/instill/packages
+	$(PYTHON) -m pip --disable-pip-version-check --quiet install --target out/instill/packages \
+		--requirement requirements.lock $(ARGS)
+	$(PYTHON) -m pip --disable-pip-version-check --quiet install --target out/instill/packages --no-deps ./clients/python
+	cp -r server weights out/instill/packages
+
 weights: $(VENV)/.training ## train the embedded ensemble anew: see training/README.md
 	$(BIN)/python -m training $(ARGS)
 
@@ -116,7 +131,7 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) .venv-generate .venv-checkov out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(VENV)/.runtime: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -137,6 +152,7 @@ environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up al
 
 .venv-generate/.done: proto/requirements.txt
 .venv-checkov/.done: deploy/requirements.txt
+.venv-instill/.done: deploy/instill/requirements.txt
 .venv-%/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<

@@ -24,16 +24,18 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 from numpy.typing import NDArray
 
-from server import auth, content_filter
+from server import auth, content_filter, instill
 from server.decoding import Decoding
 from server.domain import ModelCard, default_request
 from server.engine import Engine, Model
 from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
 from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
+from server.instill import InstillServicer
+from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.open_inference import OpenInferenceServicer
 from server.servicer import TextToImageServicer
 from server.settings import Settings
-from server.telemetry import KSERVE, SERVICE, Calls, Metrics, Present, traces_of_environment
+from server.telemetry import INSTILL, KSERVE, SERVICE, Calls, Metrics, Present, traces_of_environment
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
@@ -73,11 +75,13 @@ class Server:
         self._credentials = auth.server_credentials(settings)
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
-        own = (
+        own = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_send_message_length", -1),
             ("grpc.enable_channelz", int(settings.channelz)),
-        )
+        ]
+        if settings.instill:
+            own.append(("grpc.max_receive_message_length", instill.MESSAGE_BYTES))
         self._options = [*own, *auth.connection_options(settings)]
         # The first sees every call, those that the others turn away included.
         gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
@@ -85,7 +89,8 @@ class Server:
             interceptors=[Calls(self._metrics, self._traces), *gates, Decoding()], options=self._options
         )
         self._servers = [self._grpc]
-        self._faces = (SERVICE, KSERVE) if settings.kserve else (SERVICE,)
+        others = {KSERVE: settings.kserve, INSTILL: settings.instill}
+        self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
         self.device_is_busy = False
         """Whether the device was still inside a call when everything else had stopped."""
         self._lost = False
@@ -132,6 +137,8 @@ class Server:
         pb_grpc.add_TextToImageServiceServicer_to_server(self._servicer, self._grpc)
         if self._settings.kserve:
             oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._servicer), self._grpc)
+        if self._settings.instill:
+            user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(self._servicer), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:

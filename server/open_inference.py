@@ -4,8 +4,6 @@ Tensors and parameters become requests of our own contract, one for each prompt,
 checks, jobs, statuses and limits. Their answers become tensors.
 """
 
-import asyncio
-import contextlib
 import dataclasses
 import struct
 from collections.abc import Iterator, Sequence
@@ -16,8 +14,8 @@ import numpy as np
 from google.protobuf import json_format
 
 from server import __version__, auth, contract
-from server.contract import InvalidRequest, Limits, Task, UnknownModel, Violation
-from server.domain import Caller, ModelCard
+from server.contract import InvalidRequest, Task, UnknownModel, Violation
+from server.domain import ModelCard
 from server.images import ImageTooLarge
 from server.inference_v2 import open_inference_pb2 as oip
 from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -127,35 +125,10 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             card, limits = self._first.model(caller)
             _check_served(card, request.model_name, request.model_version)
             batch = read(request, limits.max_images)
-            tasks = self._tasks(batch, request_id, caller, limits)
-            with contextlib.ExitStack() as begun:
-                recordings = []
-                for asked, task in zip(batch.requests, tasks, strict=True):
-                    recordings.append(self._first.begin(asked, task, card, caller, context))
-                    begun.callback(recordings[-1].cancel)  # for when another is not admitted, or fails
-                answers = await asyncio.gather(*map(self._first.answer, recordings))
+            tasks = self._first.parse_all(batch.requests, request_id, caller, batch.name_of, "n")
+            asked = [(each, _shared(task, len(tasks))) for each, task in zip(batch.requests, tasks, strict=True)]
+            answers = await self._first.answer_all(asked, card, caller, context)
             return response(request, answers, batch.max_message_bytes)
-
-    def _tasks(self, batch: "Batch", request_id: str | None, caller: Caller, limits: Limits) -> list[Task]:
-        """A task for each prompt, with its share of the one message that answers all.
-
-        Raises InvalidRequest with all that is wrong with any, in the names of this face.
-        """
-        wrong: list[Violation] = []
-        tasks: list[Task] = []
-        for index, asked in enumerate(batch.requests):
-            try:
-                _, task = self._first.parse(asked, request_id, caller)
-            except InvalidRequest as error:
-                wrong += (Violation(batch.name_of(each.field, index), each.description) for each in error.violations)
-                continue
-            tasks.append(contract.in_one_message(task))
-        images = sum(len(task.image.seeds) for task in tasks)
-        if images > limits.max_images:
-            wrong.append(Violation("n", f"must make at most {limits.max_images} images of all prompts, makes {images}"))
-        if wrong:
-            raise InvalidRequest(tuple(dict.fromkeys(wrong)))
-        return [_shared(task, len(tasks)) for task in tasks]
 
 
 def _shared(task: Task, prompts: int) -> Task:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import grpc
 
 from server import auth, contract
 from server.content_filter import Screening
-from server.contract import Limits, Task
+from server.contract import InvalidRequest, Limits, Task, Violation
 from server.domain import Caller, ModelCard
 from server.engine import Engine
 from server.events import Observe, unobserved
@@ -132,6 +132,52 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
                 if message.HasField("choice"):
                     choices[message.choice.choice_index] = message.choice.choice
         return contract.whole_answer(recording.task, choices, message.done.metadata)
+
+    def parse_all(
+        self,
+        requests: Sequence[pb.GenerateRequest],
+        request_id: str | None,
+        caller: Caller,
+        name_of: Callable[[str, int], str],
+        number: str,
+    ) -> list[Task]:
+        """The tasks of a call that asks for several at once and is answered by one message.
+
+        Raises Loading, and InvalidRequest with all that is wrong with any, by the names that `name_of` has for the
+        fields of each, and `number` is for what makes too many images.
+        """
+        _, limits = self.model(caller)
+        wrong: list[Violation] = []
+        tasks: list[Task] = []
+        for index, request in enumerate(requests):
+            try:
+                _, task = self.parse(request, request_id, caller)
+            except InvalidRequest as error:
+                wrong += (Violation(name_of(each.field, index), each.description) for each in error.violations)
+                continue
+            tasks.append(contract.in_one_message(task))
+        images = sum(len(task.image.seeds) for task in tasks)
+        if images > limits.max_images:
+            wrong.append(
+                Violation(number, f"must make at most {limits.max_images} images of all prompts, makes {images}")
+            )
+        if wrong:
+            raise InvalidRequest(tuple(dict.fromkeys(wrong)))
+        return tasks
+
+    async def answer_all(
+        self, asked: Sequence[tuple[pb.GenerateRequest, Task]], card: ModelCard, caller: Caller, context: Context
+    ) -> list[pb.GenerateResponse]:
+        """The answers to all requests of a call, in their order, or an error and none of them.
+
+        Raises what Recordings.begin raises, and what any of the jobs ended with.
+        """
+        with contextlib.ExitStack() as begun:
+            recordings = []
+            for request, task in asked:
+                recordings.append(self.begin(request, task, card, caller, context))
+                begun.callback(recordings[-1].cancel)  # for when another is not admitted, or fails
+            return await asyncio.gather(*map(self.answer, recordings))
 
     async def _tell(self, recording: Recording, after: int, context: Context) -> None:
         """Hand a recording's messages on, as long as the client reads them."""

@@ -182,6 +182,9 @@ class Settings(BaseSettings):
     )
     reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
     kserve: bool = Field(False, description="serve the Open Inference Protocol, version 2, too, as KServe does")
+    instill: bool = Field(
+        False, description="serve what Instill Core calls its models by, too, as one of text to image"
+    )
     channelz: bool = Field(False, description="gRPC channelz: what connections and sockets are doing, for debugging")
     metrics_listen: Annotated[str, AfterValidator(_address)] | None = Field(
         None, description="HOST:PORT to tell Prometheus metrics on; port 0 takes a free one and tells it in the log"

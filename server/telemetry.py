@@ -35,6 +35,7 @@ from prometheus_client.registry import Collector
 from server.domain import ModelCard, Stage
 from server.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
 from server.inference_v2 import open_inference_pb2 as oip
+from server.model_ray_v1alpha import user_defined_pb2 as user_defined
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
+INSTILL = user_defined.DESCRIPTOR.services_by_name["UserDefinedService"].full_name
 KSERVE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID = "x-request-id"
 
@@ -277,7 +279,7 @@ class Calls(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
-        if handler is None or service not in (SERVICE, KSERVE):
+        if handler is None or service not in (SERVICE, INSTILL, KSERVE):
             return handler
         kind = "_".join(
             "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)

@@ -1,13 +1,15 @@
 """The real server around the real model, which does as a failing device does when a prompt says so.
 
 "hang" never comes back from the text encoders and "slow" after eight seconds, "no memory" has none for the networks,
-"broken" raises inside a step.
+"broken" raises inside a step. "loud" is no fault: its images are noise, four times as wide and high.
 """
 
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from server import __main__ as program
 from server.domain import ImageRequest, OutOfMemory, StepFailed
@@ -48,6 +50,13 @@ class Faulty:
             self._ensemble.step(healthy)
         if broken:
             raise StepFailed(broken)
+
+    def decode(self, trajectory: Any) -> Any:
+        pixels = self._ensemble.decode(trajectory)
+        if "loud" in self._prompts[id(trajectory)]:
+            height, width, _ = pixels.shape
+            return np.random.default_rng(0).integers(0, 256, (4 * height, 4 * width, 3), np.uint8)
+        return pixels
 
 
 def _faulty(load: Callable[[Settings], Model]) -> Callable[[Settings], Any]:

@@ -1,0 +1,140 @@
+"""The service's face for Instill Core: inputs and outputs of TASK_TEXT_TO_IMAGE, as Core calls its models with them.
+
+Each input becomes a request of our own contract and goes the way of these: the same checks, jobs, statuses and limits.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+
+from google.protobuf.struct_pb2 import Struct, Value
+
+from server import auth, contract
+from server.contract import InvalidRequest, Task, Violation
+from server.model_ray_v1alpha import user_defined_pb2 as user_defined
+from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
+from server.servicer import Context, TextToImageServicer
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES = 64 * 1024 * 1024
+"""What a message of this face may have, either way: Core has no way to ask for less, and raises its own limits."""
+
+_KEYS = {"data": {"prompt", "model"}, "parameter": {"aspect-ratio", "negative-prompt", "n", "seed"}}
+_MOST_TOLD = 8  # unknown keys of a call that are named in the log,
+_LONGEST_TOLD = 64  # and of each so many characters
+
+
+class InstillServicer(user_defined_grpc.UserDefinedServiceServicer):
+    """Serves what `first`, the face of our own contract, serves."""
+
+    def __init__(self, first: TextToImageServicer) -> None:
+        self._first = first
+
+    async def __call__(self, request: user_defined.CallRequest, context: Context) -> user_defined.CallResponse:
+        request_id = contract.request_id_of(pb.GenerateRequest())
+        async with self._first.statuses("__call__", request_id, context):
+            caller = auth.caller_of(context)
+            card, limits = self._first.model(caller)
+            requests = read(request.task_inputs, limits.max_images)
+            tasks = self._first.parse_all(requests, request_id, caller, name_of, "task_inputs")
+            asked = [(each, _shared(task, len(tasks))) for each, task in zip(requests, tasks, strict=True)]
+            answers = await self._first.answer_all(asked, card, caller, context)
+            return user_defined.CallResponse(task_outputs=map(output, answers))
+
+
+def name_of(field: str, index: int) -> str:
+    """What this face calls a field of request number `index`."""
+    return f"task_inputs[{index}].{field}"
+
+
+def _shared(task: Task, inputs: int) -> Task:
+    """The task with its share of the room that one message has for so many inputs."""
+    share = MESSAGE_BYTES // inputs
+    return dataclasses.replace(task, output=dataclasses.replace(task.output, max_message_bytes=share))
+
+
+# From inputs to requests.
+
+
+def read(inputs: Sequence[Struct], most: int) -> list[pb.GenerateRequest]:
+    """The requests that the inputs make. Raises InvalidRequest with all that keeps them from making them."""
+    if len(inputs) > most:
+        raise InvalidRequest([Violation("task_inputs", f"must be at most {most}, are {len(inputs)}")])
+    wrong: list[Violation] = []
+    unknown: list[str] = []
+    requests = []
+    for index, given in enumerate(inputs):
+        bad: list[Violation] = []
+        requests.append(_request(given, bad, unknown))
+        wrong += (Violation(name_of(each.field, index), each.description) for each in bad)
+    if unknown:
+        told = ", ".join(repr(each[:_LONGEST_TOLD]) for each in unknown[:_MOST_TOLD])
+        log.warning("ignored keys of the task's inputs, %d that are not known here: %s", len(unknown), told)
+    if wrong:
+        raise InvalidRequest(wrong)
+    return requests
+
+
+def _request(given: Struct, wrong: list[Violation], unknown: list[str]) -> pb.GenerateRequest:
+    """The request of one input. What is wrong with it is added to `wrong`, keys without a meaning to `unknown`."""
+    rooms: dict[str, dict[str, Value]] = {}
+    for room, value in _given(given):
+        if room not in _KEYS:
+            unknown.append(room)
+        elif value.WhichOneof("kind") != "struct_value":
+            wrong.append(Violation(room, "must be an object"))
+        else:
+            rooms[room] = dict(_given(value.struct_value))
+            unknown += (f"{room}.{key}" for key in rooms[room] if key not in _KEYS[room])
+    data, parameter = rooms.get("data", {}), rooms.get("parameter", {})
+    request = pb.GenerateRequest(parameter=pb.TaskParameter(n=1, seed=0))
+    if "prompt" in data:
+        request.data.prompt = _text("data.prompt", data["prompt"], wrong)
+    if "aspect-ratio" in parameter:
+        request.parameter.aspect_ratio = _text("parameter.aspect-ratio", parameter["aspect-ratio"], wrong)
+    if "negative-prompt" in parameter:
+        request.parameter.negative_prompt = _text("parameter.negative-prompt", parameter["negative-prompt"], wrong)
+    if "n" in parameter:
+        request.parameter.n = _integer("parameter.n", parameter["n"], wrong) or 1
+    if "seed" in parameter:
+        request.parameter.seed = _integer("parameter.seed", parameter["seed"], wrong)
+    return request
+
+
+def _given(struct: Struct) -> Iterator[tuple[str, Value]]:
+    """The keys that have a value. One of null is a key that was left out, as clients in typed languages send it."""
+    for key, value in struct.fields.items():
+        if value.WhichOneof("kind") not in (None, "null_value"):
+            yield key, value
+
+
+def _text(field: str, value: Value, wrong: list[Violation]) -> str:
+    if value.WhichOneof("kind") != "string_value":
+        wrong.append(Violation(field, "must be a string"))
+    return value.string_value
+
+
+def _integer(field: str, value: Value, wrong: list[Violation]) -> int:
+    """JSON knows one kind of number, and a Struct has it as a double."""
+    number = value.number_value
+    if value.WhichOneof("kind") != "number_value" or not number.is_integer() or not 0 <= number < 2**32:
+        wrong.append(Violation(field, "must be a whole number of 0 to 4294967295"))
+        return 0
+    return int(number)
+
+
+# From answers to outputs.
+
+
+def output(answer: pb.GenerateResponse) -> Struct:
+    """What Instill's schema has for the task's output, and nothing besides."""
+    made = Struct()
+    made.update({"data": {"choices": list(_choices(answer.data.choices))}})
+    return made
+
+
+def _choices(choices: Iterable[pb.Choice]) -> Iterator[dict[str, str]]:
+    for choice in choices:
+        yield {"finish-reason": choice.finish_reason, "image": choice.image}

@@ -1,0 +1,1 @@
+"""Generated from proto/user_defined.proto by `make generate`; never edited by hand."""

@@ -8,8 +8,8 @@ IMAGE ?= text-to-image-service:latest
 VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap run test lint \
-	test-deploy lint-deploy environments generate generate-check lock image weights evaluate clean
+.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-scale run test lint \
+	test-deploy test-ray lint-deploy environments generate generate-check lock image weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -36,6 +36,9 @@ bench-batching: $(VENV)/.runtime ## images per second by the number of images th
 bench-overlap: $(VENV)/.runtime ## images per second with and without prompts and decodings beside the steps
 	$(BIN)/python -m bench.overlap $(ARGS)
 
+bench-scale: .venv-ray/.done ## one replica and two on Ray, what is lost when they die, a thousand simulated
+	PYTHONPATH=.:clients/python .venv-ray/bin/python -m bench.scale $(ARGS)
+
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)
 
@@ -46,6 +49,9 @@ DEPLOY_TESTS := tests/test_image.py tests/test_kubernetes.py tests/test_probes.p
 
 test-deploy: $(VENV)/.dev lint-deploy ## the image, Kubernetes, probes, a rolling update; all of it as root, on Debian
 	$(BIN)/python -m pytest $(DEPLOY_TESTS) $(ARGS)
+
+test-ray: .venv-ray/.done ## the service on Ray Serve: replicas, ingress, what is lost with them; ARGS="-m smoke" is short
+	PYTHONPATH=.:clients/python .venv-ray/bin/python -m pytest tests/test_ray.py $(ARGS)
 
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check
@@ -104,7 +110,7 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) .venv-generate .venv-checkov out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-generate .venv-checkov .venv-ray out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(VENV)/.runtime: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -125,6 +131,7 @@ environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up al
 
 .venv-generate/.done: proto/requirements.txt
 .venv-checkov/.done: deploy/requirements.txt
+.venv-ray/.done: deploy/ray/requirements-test.txt deploy/ray/requirements.txt requirements.lock
 .venv-%/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<

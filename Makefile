@@ -37,7 +37,7 @@ bench-overlap: $(VENV)/.runtime ## images per second with and without prompts an
 	$(BIN)/python -m bench.overlap $(ARGS)
 
 bench-scale: .venv-ray/.done ## one replica and two on Ray, what is lost when they die, a thousand simulated
-	PYTHONPATH=.:clients/python .venv-ray/bin/python -m bench.scale $(ARGS)
+	PYTHONPATH=.:clients/python:tests .venv-ray/bin/python -m bench.scale $(ARGS)
 
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)
@@ -59,13 +59,13 @@ lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking,
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/released.json
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile deploy/ray/Dockerfile
 	$(BIN)/shellcheck .ci/run scripts/*.sh
 
 CHECKOV := .venv-checkov/bin/checkov --skip-download --quiet --compact
 
 lint-deploy: $(VENV)/.dev .venv-checkov/.done ## checkov over the Dockerfile and what the Kubernetes overlays come to
-	$(CHECKOV) --framework dockerfile --file Dockerfile
+	$(CHECKOV) --framework dockerfile --file Dockerfile deploy/ray/Dockerfile
 	@mkdir -p out
 	for overlay in cpu gpu; do \
 		$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$$overlay > out/$$overlay.yaml && \

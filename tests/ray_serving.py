@@ -14,10 +14,11 @@ from typing import Any
 
 import psutil
 import yaml
-from serving import PATIENCE, ROOT
+from serving import ROOT
 
 CONFIG = ROOT / "deploy" / "ray" / "cpu.yaml"
 SERVE = Path(sys.executable).parent / "serve"
+PATIENCE = 400  # seconds: Ray has a dozen processes to start, and each replica imports torch
 
 
 def configuration(ports: tuple[int, int], variables: dict[str, str], **deployment: Any) -> dict[str, Any]:
@@ -37,15 +38,11 @@ def configuration(ports: tuple[int, int], variables: dict[str, str], **deploymen
     return shipped
 
 
-def free_ports(count: int) -> tuple[int, ...]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return tuple(each.getsockname()[1] for each in sockets)
-    finally:
-        for each in sockets:
-            each.close()
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
 
 
 class RayServe:
@@ -53,9 +50,8 @@ class RayServe:
 
     def __init__(self, folder: Path, configure: Callable[[tuple[int, int]], dict[str, Any]]) -> None:
         self._folder = folder
-        http, grpc, self._dashboard = free_ports(3)
-        self.ports = http, grpc
-        self.target = f"127.0.0.1:{grpc}"
+        self.ports = free_ports()
+        self.target = f"127.0.0.1:{self.ports[1]}"
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -65,7 +61,7 @@ class RayServe:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_TMPDIR": str(folder),
-            "RAY_DASHBOARD_PORT": str(self._dashboard),
+            "NO_COLOR": "1",
         }
         self.process = subprocess.Popen(
             [SERVE, "run", self._write(configure(self.ports))],
@@ -102,6 +98,12 @@ class RayServe:
             found = re.search(pattern, log)
             assert found, f"{pattern!r} never came in:\n{log}"
             return found
+
+    def deploy(self, configuration: dict[str, Any]) -> None:
+        """What `serve deploy` does: ask the Ray that runs to become so."""
+        dashboard = self.wait_for_log(r"dashboard at \S*?(http://[0-9.:]+)")[1]
+        command = [SERVE, "deploy", "--address", dashboard, self._write(configuration)]
+        subprocess.run(command, cwd=ROOT, env=self._environment, check=True, timeout=PATIENCE)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """This Ray's processes of that title, ReplicaActor or ProxyActor."""

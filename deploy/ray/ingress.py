@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from server.decoding import abort_if_undecodable, decoded_by
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,10 @@ class _Around(grpc.GenericRpcHandler):
         handler: Any = self._inner.service(details)
         if handler is None:
             return None
+        decode = decoded_by(handler.request_deserializer)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), handler.request_deserializer)
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), handler.request_deserializer)
+            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), decode)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), decode)
 
 
 class _Call:
@@ -91,6 +93,7 @@ class _Call:
 
 def _unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        await abort_if_undecodable(request, context)
         call = _Call(context)
         response: bytes = await behaviour(request, call)
         call.finish()
@@ -103,6 +106,7 @@ def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
         """Ray's generator runs in a task of its own, so that the end of the call always finds it waiting for a replica,
         which it then cancels; left in the middle of a message, it would not."""
+        await abort_if_undecodable(request, context)
         call = _Call(context)
         messages: asyncio.Queue[bytes | None] = asyncio.Queue()
 

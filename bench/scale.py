@@ -132,7 +132,7 @@ def _request(seed: int, steps: int | None = None, **fields: Any) -> pb.GenerateR
 
 @dataclass
 class Load:
-    """So many callers, each with a call at a time, until `stopping`. Every call's outcome and, of an image, its time."""
+    """So many callers, each with a call at a time, until `stopping`. `took` is of calls that went well."""
 
     stub: Any
     callers: int

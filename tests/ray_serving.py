@@ -103,7 +103,7 @@ class RayServe:
         """What `serve deploy` does: ask the Ray that runs to become so."""
         dashboard = self.wait_for_log(r"dashboard at \S*?(http://[0-9.:]+)")[1]
         command = [SERVE, "deploy", "--address", dashboard, self._write(configuration)]
-        subprocess.run(command, cwd=ROOT, env=self._environment, check=True, timeout=PATIENCE)
+        subprocess.run(command, cwd=ROOT, env=self._environment, check=True, timeout=PATIENCE, capture_output=True)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """This Ray's processes of that title, ReplicaActor or ProxyActor."""

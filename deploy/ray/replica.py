@@ -33,6 +33,11 @@ _DEVICE_SECONDS = 10.0  # for the device to end its call, at the end
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
+def _faces(service: Service) -> list[tuple[Callable[[Any, Any], None], Any]]:
+    """What registers each service, and its servicer. The methods of each are below, and its line is in ingress.py."""
+    return [(pb_grpc.add_TextToImageServiceServicer_to_server, service.servicer)]
+
+
 def _unary(method: str) -> Callable[..., Any]:
     async def unary(self: "Replica", request: Any, grpc_context: RayServegRPCContext) -> Any:
         context = Context(grpc_context)
@@ -70,7 +75,8 @@ class Replica:
         self._service = Service(settings, partial(load, settings))
         self._service.tell_metrics()
         self._handlers = _Handlers()
-        pb_grpc.add_TextToImageServiceServicer_to_server(self._service.servicer, self._handlers)
+        for add, servicer in _faces(self._service):
+            add(servicer, self._handlers)
         card = await self._service.open()
         self._service.metrics.state("serving")
         self._watching = asyncio.create_task(self._service.watch_device())
@@ -118,16 +124,16 @@ class _Handlers:
     """Handlers by path, registered by generated code as with a server."""
 
     def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._handlers: list[grpc.GenericRpcHandler] = []
 
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Nothing: the same ones come by their names, too."""
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        self._handlers |= {f"/{service}/{name}": handler for name, handler in handlers.items()}
+        """Nothing: they are the same ones."""
 
     async def find(self, details: Any) -> Any:
-        return self._handlers[details.method]
+        return next(found for handler in self._handlers if (found := handler.service(details)))
 
 
 class Context:

@@ -18,6 +18,8 @@ from serving import ROOT
 
 CONFIG = ROOT / "deploy" / "ray" / "cpu.yaml"
 SERVE = Path(sys.executable).parent / "serve"
+# What a shell runs in the background begins with SIGINT ignored and hands that on, and `serve run` ends by it alone.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 400  # seconds: Ray has a dozen processes to start, and each replica imports torch
 
 
@@ -111,7 +113,14 @@ class RayServe:
         return [each for each in children if title in " ".join(each.cmdline())]
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+        if self.process.poll() is not None:
+            return
+        started = self.processes("")
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(PATIENCE)
+            self._reader.join(PATIENCE)
+        finally:
+            for each in started:
+                if each.is_running():
+                    each.kill()

@@ -8,7 +8,7 @@ replica.py), and a lost replica becomes UNAVAILABLE, which clients retry.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -67,11 +67,16 @@ class _Call:
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
+        self._peer = context.peer()
         self.ended = False
         """Whether the replica said how the call ends: there is nothing more in what it sends."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
+
+    def peer(self) -> str:
+        """Kept, since Ray asks for it when the call may have ended, and gRPC has no answer then but a crash."""
+        return self._peer
 
     def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
         metadata = [(key, value) for key, value in self._context.invocation_metadata() or () if key != SECONDS_LEFT]
@@ -103,7 +108,7 @@ def _unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-    async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+    async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Ray's generator runs in a task of its own, so that the end of the call always finds it waiting for a replica,
         which it then cancels; left in the middle of a message, it would not."""
         await abort_if_undecodable(request, context)
@@ -121,10 +126,11 @@ def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
         receiving = asyncio.create_task(receive())
         try:
             while (message := await messages.get()) is not None:
-                yield message
+                await context.write(message)
             await receiving
             call.finish()
         finally:
             receiving.cancel()
+            await asyncio.wait((receiving,))  # what it asks of the context after the call's end, gRPC dies of
 
     return stream

@@ -151,6 +151,19 @@ def test_a_client_that_vanishes_frees_the_device(ray: RayServe):
     ray.wait_for_log(r"gone: Cancelled after \d+ model calls")
 
 
+def test_streams_that_are_broken_off_at_any_moment_leave_the_ingress_alive(
+    ray: RayServe, stub: pb_grpc.TextToImageServiceStub
+):
+    ingress = ray.processes("ProxyActor")
+    for number in range(60):
+        stream = stub.StreamGenerate(request(sampling={"steps": 20}), timeout=PATIENCE)
+        for _ in range(number % 6):
+            next(stream)
+        stream.cancel()
+    assert stub.Generate(request(sampling={"steps": 2}), timeout=PATIENCE).data.choices
+    assert ray.processes("ProxyActor") == ingress
+
+
 @pytest.mark.smoke
 def test_a_deadline_reaches_the_engine_which_refuses_what_cannot_meet_it(ray: RayServe):
     with TextToImage(ray.target, retries=0) as client, pytest.raises(Refused, match="deadline cannot be met"):

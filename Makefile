@@ -9,8 +9,8 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-endurance \
-	run test test-deploy test-instill lint lint-deploy environments generate generate-check lock image instill-model \
-	weights evaluate clean
+	bench-scale run test test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
+	image instill-model weights evaluate clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -40,6 +40,9 @@ bench-batching: $(VENV)/.runtime ## images per second by the number of images th
 bench-overlap: $(VENV)/.runtime ## images per second with and without prompts and decodings beside the steps
 	$(BIN)/python -m bench.overlap $(ARGS)
 
+bench-scale: .venv-ray/.done ## one replica and two on Ray, what is lost when they die, a thousand simulated
+	PYTHONPATH=.:clients/python:tests .venv-ray/bin/python -m bench.scale $(ARGS)
+
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)
 
@@ -59,19 +62,22 @@ test-deploy: $(VENV)/.dev lint-deploy ## what a cluster needs: the image, Kubern
 test-instill: $(VENV)/.dev .venv-instill/.done instill-model ## what Instill Core deploys, with Instill's SDK and Ray
 	$(BIN)/python -m pytest tests/test_instill.py tests/test_instill_deployment.py $(ARGS)
 
+test-ray: .venv-ray/.done ## the service on Ray Serve: replicas, ingress, what is lost with them; ARGS="-m smoke" is short
+	PYTHONPATH=.:clients/python .venv-ray/bin/python -m pytest tests/test_ray.py $(ARGS)
+
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/released.json
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile deploy/ray/Dockerfile
 	$(BIN)/shellcheck .ci/run scripts/*.sh
 
 CHECKOV := .venv-checkov/bin/checkov --skip-download --quiet --compact
 
 lint-deploy: $(VENV)/.dev .venv-checkov/.done ## checkov over the Dockerfile and what the Kubernetes overlays come to
-	$(CHECKOV) --framework dockerfile --file Dockerfile
+	$(CHECKOV) --framework dockerfile --file Dockerfile deploy/ray/Dockerfile
 	@mkdir -p out
 	for overlay in cpu gpu; do \
 		$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$$overlay > out/$$overlay.yaml && \
@@ -131,7 +137,8 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis .coverage
 
 $(VENV)/.runtime: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -153,6 +160,7 @@ environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up al
 .venv-generate/.done: proto/requirements.txt
 .venv-checkov/.done: deploy/requirements.txt
 .venv-instill/.done: deploy/instill/requirements.txt
+.venv-ray/.done: deploy/ray/requirements-test.txt deploy/ray/requirements.txt requirements.lock
 .venv-%/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<

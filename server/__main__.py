@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from server.auth import Unusable
 from server.checkpoint import CheckpointError
 from server.content_filter import UnusableFilter
-from server.engine import Model
 from server.events import DeviceLost
-from server.lifecycle import CannotListen, CannotWriteReadyFile, Server, WarmUpFailed
+from server.lifecycle import CannotListen, CannotWriteReadyFile, Server
+from server.service import WarmUpFailed, load
 from server.settings import Settings
 from server.telemetry import log_to_stderr
 
@@ -61,7 +61,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
     server = None
     code = 0
     try:
-        server = Server(settings, partial(_load, settings))
+        server = Server(settings, partial(load, settings))
         await server.serve()
     except CheckpointError as error:
         log.error("%s", error)
@@ -70,26 +70,6 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
         log.error("%s", error)
         code = _EXIT_CODES[type(error)]
     return code, server is not None and server.device_is_busy
-
-
-def _load(settings: Settings) -> Model:
-    # Imported on the device thread: torch takes seconds, and the port should be open by then.
-    from server import model
-
-    base, refiner = settings.experts
-    return model.load(
-        base,
-        refiner,
-        settings.device,
-        settings.precision,
-        settings.model_name,
-        max_batch=settings.max_batch,
-        overlap=settings.overlap,
-        compile=settings.compile,
-        compile_cache=settings.compile_cache,
-        warm_up=settings.warm_up_sizes,
-        preview_decoder=settings.preview_decoder,
-    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Decoding(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler  # type: ignore[no-any-return]
-        coding = _decoded_by(handler.request_deserializer), handler.response_serializer
+        coding = decoded_by(handler.request_deserializer), handler.response_serializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(_checked(handler.unary_unary), *coding)
         if handler.unary_stream is not None:
@@ -34,7 +34,7 @@ class Decoding(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(_each_checked(handler.stream_stream), *coding)
 
 
-def _decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """As `decode`, but an error is returned: only the call itself can end with a status of our choice."""
 
     def decoded(message: bytes) -> Any:
@@ -48,7 +48,7 @@ def _decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _checked(behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
     async def checked(request: Any, context: Context) -> Any:
-        await _abort_if_undecodable(request, context)
+        await abort_if_undecodable(request, context)
         return await behaviour(request, context)
 
     return checked
@@ -57,7 +57,7 @@ def _checked(behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
 def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]) -> Any:
     async def decodable(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async for request in requests:
-            await _abort_if_undecodable(request, context)
+            await abort_if_undecodable(request, context)
             yield request
 
     async def checked(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
@@ -67,6 +67,6 @@ def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], AsyncIterat
     return checked
 
 
-async def _abort_if_undecodable(request: Any, context: Context) -> None:
+async def abort_if_undecodable(request: Any, context: Context) -> None:
     if isinstance(request, Undecodable):
         await contract.abort(context, request)

@@ -1,4 +1,4 @@
-"""One server's life: open the port, load, warm up, serve, drain, stop.
+"""One server's life: open the port, load, warm up, serve, drain, stop. What it serves is service.py's.
 
 Health says NOT_SERVING from the first moment the port is open until the model has made one real image, and again from
 the signal that ends the server, while running calls finish.
@@ -6,43 +6,37 @@ the signal that ends the server, while running calls finish.
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any
 
 import grpc
-import numpy as np
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
-from numpy.typing import NDArray
 
-from server import auth, content_filter, instill
+from server import auth, instill
 from server.decoding import Decoding
-from server.domain import ModelCard, default_request
-from server.engine import Engine, Model
-from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.engine import Model
+from server.events import DeviceLost
 from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
 from server.instill import InstillServicer
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.open_inference import OpenInferenceServicer
-from server.servicer import TextToImageServicer
+from server.service import CannotTellMetrics, Service
 from server.settings import Settings
-from server.telemetry import INSTILL, KSERVE, SERVICE, Calls, Metrics, Present, traces_of_environment
+from server.telemetry import INSTILL, KSERVE, SERVICE
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
 # After the grace period: what calls get to hear their status, connections to close, and the device to end its call.
 _CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
-_LOOKS = 20  # at the device, in the time after which it is given up
 
 
 class CannotListen(Exception):
@@ -53,10 +47,6 @@ class CannotWriteReadyFile(Exception):
     """The ready file could not be written."""
 
 
-class WarmUpFailed(Exception):
-    """The model is loaded but cannot make an image."""
-
-
 class Server:
     """A server process from start to stop. `load` brings the model and is called on the device thread.
 
@@ -65,12 +55,10 @@ class Server:
 
     def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
         self._settings = settings
-        self._load = load
-        self._metrics = Metrics(settings.max_queue)
-        self._traces = traces_of_environment()
-        self._engine = Engine(settings.queue, settings.schedule, observe=self._observe)
-        self._screening = content_filter.load(settings)
-        self._servicer = TextToImageServicer(self._engine, settings, self._observe, self._screening)
+        self._service = Service(settings, load)
+        self._servicer = self._service.servicer
+        self._engine = self._service.engine
+        self._metrics = self._service.metrics
         self._health = health.HealthServicer()
         self._credentials = auth.server_credentials(settings)
         # Without the first option, two processes on one port would share its connections in silence. The second: a
@@ -83,11 +71,7 @@ class Server:
         if settings.instill:
             own.append(("grpc.max_receive_message_length", instill.MESSAGE_BYTES))
         self._options = [*own, *auth.connection_options(settings)]
-        # The first sees every call, those that the others turn away included.
-        gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
-        self._grpc = grpc.aio.server(
-            interceptors=[Calls(self._metrics, self._traces), *gates, Decoding()], options=self._options
-        )
+        self._grpc = grpc.aio.server(interceptors=self._service.interceptors, options=self._options)
         self._servers = [self._grpc]
         others = {KSERVE: settings.kserve, INSTILL: settings.instill}
         self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
@@ -115,20 +99,11 @@ class Server:
         finally:
             await self._stop()
 
-    def _observe(self, observation: Observation) -> None:
-        self._metrics.observe(observation)
-        if self._traces is not None:
-            self._traces.observe(observation)
-
     def _tell_metrics(self) -> None:
-        if self._settings.metrics_listen is None:
-            return
-        self._metrics.registry.register(Present(self._engine, lambda: self._servicer.detached))
         try:
-            address = self._metrics.listen(self._settings.metrics_listen)
-        except OSError as error:
-            raise CannotListen(f"cannot tell metrics on {self._settings.metrics_listen}: {error.strerror}") from error
-        log.info("metrics on http://%s/metrics", address)
+            self._service.tell_metrics()
+        except CannotTellMetrics as error:
+            raise CannotListen(str(error)) from error
 
     def _on_signal(self) -> None:
         (self._hurrying if self._stopping.is_set() else self._stopping).set()
@@ -157,63 +132,22 @@ class Server:
         return address
 
     async def _get_ready(self, address: str) -> None:
-        card = await asyncio.wrap_future(self._engine.start(self._load))
-        self._metrics.serves(card)
-        self._metrics.state("warming_up")
-        log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
-        first = await self._warm_up(card)
-        reference = hashlib.sha256(first.tobytes()).hexdigest()
-        card = replace(card, environment=replace(card.environment, reference=reference))
-        self._servicer.open(await self._screened(card, first))
+        card = await self._service.open()
         await self._set_health(HealthCheckResponse.SERVING)
         self._metrics.state("serving")
         self._write_ready_file(address)
         log.info("serving %s on %s", card.name, address)
 
-    async def _screened(self, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
-        """The card with what judges images, which decides their bytes too; it has judged the first."""
-        if self._screening is None:
-            return card
-        try:
-            await asyncio.to_thread(self._screening.objects_to, first)
-        except Exception as error:  # an operator's own code, which may raise anything
-            raise WarmUpFailed(f"the content filter cannot judge the first image: {error}") from error
-        found = self._screening.card
-        told = {"content_filter": f"{found.name} from {found.threshold:g}"}
-        environment = replace(card.environment, versions={**card.environment.versions, **told})
-        return replace(card, content_filter=found, environment=environment)
-
-    async def _warm_up(self, card: ModelCard) -> NDArray[np.uint8]:
-        """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
-
-        It is the reference image: what this process computes, measured.
-        """
-        loop = asyncio.get_running_loop()
-        pixels: list[NDArray[np.uint8]] = []
-        ended: asyncio.Queue[Finished | Failed] = asyncio.Queue()
-
-        def deliver(event: Event) -> None:
-            if isinstance(event, ImageReady):
-                pixels.append(event.pixels)
-            elif isinstance(event, Finished | Failed):
-                loop.call_soon_threadsafe(ended.put_nowait, event)
-
-        self._engine.submit("warm-up", default_request(card, "a photo of a cat"), deliver)
-        terminal = await ended.get()
-        if isinstance(terminal, Failed):
-            raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
-        return pixels[0]
-
     async def _watch_device(self) -> None:
         """Raises DeviceLost when a call of the model does not come back; every call has failed with it then."""
-        patience = self._settings.device_seconds
-        while (busy := self._engine.busy) < patience:
-            await asyncio.sleep(patience / _LOOKS)
-        await self._set_health(HealthCheckResponse.NOT_SERVING)
-        self._engine.abandon()
-        self._lost = True
-        self._metrics.state("lost")
-        raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
+        try:
+            await self._service.watch_device()
+        except DeviceLost:
+            await self._set_health(HealthCheckResponse.NOT_SERVING)
+            self._engine.abandon()
+            self._lost = True
+            self._metrics.state("lost")
+            raise
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *self._faces):
@@ -250,15 +184,7 @@ class Server:
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await asyncio.gather(*(each.stop(_CONNECTIONS_SECONDS) for each in self._servers))
         await _let_calls_end()
-        self.device_is_busy = not await asyncio.to_thread(self._engine.join, 0 if self._lost else _DEVICE_SECONDS)
-        done = self._engine.statistics()
-        log.info(
-            "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold to %.0f %% (median error)",
-            ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
-            done.device, done.wasted, 100 * done.eta_error,
-        )  # fmt: skip
-        if self._traces is not None:
-            await asyncio.to_thread(self._traces.stop)
+        self.device_is_busy = not await self._service.close(0 if self._lost else _DEVICE_SECONDS)
 
     def _remove_ready_file(self) -> None:
         if self._settings.ready_file is not None:

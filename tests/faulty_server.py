@@ -64,5 +64,5 @@ def _faulty(load: Callable[[Settings], Model]) -> Callable[[Settings], Any]:
 
 
 if __name__ == "__main__":
-    program._load = _faulty(program._load)
+    program.load = _faulty(program.load)
     sys.exit(program.main())

@@ -13,8 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.nn.functional import avg_pool2d
 
-from server import __main__ as command
-from server import model, preview
+from server import model, preview, service
 from server.checkpoint import CheckpointError, GitLfsPointer, MissingPart, TruncatedFile
 from server.domain import ImageRequest, default_request
 from server.settings import EMBEDDED, Settings
@@ -170,7 +169,7 @@ def test_a_taesd_draws_the_previews_where_one_is_given(folders, decoder: Path, p
 
 
 def test_the_flag_brings_the_taesd_to_the_model(decoder: Path):
-    ensemble = command._load(Settings(preview_decoder=decoder, device="cpu"))
+    ensemble = service.load(Settings(preview_decoder=decoder, device="cpu"))
     trajectory = planned(ensemble, default_request(ensemble.card, "cat napping"))
     assert ensemble.preview(trajectory).shape == (64, 64, 3)
 

@@ -1,0 +1,192 @@
+"""A replica of the service under Ray Serve: one process, one device, the engine and the servicer above it.
+
+Ray calls a method of this class for each call that its proxy gets. The call goes through the same interceptors and the
+same servicer as behind a port of our own; only the context that these see is made here. Settings come from T2I_...
+variables. With `serve run deploy.ray.replica:application`, or a config file beside this one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+
+from deploy.ray.ingress import SECONDS_LEFT
+from server import contract
+from server.service import Service, load
+from server.settings import Settings
+from server.telemetry import log_to_stderr
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+log = logging.getLogger(__name__)
+
+_DEVICE_SECONDS = 10.0  # for the device to end its call, at the end
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+def _faces(service: Service) -> list[tuple[Callable[[Any, Any], None], Any]]:
+    """What registers each service, and its servicer. The methods of each are below, and its line is in ingress.py."""
+    return [(pb_grpc.add_TextToImageServiceServicer_to_server, service.servicer)]
+
+
+def _unary(method: str) -> Callable[..., Any]:
+    async def unary(self: "Replica", request: Any, grpc_context: RayServegRPCContext) -> Any:
+        context = Context(grpc_context)
+        response = await self.answer(method, request, context)
+        return Empty() if context.code() else response
+
+    return unary
+
+
+def _stream(method: str) -> Callable[..., Any]:
+    async def stream(self: "Replica", request: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
+        context = Context(grpc_context)
+        answering = asyncio.create_task(self.answer(method, request, context))
+        try:
+            async for message in context.written(answering):
+                yield message
+            if context.code():
+                yield Empty()  # what the context says of the call's end only travels with a message
+        finally:
+            answering.cancel()
+
+    return stream
+
+
+class Replica:
+    """One device and what it serves. Ray's constructor, health check and destructor, and a method for each of ours.
+
+    Their names are the last words of the paths that a proxy gets. When a call fails, the last message that leaves here
+    is empty, and its context has the status: the ingress drops the one and takes the other.
+    """
+
+    async def __init__(self) -> None:
+        settings = Settings()
+        log_to_stderr(settings.log_level, settings.log_format)
+        self._service = Service(settings, partial(load, settings))
+        self._service.tell_metrics()
+        self._handlers = _Handlers()
+        for add, servicer in _faces(self._service):
+            add(servicer, self._handlers)
+        card = await self._service.open()
+        self._service.metrics.state("serving")
+        self._watching = asyncio.create_task(self._service.watch_device())
+        log.info("serving %s", card.name)
+
+    Generate = _unary("/text_to_image.v1.TextToImageService/Generate")
+    StreamGenerate = _stream("/text_to_image.v1.TextToImageService/StreamGenerate")
+    Attach = _stream("/text_to_image.v1.TextToImageService/Attach")
+    Cancel = _unary("/text_to_image.v1.TextToImageService/Cancel")
+    GetModel = _unary("/text_to_image.v1.TextToImageService/GetModel")
+
+    async def check_health(self) -> None:
+        """Raises DeviceLost when the device does not answer any more: Ray then ends this process and starts another."""
+        if self._watching.done():
+            self._service.metrics.state("lost")
+            self._service.engine.abandon()  # every call hears UNAVAILABLE before
+            self._watching.result()
+
+    async def __del__(self) -> None:
+        self._watching.cancel()
+        self._service.engine.stop()
+        await self._service.close(_DEVICE_SECONDS)
+
+    async def answer(self, method: str, request: Any, context: "Context") -> Any:
+        """What a port of our own would do with the call. How it ended is in the context."""
+        details = SimpleNamespace(method=method, invocation_metadata=tuple(context.invocation_metadata()))
+        find = self._handlers.find
+        for interceptor in reversed(self._service.interceptors):
+            find = partial(interceptor.intercept_service, find)
+        try:
+            handler = await find(details)
+            behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            return None
+        except Exception:
+            log.exception("%s failed", method)
+            with contextlib.suppress(grpc.aio.AbortError):
+                await contract.abort(context, contract.Fault())
+        finally:
+            context.end()
+
+
+class _Handlers:
+    """Handlers by path, registered by generated code as with a server."""
+
+    def __init__(self) -> None:
+        self._handlers: list[grpc.GenericRpcHandler] = []
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """Nothing: they are the same ones."""
+
+    async def find(self, details: Any) -> Any:
+        return next(found for handler in self._handlers if (found := handler.service(details)))
+
+
+class Context:
+    """What our code needs of a grpc.aio.ServicerContext, over what Ray hands on of it."""
+
+    def __init__(self, passed: RayServegRPCContext) -> None:
+        self._passed = passed
+        left = dict(passed.invocation_metadata()).get(SECONDS_LEFT)
+        self._deadline = None if left is None else time.monotonic() + float(left)
+        self._messages: asyncio.Queue[Any] = asyncio.Queue()
+        self._callbacks: list[Callable[[Context], None]] = []
+
+    def invocation_metadata(self) -> Metadata:
+        return [(key, value) for key, value in self._passed.invocation_metadata() if key != SECONDS_LEFT]
+
+    def peer(self) -> str:
+        return self._passed.peer()
+
+    def time_remaining(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def trailing_metadata(self) -> Metadata:
+        return tuple(self._passed.trailing_metadata())
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        self._passed.set_trailing_metadata(list(metadata))
+
+    def code(self) -> grpc.StatusCode | None:
+        return self._passed.code() or None
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> None:
+        self._passed.set_code(code)
+        self._passed.set_details(details)
+        self._passed.set_trailing_metadata([each for each in trailing_metadata if each[0] != "request_id"])  # Ray's own
+        raise grpc.aio.AbortError
+
+    def add_done_callback(self, callback: "Callable[[Context], None]") -> None:
+        self._callbacks.append(callback)
+
+    async def write(self, message: Any) -> None:
+        self._messages.put_nowait(message)
+
+    async def written(self, answering: "asyncio.Task[Any]") -> AsyncIterator[Any]:
+        """What is written, until `answering` has ended. Raises what that raised."""
+        answering.add_done_callback(lambda _: self._messages.put_nowait(None))
+        while (message := await self._messages.get()) is not None:
+            yield message
+        await answering
+
+    def end(self) -> None:
+        for callback in self._callbacks:
+            callback(self)
+
+
+deployment = serve.deployment(Replica, name="TextToImage")
+application = deployment.bind()

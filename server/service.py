@@ -1,0 +1,166 @@
+"""The engine with its model, and the servicer above it: what every way of serving has in common.
+
+`python -m server` puts a port before it (lifecycle.py), Ray Serve its own ingress (deploy/ray).
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from server import auth, content_filter
+from server.decoding import Decoding
+from server.domain import ModelCard, default_request
+from server.engine import Engine, Model
+from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.servicer import TextToImageServicer
+from server.settings import Settings
+from server.telemetry import Calls, Metrics, Present, traces_of_environment
+
+log = logging.getLogger(__name__)
+
+_LOOKS = 20  # at the device, in the time after which it is given up
+
+
+class CannotTellMetrics(Exception):
+    """The address for metrics could not be bound."""
+
+
+class WarmUpFailed(Exception):
+    """The model is loaded but cannot make an image."""
+
+
+class Service:
+    """All of a service but its port. `load` brings the model and is called on the device thread.
+
+    Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
+    """
+
+    def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
+        self._settings = settings
+        self._load = load
+        self.metrics = Metrics(settings.max_queue)
+        self._traces = traces_of_environment()
+        self.engine = Engine(settings.queue, settings.schedule, observe=self._observe)
+        self._screening = content_filter.load(settings)
+        self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
+        gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
+        self.interceptors: list[grpc.aio.ServerInterceptor] = [Calls(self.metrics, self._traces), *gates, Decoding()]
+        """What calls go through. The first sees every call, those that the others turn away included."""
+
+    def _observe(self, observation: Observation) -> None:
+        self.metrics.observe(observation)
+        if self._traces is not None:
+            self._traces.observe(observation)
+
+    def tell_metrics(self) -> None:
+        """Tell Prometheus, where the settings name an address for it. Raises CannotTellMetrics."""
+        if self._settings.metrics_listen is None:
+            return
+        self.metrics.registry.register(Present(self.engine, lambda: self.servicer.detached))
+        try:
+            address = self.metrics.listen(self._settings.metrics_listen)
+        except OSError as error:
+            raise CannotTellMetrics(
+                f"cannot tell metrics on {self._settings.metrics_listen}: {error.strerror}"
+            ) from error
+        log.info("metrics on http://%s/metrics", address)
+
+    async def open(self) -> ModelCard:
+        """Load the model, make one real image, and admit calls from then on.
+
+        Raises WarmUpFailed, or whatever loading the model raised.
+        """
+        card = await asyncio.wrap_future(self.engine.start(self._load))
+        self.metrics.serves(card)
+        self.metrics.state("warming_up")
+        log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
+        first = await self._warm_up(card)
+        reference = hashlib.sha256(first.tobytes()).hexdigest()
+        card = replace(card, environment=replace(card.environment, reference=reference))
+        card = await self._screened(card, first)
+        self.servicer.open(card)
+        return card
+
+    async def _screened(self, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
+        """The card with what judges images, which decides their bytes too; it has judged the first."""
+        if self._screening is None:
+            return card
+        try:
+            await asyncio.to_thread(self._screening.objects_to, first)
+        except Exception as error:  # an operator's own code, which may raise anything
+            raise WarmUpFailed(f"the content filter cannot judge the first image: {error}") from error
+        found = self._screening.card
+        told = {"content_filter": f"{found.name} from {found.threshold:g}"}
+        environment = replace(card.environment, versions={**card.environment.versions, **told})
+        return replace(card, content_filter=found, environment=environment)
+
+    async def _warm_up(self, card: ModelCard) -> NDArray[np.uint8]:
+        """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
+
+        It is the reference image: what this process computes, measured.
+        """
+        loop = asyncio.get_running_loop()
+        pixels: list[NDArray[np.uint8]] = []
+        ended: asyncio.Queue[Finished | Failed] = asyncio.Queue()
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, ImageReady):
+                pixels.append(event.pixels)
+            elif isinstance(event, Finished | Failed):
+                loop.call_soon_threadsafe(ended.put_nowait, event)
+
+        self.engine.submit("warm-up", default_request(card, "a photo of a cat"), deliver)
+        terminal = await ended.get()
+        if isinstance(terminal, Failed):
+            raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
+        return pixels[0]
+
+    async def watch_device(self) -> None:
+        """Raises DeviceLost when a call of the model does not come back; no more calls are admitted then.
+
+        The calls that are under way fail with `engine.abandon`, which is for the one who awaits this.
+        """
+        patience = self._settings.device_seconds
+        while (busy := self.engine.busy) < patience:
+            await asyncio.sleep(patience / _LOOKS)
+        raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
+
+    async def close(self, device_seconds: float) -> bool:
+        """Let go of the device, within so many seconds; whether it had ended its call. The engine is stopped before."""
+        let_go = await asyncio.to_thread(self.engine.join, device_seconds)
+        done = self.engine.statistics()
+        log.info(
+            "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold to %.0f %% (median error)",
+            ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
+            done.device, done.wasted, 100 * done.eta_error,
+        )  # fmt: skip
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
+        return let_go
+
+
+def load(settings: Settings) -> Model:
+    """The ensemble that the settings name. Raises CheckpointError."""
+    # Imported on the device thread: torch takes seconds, and the port should be open by then.
+    from server import model
+
+    base, refiner = settings.experts
+    return model.load(
+        base,
+        refiner,
+        settings.device,
+        settings.precision,
+        settings.model_name,
+        max_batch=settings.max_batch,
+        overlap=settings.overlap,
+        compile=settings.compile,
+        compile_cache=settings.compile_cache,
+        warm_up=settings.warm_up_sizes,
+        preview_decoder=settings.preview_decoder,
+    )

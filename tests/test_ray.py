@@ -23,6 +23,8 @@ import tiny_ensemble
 import yaml
 from serving import LONG_JOB, ROOT, SERVICE, ServerProcess, digests, first_step, request
 
+from server.model_ray_v1alpha import user_defined_pb2 as user_defined
+from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client import InvalidRequest, NotFound, Refused, TextToImage
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -207,6 +209,22 @@ def test_grpcurl_lists_calls_and_asks_for_health(ray: RayServe):
     with grpc.insecure_channel(ray.target) as channel:  # which reflection does not list
         for method, word in (("Healthz", b"success"), ("ListApplications", b"text-to-image")):
             assert word in channel.unary_unary(f"/ray.serve.RayServeAPIService/{method}")(b"", timeout=PATIENCE)
+
+
+def test_instills_call_has_the_images_of_our_own(ray: RayServe, stub: pb_grpc.TextToImageServiceStub):
+    drawn = stub.Generate(request("a cat", parameter={"seed": 0}), timeout=PATIENCE).data.choices[0].image
+    bad = {"data": {"prompt": ""}}
+    with grpc.insecure_channel(ray.target) as channel:
+        call = user_defined_grpc.UserDefinedServiceStub(channel).__call__
+        sent = user_defined.CallRequest()
+        sent.task_inputs.add().update({"data": {"prompt": "a cat", "model": "tiny"}})
+        (made,) = call(sent, timeout=PATIENCE).task_outputs
+        assert made["data"]["choices"][0]["image"] == drawn
+        sent.task_inputs.add().update(bad)
+        with pytest.raises(grpc.RpcError) as refused:
+            call(sent, timeout=PATIENCE)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "task_inputs[1].data.prompt" in refused.value.details()
 
 
 def test_the_ingress_listens_on_every_address_in_plaintext(ray: RayServe):

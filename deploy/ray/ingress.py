@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from server.decoding import abort_if_undecodable, decoded_by
+from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,11 @@ _LOST = "the replica that had this call is gone; try again"
 def add_text_to_image(servicer: Any, server: Any) -> None:
     """For `grpc_servicer_functions`: the service of proto/text_to_image.proto."""
     pb_grpc.add_TextToImageServiceServicer_to_server(servicer, _Ingress(server))
+
+
+def add_user_defined(servicer: Any, server: Any) -> None:
+    """For `grpc_servicer_functions`: proto/user_defined.proto, by which Instill Core calls its models."""
+    user_defined_grpc.add_UserDefinedServiceServicer_to_server(servicer, _Ingress(server))
 
 
 class _Ingress:

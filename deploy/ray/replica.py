@@ -21,6 +21,8 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from deploy.ray.ingress import SECONDS_LEFT
 from server import contract
+from server.instill import InstillServicer
+from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.service import Service, load
 from server.settings import Settings
 from server.telemetry import log_to_stderr
@@ -77,6 +79,8 @@ class Replica:
         self._handlers = _Handlers()
         for add, servicer in _faces(self._service):
             add(servicer, self._handlers)
+        instill = InstillServicer(self._service.servicer)
+        user_defined_grpc.add_UserDefinedServiceServicer_to_server(instill, self._handlers)
         card = await self._service.open()
         self._service.metrics.state("serving")
         self._watching = asyncio.create_task(self._service.watch_device())
@@ -87,6 +91,8 @@ class Replica:
     Attach = _stream("/text_to_image.v1.TextToImageService/Attach")
     Cancel = _unary("/text_to_image.v1.TextToImageService/Cancel")
     GetModel = _unary("/text_to_image.v1.TextToImageService/GetModel")
+
+    __call__ = _unary("/model.ray.v1alpha.UserDefinedService/__call__")
 
     async def check_health(self) -> None:
         """Raises DeviceLost when the device does not answer any more: Ray then ends this process and starts another."""

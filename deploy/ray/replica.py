@@ -37,7 +37,10 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 def _faces(service: Service) -> list[tuple[Callable[[Any, Any], None], Any]]:
     """What registers each service, and its servicer. The methods of each are below, and its line is in ingress.py."""
-    return [(pb_grpc.add_TextToImageServiceServicer_to_server, service.servicer)]
+    return [
+        (pb_grpc.add_TextToImageServiceServicer_to_server, service.servicer),
+        (user_defined_grpc.add_UserDefinedServiceServicer_to_server, InstillServicer(service.servicer)),
+    ]
 
 
 def _unary(method: str) -> Callable[..., Any]:
@@ -79,8 +82,6 @@ class Replica:
         self._handlers = _Handlers()
         for add, servicer in _faces(self._service):
             add(servicer, self._handlers)
-        instill = InstillServicer(self._service.servicer)
-        user_defined_grpc.add_UserDefinedServiceServicer_to_server(instill, self._handlers)
         card = await self._service.open()
         self._service.metrics.state("serving")
         self._watching = asyncio.create_task(self._service.watch_device())
@@ -91,7 +92,6 @@ class Replica:
     Attach = _stream("/text_to_image.v1.TextToImageService/Attach")
     Cancel = _unary("/text_to_image.v1.TextToImageService/Cancel")
     GetModel = _unary("/text_to_image.v1.TextToImageService/GetModel")
-
     __call__ = _unary("/model.ray.v1alpha.UserDefinedService/__call__")
 
     async def check_health(self) -> None:

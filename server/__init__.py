@@ -13,5 +13,9 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
+# ONNX Runtime reports processes and models to its makers unless it is told not to, and where it is installed, for the
+# content filter, it is imported without one too.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # What these libraries warn of is for their callers, not for whoever reads this service's log.
 os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -269,6 +270,14 @@ def test_flags_that_would_be_a_half_locked_door_are_refused(flags, words):
 )
 def test_tokens_are_taken_where_nobody_else_hears_them_or_where_a_flag_says_so(flags):
     assert Settings(tokens="t", **flags).tokens == Path("t")
+
+
+@pytest.mark.slow
+def test_nothing_is_told_to_the_makers_of_what_it_is_built_on(start_server, tmp_path: Path):
+    server = start_server("--content-filter", "open-nsfw", HOME=str(tmp_path)).wait_until_ready()
+    connections = psutil.Process(server.process.pid).net_connections("inet")
+    assert {each.status for each in connections} == {psutil.CONN_LISTEN}
+    assert list(tmp_path.rglob("*")) == [], "ONNX Runtime keeps a name of the machine for what it tells"
 
 
 class TestTheHealthPort:

@@ -62,6 +62,8 @@ class RayServe:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # on a busy machine its 5 seconds never suffice
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
             "RAY_TMPDIR": str(folder),
             "NO_COLOR": "1",
         }

@@ -247,7 +247,7 @@ def test_a_detached_job_is_found_on_its_own_replica_alone(ray: RayServe):
 
 def test_a_lost_replica_is_unavailable_and_another_takes_its_place(ray: RayServe, stub: pb_grpc.TextToImageServiceStub):
     def outcome(number: int) -> str:
-        stream = stub.StreamGenerate(request(requestId=f"lost-{number}", **LONG_JOB), timeout=PATIENCE)
+        stream = stub.StreamGenerate(request(requestId=f"lost-{number}", **LONG_JOB))
         try:
             first_step(stream)
             started.append(number)

@@ -61,6 +61,11 @@ class Compiled:
         else:
             self._fast = torch.compile(call, fullgraph=True, dynamic=False)
 
+    @property
+    def shapes(self) -> int:
+        """How many are compiled."""
+        return len(self._made)
+
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         key = tuple((each.shape, each.dtype) for each in inputs)
         if self.warming and key not in self._made:

@@ -126,6 +126,9 @@ class ModelCard:
     default_scheduler: str
     environment: Environment
     content_filter: FilterCard | None = None
+    compiled_calls: int = 0
+    """Calls of a network, each for one shape, that were compiled, which took `compile_seconds`."""
+    compile_seconds: float = 0.0
 
 
 class StepFailed(Exception):

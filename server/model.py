@@ -8,6 +8,7 @@ same latent space. One step here is one network call, so that whoever calls can 
 import contextlib
 import copy
 import inspect
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -239,6 +240,7 @@ class Ensemble:
 
     def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Compile the calls for images of these sizes, width and height, by making one of each."""
+        began = time.monotonic()
         with compilation.warming():
             for width, height in sizes:
                 request = replace(default_request(self.card, "warm-up", seed=0), width=width, height=height)
@@ -248,6 +250,12 @@ class Ensemble:
                     trajectory.position = trajectory.stages.index(stage)
                     self.step([trajectory])
                 self.decode(trajectory)
+        calls = (each for each in (*self._networks.values(), *self._decoders.values()) if isinstance(each, Compiled))
+        self.card = replace(
+            self.card,
+            compiled_calls=sum(each.shapes for each in calls),
+            compile_seconds=time.monotonic() - began,
+        )
 
     def limit_batch(self, images: int) -> None:
         """From now on let no more than so many images share a call, at most as many as the ensemble was loaded for.

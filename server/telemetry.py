@@ -161,6 +161,14 @@ class Metrics:
             "t2i_previews_dropped_total", "Previews that came too late to be drawn or told.", registry=registry
         )
 
+        self._compiled_calls = Gauge(
+            "t2i_compiled_calls",
+            "Calls of a network, each for one shape, that were compiled before serving; afterwards none is.",
+            registry=registry,
+        )
+        self._compile_seconds = Gauge(
+            "t2i_compile_seconds", "How long compiling took, or taking it from --compile-cache.", registry=registry
+        )
         self._device_memory = Gauge(
             "t2i_device_memory_bytes",
             "Memory that this process uses of a CUDA device; of others there is nothing to tell.",
@@ -180,6 +188,9 @@ class Metrics:
                 "fingerprint": card.fingerprint,
             }
         )
+
+        self._compiled_calls.set(card.compiled_calls)
+        self._compile_seconds.set(card.compile_seconds)
 
         if card.device == "cuda":
             from torch import cuda  # which the model has imported by now

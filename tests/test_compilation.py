@@ -13,6 +13,7 @@ from serving import ROOT
 from server import model
 from server.checkpoint import CannotCompile
 from server.domain import default_request
+from server.telemetry import Metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # a C++ compiler on a busy machine
 
@@ -67,6 +68,15 @@ def test_the_environment_tells_what_is_compiled(plain, compiled):
     assert plain.card.environment.compiled == "off"
     assert compiled.card.environment.compiled in ("blocks for 64x64", "full for 64x64")
     assert plain.card.environment.fingerprint != compiled.card.environment.fingerprint
+
+
+def test_what_was_compiled_is_counted_and_timed(plain, compiled):
+    assert (plain.card.compiled_calls, plain.card.compile_seconds) == (0, 0)
+    assert compiled.card.compiled_calls == 3, "the base, the refiner and the decoder, for one size"
+    metrics = Metrics(max_queue=1)
+    metrics.serves(compiled.card)
+    assert metrics.registry.get_sample_value("t2i_compiled_calls") == 3
+    assert metrics.registry.get_sample_value("t2i_compile_seconds") == compiled.card.compile_seconds > 0
 
 
 def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):

@@ -189,6 +189,7 @@ class TestMetrics:
         assert told("t2i_queue_limit_jobs") == 32
         names = {"name": model.name, "device": model.device, "precision": model.precision}
         assert told("t2i_model_info", fingerprint=model.fingerprint, **names) == 1
+        assert told("t2i_compiled_calls") == told("t2i_compile_seconds") == 0
         assert told("process_resident_memory_bytes") == pytest.approx(
             psutil.Process(watched.process.pid).memory_info().rss, rel=0.2
         )

@@ -51,7 +51,8 @@ async def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         launch = local_launch(Path(folder), gpu=False)
-        flags = ("--max-queue", str(options.streams), "--log-level", "warning")
+        # Room for those who have left, too, until the server hears of it.
+        flags = ("--max-queue", str(2 * options.streams), "--log-level", "warning")
         with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
             target = service.wait_until_serving(_READY_SECONDS)
             record = await endure(target, psutil.Process(service.process.pid), options.streams, options.seconds)

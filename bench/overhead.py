@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from server import images, model
+from server import images, service
 from server.domain import ImageRequest, default_request
 from server.engine import Engine
 from server.servicer import TextToImageServicer
@@ -87,14 +87,7 @@ class Bare:
     overlaps = False
 
     def load(self, settings: Settings) -> "Bare":
-        self._ensemble = model.load(
-            *settings.experts,
-            settings.device,
-            settings.precision,
-            compile=settings.compile,
-            compile_cache=settings.compile_cache,
-            warm_up=settings.warm_up_sizes,
-        )
+        self._ensemble = service.load(settings)
         self.card = self._ensemble.card
         self._request = default_request(self.card, "cat napping", seed=1)
         return self

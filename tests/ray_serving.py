@@ -2,19 +2,17 @@
 
 import copy
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
-from serving import ROOT
+from serving import ROOT, Logged
 
 CONFIG = ROOT / "deploy" / "ray" / "cpu.yaml"
 SERVE = Path(sys.executable).parent / "serve"
@@ -47,16 +45,15 @@ def free_ports() -> tuple[int, int]:
         return one.getsockname()[1], other.getsockname()[1]
 
 
-class RayServe:
+class RayServe(Logged):
     """`serve run` with a configuration, in a Ray that it starts and ends; `deploy` changes it while it runs."""
+
+    patience = PATIENCE
 
     def __init__(self, folder: Path, configure: Callable[[tuple[int, int]], dict[str, Any]]) -> None:
         self._folder = folder
         self.ports = free_ports()
         self.target = f"127.0.0.1:{self.ports[1]}"
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._closed = False
         self._environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python"), str(ROOT / "tests")]),
             "RAY_AUTH_MODE": "disabled",
@@ -67,7 +64,7 @@ class RayServe:
             "RAY_TMPDIR": str(folder),
             "NO_COLOR": "1",
         }
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             [SERVE, "run", self._write(configure(self.ports))],
             cwd=ROOT,
             env=self._environment,
@@ -76,32 +73,12 @@ class RayServe:
             text=True,
             errors="replace",
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        super().__init__(process, process.stdout)
 
     def _write(self, configuration: dict[str, Any]) -> str:
         path = self._folder / "serve.yaml"
         path.write_text(yaml.safe_dump(configuration), "utf-8")
         return str(path)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._changed:
-                self.lines.append(line.rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def wait_for_log(self, pattern: str, after: int = 0) -> re.Match[str]:
-        """Wait until the lines after so many hold the pattern."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or re.search(pattern, "\n".join(self.lines[after:])), PATIENCE)
-            log = "\n".join(self.lines[after:])
-            found = re.search(pattern, log)
-            assert found, f"{pattern!r} never came in:\n{log}"
-            return found
 
     def deploy(self, configuration: dict[str, Any]) -> None:
         """What `serve deploy` does: ask the Ray that runs to become so."""

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import grpc
 from google.protobuf import json_format
@@ -43,26 +44,22 @@ def first_step(stream: Iterable[pb.StreamGenerateResponse]) -> pb.Progress:
     )
 
 
-class ServerProcess:
-    """`python -m server`, or another program around it, on a free port of this machine, its log line by line."""
+class Logged:
+    """A process whose log is read line by line, from its stream `told`."""
 
-    def __init__(self, *flags: str, program: Sequence[str] = ("-m", "server"), **environment: str) -> None:
+    patience = PATIENCE
+
+    def __init__(self, process: "subprocess.Popen[str]", told: IO[str] | None) -> None:
+        assert told is not None
+        self.process = process
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._closed = False
-        self.process = subprocess.Popen(
-            [sys.executable, *program, "--listen", "127.0.0.1:0", *flags],
-            cwd=ROOT,
-            env=os.environ | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(told,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+    def _read(self, told: IO[str]) -> None:
+        for line in told:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
@@ -74,13 +71,30 @@ class ServerProcess:
     def log(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for_log(self, pattern: str) -> re.Match[str]:
-        """Wait until the log holds the pattern."""
+    def wait_for_log(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """Wait until the lines after so many hold the pattern."""
         with self._changed:
-            self._changed.wait_for(lambda: re.search(pattern, self.log) or self._closed, PATIENCE)
-            found = re.search(pattern, self.log)
-            assert found, f"{pattern!r} never came in:\n{self.log}"
+            self._changed.wait_for(
+                lambda: self._closed or re.search(pattern, "\n".join(self.lines[after:])), self.patience
+            )
+            log = "\n".join(self.lines[after:])
+            found = re.search(pattern, log)
+            assert found, f"{pattern!r} never came in:\n{log}"
             return found
+
+
+class ServerProcess(Logged):
+    """`python -m server`, or another program around it, on a free port of this machine, its log line by line."""
+
+    def __init__(self, *flags: str, program: Sequence[str] = ("-m", "server"), **environment: str) -> None:
+        process = subprocess.Popen(
+            [sys.executable, *program, "--listen", "127.0.0.1:0", *flags],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        super().__init__(process, process.stderr)
 
     @property
     def target(self) -> str:

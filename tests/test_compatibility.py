@@ -35,7 +35,7 @@ LARGE = {  # drawn once: whoever asks for a detached job again gets what is kept
     "parameter": {"n": 8, "seed": 1},
     "sampling": {"steps": 1, "width": 512, "height": 512, "guidance_scale": 20},
     "output": {"format": "FORMAT_PNG"},
-    "request_id": "large",
+    "request_id": "eight-of-noise",
     "on_disconnect": "ON_DISCONNECT_DETACH",
 }
 

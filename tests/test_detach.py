@@ -146,7 +146,7 @@ class TestJoining:
 
     def test_generate_says_when_what_a_stream_began_does_not_fit_into_its_message(self, stub):
         asked = detached(
-            "large",
+            "larger-than-its-message",
             parameter={"n": 3, "seed": 1},
             sampling={"steps": 1},
             output={"format": "FORMAT_PNG", "maxMessageBytes": 150_000},

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ async def overhead(bare: Any, ray: Any, pairs: int, calls: int) -> None:
         "call": f"GetModel, median of {calls} one after the other",
         "first": "the first event of a stream",
         "event": "each event of a stream that is told again at once",
-        "beyond": "a stream beyond what the engine tells of its job",
-        "total": "a stream of one image in all",
+        "ran": "what the engine tells of a job of one image",
+        "beyond": "its stream beyond that",
     }
     print(f"| medians of {pairs} rounds | bare server | Ray | more |\n| --- | --- | --- | --- |")
     for name, words in names.items():
@@ -116,8 +117,8 @@ async def _streams(stub: Any) -> dict[str, float]:
     return {
         "event": (again[-1] - again[0]) / (len(again) - 1),
         "first": times[0],
+        "ran": engine,
         "beyond": times[-1] - engine,
-        "total": times[-1],
     }
 
 
@@ -191,18 +192,21 @@ def _told(outcomes: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
 
 
+def rescale(ray: RayServe, variables: dict[str, str], was: int, count: int) -> None:
+    """Wait until those that are too few serve, or the processes of those that are too many have ended."""
+    before = len(ray.lines)
+    ray.deploy(replicas(ray.ports, variables, count))
+    if count > was:
+        ray.wait_for_log(rf"(replica: serving[^\0]*){{{count - was}}}", before)
+    while len(ray.processes("ServeReplica")) > count:
+        time.sleep(0.05)
+
+
 async def rescaled(ray: RayServe, stub: Any, variables: dict[str, str], callers: int) -> None:
     """Print what became of the calls while one replica becomes two and two one."""
-    for count in (2, 1):
+    for was, count in ((1, 2), (2, 1)):
         load = Load(stub, callers)
-        before = len(ray.lines)
-
-        async def rescale(count: int = count, before: int = before) -> None:
-            await asyncio.to_thread(ray.deploy, replicas(ray.ports, variables, count))
-            word = "replica: serving" if count == 2 else "service: stopped"
-            await asyncio.to_thread(ray.wait_for_log, word, before)
-
-        await load.under(rescale)
+        await load.under(partial(asyncio.to_thread, rescale, ray, variables, was, count))
         print(f"| to {count} | {time.perf_counter() - load.began:.0f} s | {_told(load.outcomes)} |", flush=True)
 
 
@@ -242,15 +246,14 @@ async def measured(options: argparse.Namespace) -> None:
                 print("| replicas | images/s | p50 s | p95 | p99 | busiest over mean | outcomes |")
                 print("|" + " --- |" * 7)
                 await throughput(ray, stub, 1, options.callers, options.jobs)
-                before = len(ray.lines)
-                ray.deploy(replicas(ray.ports, variables, 2))
-                ray.wait_for_log("replica: serving", before)
-                await throughput(ray, stub, 2, options.callers, options.jobs)
+                for was, count in ((1, 2), (2, 4)):
+                    rescale(ray, variables, was, count)
+                    await throughput(ray, stub, count, options.callers, options.jobs)
+                rescale(ray, variables, 4, 2)
                 print("\n| killed under load, no retries | in | outcomes |\n| --- | --- | --- |")
                 await killed(ray, stub, "ServeReplica", options.callers)
                 await killed(ray, stub, "ProxyActor", options.callers)
-                ray.deploy(replicas(ray.ports, variables, 1))
-                ray.wait_for_log("service: stopped", before)
+                rescale(ray, variables, 2, 1)
                 print("\n| scaled under load | in | outcomes |\n| --- | --- | --- |")
                 await rescaled(ray, stub, variables, options.callers)
     finally:

@@ -1,5 +1,6 @@
 """A Ray of the tests' own, with the shipped configuration on free ports of this machine."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -88,8 +89,12 @@ class RayServe(Logged):
 
     def processes(self, title: str) -> list[psutil.Process]:
         """This Ray's processes of that title, ReplicaActor or ProxyActor."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in children if title in " ".join(each.cmdline())]
+        found = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie: it has just ended
+                if title in " ".join(each.cmdline()):
+                    found.append(each)
+        return found
 
     def stop(self) -> None:
         if self.process.poll() is not None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -51,7 +52,8 @@ def ray(weights: dict[str, str]) -> Iterator[RayServe]:
     """Two replicas of a tiny ensemble."""
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # a short name, as sockets below it need
     two = {"autoscaling_config": None, "num_replicas": 2}
-    ray = RayServe(folder, lambda ports: configuration(ports, weights, **two))
+    variables = weights | {"T2I_METRICS_LISTEN": "127.0.0.1:0"}
+    ray = RayServe(folder, lambda ports: configuration(ports, variables, **two))
     try:
         ray.wait_for_log(r"(?s)(replica: serving.*){2}")
         with TextToImage(ray.target, timeout=PATIENCE) as client:
@@ -144,6 +146,37 @@ def test_a_cancelled_call_frees_the_device_within_a_step(ray: RayServe, stub: pb
     # One call encodes the prompt; one may be in flight, and others were made while this test was not looking.
     assert calls < 1 + last.step + 20, f"{calls} calls after step {last.step}"
     assert calls < 1200
+
+
+def test_a_cancelled_call_without_events_frees_the_device_too(ray: RayServe, stub: pb_grpc.TextToImageServiceStub):
+    addresses = re.findall(r"metrics on (http://\S+)", "\n".join(ray.lines))
+    assert len(addresses) == 2
+    drawing = stub.Generate.future(request(requestId="given-up-whole", **LONG_JOB))
+    while not any('t2i_queue_jobs{state="running"} 1.0' in scraped(each) for each in addresses):
+        assert not drawing.done(), drawing
+    drawing.cancel()
+    assert int(ray.wait_for_log(r"given-up-whole: Cancelled after (\d+) model calls")[1]) < 1200
+
+
+def scraped(address: str) -> str:
+    with urlopen(address, timeout=PATIENCE) as answer:
+        return str(answer.read(), "utf-8")
+
+
+def test_more_than_four_megabytes_pass_both_ways(ray: RayServe):
+    large = {
+        "parameter": {"n": 8, "seed": 1},
+        "sampling": {"steps": 1, "width": 1024, "height": 1024},
+        "output": {"format": "FORMAT_PNG", "maxMessageBytes": 64_000_000},
+    }
+    with grpc.insecure_channel(ray.target, [("grpc.max_receive_message_length", -1)]) as channel:
+        stub = pb_grpc.TextToImageServiceStub(channel)
+        answer = stub.Generate(request("noise", **large), timeout=PATIENCE)
+        assert len(answer.data.choices) == 8
+        assert answer.ByteSize() > 4 * 1024 * 1024
+        with pytest.raises(grpc.RpcError, match=r"data\.prompt") as caught:
+            stub.Generate(request("x" * 5_000_000), timeout=PATIENCE)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_client_that_vanishes_frees_the_device(ray: RayServe):

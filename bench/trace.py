@@ -1,18 +1,22 @@
 """Two hundred callers at once through gRPC: the schedule against first come, first served, for real.
 
-For each order a server of its own runs on the embedded ensemble and gets the same requests at the same times, each from
-a connection of its own. A request's slowdown is what it took over what its like takes alone on the same server.
-Run: python -m bench.trace
+A server for each order runs on the embedded ensemble, and in each round both get the same requests at the same times,
+one server after the other, the other first in the next round: A B B A. Each request comes on a connection of its own
+with the token of one of twenty callers, the k-th of whom sends in proportion to 1 / k. The schedule is told deadlines;
+first come, as services that know none, is not, and a request that it ends later is missed. A request's slowdown is what
+it took over what its like takes alone. Run: make bench-trace
 """
 
 import argparse
 import asyncio
+import hashlib
+import math
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +27,9 @@ from text_to_image_client._service import local_launch, running
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-ORDERS = ("first-come", "shortest")
-SIDES, STEPS, IMAGES = (64, 128, 192), (4, 8, 16), (1, 2, 4)
+FIRST_COME, SHORTEST = ORDERS = ("first-come", "shortest")
+SIDES, STEPS, IMAGES = (64, 96, 128), (4, 8, 16), (1, 2, 4)
+CALLERS = [f"caller-{k}" for k in range(1, 21)]
 WITH_DEADLINE = 0.3  # share of the requests; of 2 to 10 times what they take alone, and one second
 _READY_SECONDS = 300.0
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
@@ -53,8 +58,9 @@ class Arrival:
 
     at: float  # seconds from the beginning
     like: Like
-    alone: float  # seconds
-    deadline: float | None  # seconds from its arrival
+    caller: str
+    alone: float = math.nan  # seconds
+    deadline: float = math.inf  # seconds from its arrival
 
 
 @dataclass(frozen=True)
@@ -66,66 +72,86 @@ class Outcome:
     took: float
     eta: float | None
 
+    @property
+    def in_time(self) -> bool:
+        return self.code is grpc.StatusCode.OK and self.took <= self.arrival.deadline
+
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=200, help="of a round (default: 200)")
     parser.add_argument("--load", type=float, default=0.9, help="of the device, were the requests evenly spread")
+    parser.add_argument("--seed", type=int, default=1, help="of the first round (default: 1)")
     options = parser.parse_args()
 
-    with server("first-come") as target:
-        alone = await measured_alone(target)
-    arrivals = trace(alone, options.requests, options.load, seed=1)
-    deadlines = sum(each.deadline is not None for each in arrivals)
-    print(f"{len(arrivals)} requests in {arrivals[-1].at:.0f} s, {deadlines} of them with a deadline\n")
-    columns = "order, mean slowdown, p50, p95, mean time, p95, p99, longest, deadlines missed, refused, ETA error"
+    outcomes: dict[str, list[Outcome]] = {order: [] for order in ORDERS}
+    with ExitStack() as stack:
+        targets = {order: stack.enter_context(server(order)) for order in ORDERS}
+        for number in range(options.rounds):
+            orders = ORDERS if number % 2 else ORDERS[::-1]
+            alone = [await measured_alone(targets[order]) for order in orders]  # before each round: machines drift
+            usual = {like: statistics.mean(each[like] for each in alone) for like in kinds()}
+            arrivals = trace(usual, options.requests, options.load, options.seed + number)
+            print(f"round {number + 1}: {len(arrivals)} requests in {arrivals[-1].at:.0f} s", flush=True)
+            for order in orders:
+                outcomes[order] += await served(targets[order], order, arrivals)
+
+    deadlines = sum(each.arrival.deadline < math.inf for each in outcomes[SHORTEST])
+    both = [ours.code is theirs.code is grpc.StatusCode.OK for ours, theirs in zip(*outcomes.values(), strict=True)]
+    print(f"\n{len(both)} requests, {deadlines} with a deadline; times of the {sum(both)} that both orders finished:\n")
+    columns = "order, mean slowdown, p50, p95, mean time, p95, p99, longest, not in time, of these refused, ETA error"
     print(f"| {columns.replace(', ', ' | ')} |\n|{' --- |' * 11}")
     for order in ORDERS:
-        with server(order) as target:
-            await measured_alone(target, repeats=1)  # so that each order knows what calls cost
-            began = time.monotonic() + 1
-            outcomes = await asyncio.gather(
-                *(call(target, each, number, began) for number, each in enumerate(arrivals))
-            )
-        print(row(order, outcomes))
+        print(row(order, outcomes[order], both))
+
+
+async def served(target: str, order: str, arrivals: list[Arrival]) -> list[Outcome]:
+    """What became of the requests, each made when its time had come."""
+    began = time.monotonic() + 1
+    calls = (call(target, each, order is SHORTEST, number, began) for number, each in enumerate(arrivals))
+    return list(await asyncio.gather(*calls))
 
 
 def trace(alone: dict[Like, float], requests: int, load: float, seed: int) -> list[Arrival]:
     """Poisson arrivals of requests of all kinds."""
     choose = random.Random(seed)
     likes = choose.choices(list(alone), k=requests)
+    callers = choose.choices(CALLERS, [1 / k for k in range(1, len(CALLERS) + 1)], k=requests)
     pause = sum(alone[like] for like in likes) / requests / load
     arrivals, now = [], 0.0
-    for like in likes:
-        deadline = 1 + alone[like] * choose.uniform(2, 10) if choose.random() < WITH_DEADLINE else None
-        arrivals.append(Arrival(now, like, alone[like], deadline))
+    for like, caller in zip(likes, callers, strict=True):
+        deadline = 1 + alone[like] * choose.uniform(2, 10) if choose.random() < WITH_DEADLINE else math.inf
+        arrivals.append(Arrival(now, like, caller, alone[like], deadline))
         now += choose.expovariate(1 / pause)
     return arrivals
 
 
-async def measured_alone(target: str, repeats: int = 3) -> dict[Like, float]:
+async def measured_alone(target: str) -> dict[Like, float]:
     """Seconds that each kind of request takes when it has the service to itself."""
-    took: dict[Like, list[float]] = {}
-    for number, like in enumerate(kinds() * repeats):
-        outcome = await call(target, Arrival(0.0, like, 0.0, None), number, time.monotonic())
+    took = {}
+    for number, like in enumerate(kinds()):
+        outcome = await call(target, Arrival(0.0, like, CALLERS[0]), False, number, time.monotonic())
         assert outcome.code is grpc.StatusCode.OK
-        took.setdefault(like, []).append(outcome.took)
-    return {like: statistics.median(seconds) for like, seconds in took.items()}
+        took[like] = outcome.took
+    return took
 
 
 def kinds() -> list[Like]:
     return [Like(side, steps, images) for side in SIDES for steps in STEPS for images in IMAGES]
 
 
-async def call(target: str, arrival: Arrival, seed: int, began: float) -> Outcome:
-    """Make one request when its time has come, on a connection of its own."""
+async def call(target: str, arrival: Arrival, telling: bool, seed: int, began: float) -> Outcome:
+    """Make one request when its time has come, telling its deadline or not."""
     async with grpc.aio.insecure_channel(target, options=OPTIONS) as channel:
         await channel.channel_ready()
         await asyncio.sleep(max(0.0, began + arrival.at - time.monotonic()))
         sent, eta, code = time.monotonic(), None, grpc.StatusCode.OK
         try:
             stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(
-                arrival.like.request(seed), timeout=arrival.deadline
+                arrival.like.request(seed),
+                timeout=arrival.deadline if telling and arrival.deadline < math.inf else None,
+                metadata=(("authorization", f"Bearer {arrival.caller}"),),
             )
             async for event in stream:
                 if eta is None and event.HasField("queued"):
@@ -135,16 +161,14 @@ async def call(target: str, arrival: Arrival, seed: int, began: float) -> Outcom
         return Outcome(arrival, code, time.monotonic() - sent, eta)
 
 
-def row(order: str, outcomes: list[Outcome]) -> str:
-    done = [each for each in outcomes if each.code is grpc.StatusCode.OK]
+def row(order: str, outcomes: list[Outcome], counted: list[bool]) -> str:
+    done = [each for each, counts in zip(outcomes, counted, strict=True) if counts]
     slowdowns = np.array([each.took / each.arrival.alone for each in done])
     took = np.array([each.took for each in done])
     errors = [abs(each.eta - each.took) / each.took for each in done if each.eta is not None]
-    missed, refused = (
-        sum(each.code is code for each in outcomes)
-        for code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-    )
-    assert len(done) + missed + refused == len(outcomes), {each.code for each in outcomes}
+    refused = sum(each.code is grpc.StatusCode.RESOURCE_EXHAUSTED for each in outcomes)
+    missed = sum(each.code is grpc.StatusCode.DEADLINE_EXCEEDED for each in outcomes)
+    assert sum(each.code is grpc.StatusCode.OK for each in outcomes) + missed + refused == len(outcomes)
     told = [
         order,
         f"{slowdowns.mean():.2f}",
@@ -152,7 +176,7 @@ def row(order: str, outcomes: list[Outcome]) -> str:
         f"{took.mean():.2f} s",
         *(f"{value:.2f} s" for value in np.percentile(took, (95, 99))),
         f"{took.max():.2f} s",
-        f"{missed}",
+        f"{sum(each.arrival.deadline < math.inf and not each.in_time for each in outcomes)}",
         f"{refused}",
         f"{100 * statistics.median(errors):.0f} %",
     ]
@@ -163,8 +187,10 @@ def row(order: str, outcomes: list[Outcome]) -> str:
 def server(order: str) -> Iterator[str]:
     """A server process of that order; its address, once it is ready."""
     with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder, "tokens")
+        tokens.write_text("".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n" for name in CALLERS))
         launch = local_launch(Path(folder), gpu=False)
-        flags = ("--schedule", order, "--max-queue", "1000", "--log-level", "warning")
+        flags = ("--schedule", order, "--max-queue", "1000", "--log-level", "warning", "--tokens", str(tokens))
         with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
             yield service.wait_until_serving(_READY_SECONDS)
 

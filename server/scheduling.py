@@ -228,7 +228,7 @@ class Schedule:
         self.bytes += task.bytes
         if task.deadline < math.inf and not self._first_come:
             self._claims.add(task)
-        self._arrivals.add(now, task)
+        self._arrivals.add(now, task.remaining, _length(task))
 
     def remove(self, task: Task, now: float) -> None:
         """The task has ended: finished, failed, expired or cancelled. Raises KeyError if it is not here."""
@@ -371,7 +371,7 @@ class Schedule:
         """Seconds until the end of a task that would have `wait` seconds to wait if nothing came any more."""
         if not task.calls:  # whatever comes, nothing can go before it any more
             return 0.0
-        arrivals = self._arrivals.rates(now)
+        arrivals = self._arrivals.rates(now, self._patience, self._grain)
         rank = task.admitted + task.handicap
         start = arrivals.put_off(now, wait, rank)
         # As it runs its handicap falls to nothing, by one patience on average.
@@ -443,8 +443,7 @@ class Schedule:
         if task._held or not task.calls:
             caller.queue.drop(task)
         else:
-            length = math.log1p(task.remaining * _PRIORITY**-task.priority / self._grain)
-            task._free_handicap = self._patience * length
+            task._free_handicap = _handicap(_length(task), self._patience, self._grain)
             task.handicap = min(task._free_handicap, task._ceiling)
             caller.queue.put(task, task.admitted + task.handicap, task._number)
         self._place(caller)
@@ -494,6 +493,15 @@ class Schedule:
             if excess <= 0:
                 return eta
         return math.inf
+
+
+def _length(task: Task) -> float:
+    """What is left of the task in seconds, as its priority has it."""
+    return task.remaining * _PRIORITY**-task.priority
+
+
+def _handicap(length: float, patience: float, grain: float) -> float:
+    return patience * math.log1p(length / grain)
 
 
 def _turn_rank(task: Task, turn: float) -> float:
@@ -641,22 +649,25 @@ class _Claims:
 
 
 class _Arrivals:
-    """What came lately: how much work, with which handicaps."""
+    """What came lately: how much work, of which lengths."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=_RECENT)
         self._fresh = 0
+        self._ranked = (0.0, 1.0)
         self._rates = _Rates([], 1.0)
 
-    def add(self, now: float, task: Task) -> None:
-        self._recent.append((now, task.handicap, task.remaining))
+    def add(self, now: float, seconds: float, length: float) -> None:
+        self._recent.append((now, seconds, length))
         self._fresh += 1
 
-    def rates(self, now: float) -> "_Rates":
-        enough = len(self._recent) >= _FEW and self._fresh >= len(self._recent) // 50
-        if enough and now > self._recent[0][0]:
-            span = now - self._recent[0][0]
-            self._fresh, self._rates = 0, _Rates(sorted(each[1:] for each in self._recent), span)
+    def rates(self, now: float, patience: float, grain: float) -> "_Rates":
+        """With the handicaps that the like of what came would get now, not those of a time with another load."""
+        stale = self._fresh >= len(self._recent) // 50 or self._ranked != (patience, grain)
+        if len(self._recent) >= _FEW and stale and now > self._recent[0][0]:
+            self._fresh, self._ranked = 0, (patience, grain)
+            came = sorted((_handicap(length, patience, grain), seconds) for _, seconds, length in self._recent)
+            self._rates = _Rates(came, now - self._recent[0][0])
         return self._rates
 
 

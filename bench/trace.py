@@ -79,7 +79,7 @@ class Outcome:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=200, help="of a round (default: 200)")
     parser.add_argument("--load", type=float, default=0.9, help="of the device, were the requests evenly spread")
     parser.add_argument("--seed", type=int, default=1, help="of the first round (default: 1)")
@@ -97,13 +97,7 @@ async def main() -> None:
             for order in orders:
                 outcomes[order] += await served(targets[order], order, arrivals)
 
-    deadlines = sum(each.arrival.deadline < math.inf for each in outcomes[SHORTEST])
-    both = [ours.code is theirs.code is grpc.StatusCode.OK for ours, theirs in zip(*outcomes.values(), strict=True)]
-    print(f"\n{len(both)} requests, {deadlines} with a deadline; times of the {sum(both)} that both orders finished:\n")
-    columns = "order, mean slowdown, p50, p95, mean time, p95, p99, longest, not in time, of these refused, ETA error"
-    print(f"| {columns.replace(', ', ' | ')} |\n|{' --- |' * 11}")
-    for order in ORDERS:
-        print(row(order, outcomes[order], both))
+            tell(outcomes)
 
 
 async def served(target: str, order: str, arrivals: list[Arrival]) -> list[Outcome]:
@@ -159,6 +153,17 @@ async def call(target: str, arrival: Arrival, telling: bool, seed: int, began: f
         except grpc.aio.AioRpcError as error:
             code = error.code()
         return Outcome(arrival, code, time.monotonic() - sent, eta)
+
+
+def tell(outcomes: dict[str, list[Outcome]]) -> None:
+    """Print what became of all requests so far."""
+    deadlines = sum(each.arrival.deadline < math.inf for each in outcomes[SHORTEST])
+    both = [ours.code is theirs.code is grpc.StatusCode.OK for ours, theirs in zip(*outcomes.values(), strict=True)]
+    print(f"\n{len(both)} requests, {deadlines} with a deadline; times of the {sum(both)} that both orders finished:\n")
+    columns = "order, mean slowdown, p50, p95, mean time, p95, p99, longest, not in time, of these refused, ETA error"
+    print(f"| {columns.replace(', ', ' | ')} |\n|{' --- |' * 11}")
+    for order in ORDERS:
+        print(row(order, outcomes[order], both), flush=True)
 
 
 def row(order: str, outcomes: list[Outcome], counted: list[bool]) -> str:

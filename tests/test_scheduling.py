@@ -459,6 +459,28 @@ def test_forecasts_take_account_of_what_will_come():
     assert 25 < schedule.forecast(long, now).eta < 45
 
 
+def test_what_came_in_quieter_times_is_not_thought_to_overtake_now():
+    schedule = schedule_of(average=None)
+    now = 0.0
+    for _ in range(200):  # each alone, so that nobody had to be patient
+        added(schedule, steps(20), now=now)
+        now = run(schedule, now)[-1][1]
+    added(schedule, *(steps(20) for _ in range(100)), now=now)
+    (short,) = added(schedule, steps(5), now=now)
+    assert schedule.forecast(short, now).eta == pytest.approx(run_until(schedule, short, now) - now, rel=0.2)
+
+
+def run_until(schedule: Schedule, task: Task, now: float) -> float:
+    """When the task ends if more comes as it has lately: 20 steps every 20 seconds."""
+    while task in schedule:
+        added(schedule, steps(20), now=now)
+        for ended, when in run(schedule, now, now + 20.0):
+            if ended is task:
+                return when
+        now += 20.0
+    raise AssertionError
+
+
 def test_forecasts_change_nothing():
     schedule = schedule_of()
     doomed, _ = added(schedule, steps(20, deadline=10.0), steps(10, deadline=11.0))

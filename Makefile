@@ -96,12 +96,14 @@ generate: .venv-generate/.done ## make the Python stubs from proto/
 	$(call PROTOC,clients/python,text_to_image_client/v1,text_to_image)
 	$(call PROTOC,.,server/inference_v2,open_inference)
 	$(call PROTOC,.,server/model_ray_v1alpha,user_defined)
+	$(call PROTOC,.,server/model_model_v1alpha,model_public)
 
 generate-check: .venv-generate/.done
 	@fresh=$$(mktemp -d) && mkdir "$$fresh/clients" "$$fresh/clients/python" && \
 	$(call PROTOC,$$fresh/clients/python,text_to_image_client/v1,text_to_image) && \
 	$(call PROTOC,$$fresh,server/inference_v2,open_inference) && \
 	$(call PROTOC,$$fresh,server/model_ray_v1alpha,user_defined) && \
+	$(call PROTOC,$$fresh,server/model_model_v1alpha,model_public) && \
 	(cd "$$fresh" && find . -type f) | while read -r stub; do \
 		cmp "$$fresh/$$stub" "$$stub" || { echo "stale stubs: run make generate"; exit 1; }; \
 	done && rm -r "$$fresh"

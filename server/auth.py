@@ -32,6 +32,8 @@ _OPEN = (
     "/grpc.reflection.",
     "/inference.GRPCInferenceService/ServerLive",
     "/inference.GRPCInferenceService/ServerReady",
+    "/model.model.v1alpha.ModelPublicService/Liveness",
+    "/model.model.v1alpha.ModelPublicService/Readiness",
 )
 
 _STREAM_SECONDS = 86_400  # what a call may last beyond its connection's age: no job should need as long

@@ -1,4 +1,5 @@
-"""The service's face for Instill Core: inputs and outputs of TASK_TEXT_TO_IMAGE, as Core calls its models with them.
+"""The service's faces for Instill: inputs and outputs of TASK_TEXT_TO_IMAGE, as Core calls its models with them, and as
+clients of Core's public API do.
 
 Each input becomes a request of our own contract and goes the way of these: the same checks, jobs, statuses and limits.
 """
@@ -10,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from google.protobuf.struct_pb2 import Struct, Value
 
 from server import auth, contract
-from server.contract import InvalidRequest, Task, Violation
+from server.contract import InvalidRequest, Task, UnknownModel, Violation
+from server.model_model_v1alpha import model_public_pb2 as public
+from server.model_model_v1alpha import model_public_pb2_grpc as public_grpc
 from server.model_ray_v1alpha import user_defined_pb2 as user_defined
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.servicer import Context, TextToImageServicer
@@ -19,7 +22,7 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 64 * 1024 * 1024
-"""What a message of this face may have, either way: Core has no way to ask for less, and raises its own limits."""
+"""What a message of these faces may have, either way: Core has no way to ask for less, and raises its own limits."""
 
 _KEYS = {"data": {"prompt", "model"}, "parameter": {"aspect-ratio", "negative-prompt", "n", "seed"}}
 _MOST_TOLD = 8  # unknown keys of a call that are named in the log,
@@ -27,25 +30,69 @@ _LONGEST_TOLD = 64  # and of each so many characters
 
 
 class InstillServicer(user_defined_grpc.UserDefinedServiceServicer):
-    """Serves what `first`, the face of our own contract, serves."""
+    """Serves what `first`, the face of our own contract, serves, to Core."""
 
     def __init__(self, first: TextToImageServicer) -> None:
         self._first = first
 
     async def __call__(self, request: user_defined.CallRequest, context: Context) -> user_defined.CallResponse:
-        request_id = contract.request_id_of(pb.GenerateRequest())
-        async with self._first.statuses("__call__", request_id, context):
-            caller = auth.caller_of(context)
-            card, limits = self._first.model(caller)
-            requests = read(request.task_inputs, limits.max_images)
-            tasks = self._first.parse_all(requests, request_id, caller, name_of, "task_inputs")
-            asked = [(each, _shared(task, len(tasks))) for each, task in zip(requests, tasks, strict=True)]
-            answers = await self._first.answer_all(asked, card, caller, context)
-            return user_defined.CallResponse(task_outputs=map(output, answers))
+        return user_defined.CallResponse(
+            task_outputs=await _outputs(self._first, "__call__", request.task_inputs, context)
+        )
+
+
+class ModelPublicServicer(public_grpc.ModelPublicServiceServicer):
+    """Serves what `first` serves to clients of Core's public API, with no Core between."""
+
+    def __init__(self, first: TextToImageServicer) -> None:
+        self._first = first
+
+    async def Liveness(self, request: public.LivenessRequest, context: Context) -> public.LivenessResponse:
+        return public.LivenessResponse(health_check_response=_health(True))
+
+    async def Readiness(self, request: public.ReadinessRequest, context: Context) -> public.ReadinessResponse:
+        return public.ReadinessResponse(health_check_response=_health(self._first.ready))
+
+    async def TriggerNamespaceModel(
+        self, request: public.TriggerNamespaceModelRequest, context: Context
+    ) -> public.TriggerNamespaceModelResponse:
+        made = await _outputs(
+            self._first, "TriggerNamespaceModel", request.task_inputs, context, model=request.model_id
+        )
+        return public.TriggerNamespaceModelResponse(task=public.TASK_TEXT_TO_IMAGE, task_outputs=made)
+
+    async def TriggerNamespaceLatestModel(
+        self, request: public.TriggerNamespaceLatestModelRequest, context: Context
+    ) -> public.TriggerNamespaceLatestModelResponse:
+        made = await _outputs(
+            self._first, "TriggerNamespaceLatestModel", request.task_inputs, context, model=request.model_id
+        )
+        return public.TriggerNamespaceLatestModelResponse(task=public.TASK_TEXT_TO_IMAGE, task_outputs=made)
+
+
+async def _outputs(
+    first: TextToImageServicer, method: str, inputs: Sequence[Struct], context: Context, model: str | None = None
+) -> list[Struct]:
+    """The outputs of a call's inputs, in their order, by the model of that name; None is whichever is served."""
+    request_id = contract.request_id_of(pb.GenerateRequest())
+    async with first.statuses(method, request_id, context):
+        caller = auth.caller_of(context)
+        card, limits = first.model(caller)
+        if model not in (None, card.name):
+            raise UnknownModel(f'"{card.name}" is the model that is served here')
+        requests = read(inputs, limits.max_images)
+        tasks = first.parse_all(requests, request_id, caller, name_of, "task_inputs")
+        asked = [(each, _shared(task, len(tasks))) for each, task in zip(requests, tasks, strict=True)]
+        return [output(each) for each in await first.answer_all(asked, card, caller, context)]
+
+
+def _health(serving: bool) -> public.HealthCheckResponse:
+    status = public.HealthCheckResponse
+    return status(status=status.SERVING_STATUS_SERVING if serving else status.SERVING_STATUS_NOT_SERVING)
 
 
 def name_of(field: str, index: int) -> str:
-    """What this face calls a field of request number `index`."""
+    """What these faces call a field of request number `index`."""
     return f"task_inputs[{index}].{field}"
 
 

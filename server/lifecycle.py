@@ -25,12 +25,13 @@ from server.decoding import Decoding
 from server.engine import Model
 from server.events import DeviceLost
 from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
-from server.instill import InstillServicer
+from server.instill import InstillServicer, ModelPublicServicer
+from server.model_model_v1alpha import model_public_pb2_grpc as public_grpc
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.open_inference import OpenInferenceServicer
 from server.service import CannotTellMetrics, Service
 from server.settings import Settings
-from server.telemetry import INSTILL, KSERVE, SERVICE
+from server.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Server:
         self._options = [*own, *auth.connection_options(settings)]
         self._grpc = grpc.aio.server(interceptors=self._service.interceptors, options=self._options)
         self._servers = [self._grpc]
-        others = {KSERVE: settings.kserve, INSTILL: settings.instill}
+        others = {KSERVE: settings.kserve, INSTILL: settings.instill, INSTILL_PUBLIC: settings.instill}
         self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
         self.device_is_busy = False
         """Whether the device was still inside a call when everything else had stopped."""
@@ -114,6 +115,7 @@ class Server:
             oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._servicer), self._grpc)
         if self._settings.instill:
             user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(self._servicer), self._grpc)
+            public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(self._servicer), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:

@@ -183,7 +183,8 @@ class Settings(BaseSettings):
     reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
     kserve: bool = Field(False, description="serve the Open Inference Protocol, version 2, too, as KServe does")
     instill: bool = Field(
-        False, description="serve what Instill Core calls its models by, too, as one of text to image"
+        False,
+        description="serve what Instill Core calls its models by, too, and of its public API what draws with them",
     )
     channelz: bool = Field(False, description="gRPC channelz: what connections and sockets are doing, for debugging")
     metrics_listen: Annotated[str, AfterValidator(_address)] | None = Field(

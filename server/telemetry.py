@@ -35,6 +35,7 @@ from prometheus_client.registry import Collector
 from server.domain import ModelCard, Stage
 from server.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
 from server.inference_v2 import open_inference_pb2 as oip
+from server.model_model_v1alpha import model_public_pb2 as model_public
 from server.model_ray_v1alpha import user_defined_pb2 as user_defined
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TextToImageService"].full_name
 INSTILL = user_defined.DESCRIPTOR.services_by_name["UserDefinedService"].full_name
+INSTILL_PUBLIC = model_public.DESCRIPTOR.services_by_name["ModelPublicService"].full_name
 KSERVE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID = "x-request-id"
 
@@ -290,7 +292,7 @@ class Calls(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
-        if handler is None or service not in (SERVICE, INSTILL, KSERVE):
+        if handler is None or service not in (SERVICE, INSTILL, INSTILL_PUBLIC, KSERVE):
             return handler
         kind = "_".join(
             "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)

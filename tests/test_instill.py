@@ -23,6 +23,8 @@ from test_telemetry import scrape
 
 from server import contract, instill
 from server.domain import ASPECT_RATIOS
+from server.model_model_v1alpha import model_public_pb2 as public
+from server.model_model_v1alpha import model_public_pb2_grpc as public_grpc
 from server.model_ray_v1alpha import user_defined_pb2 as user_defined
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -223,6 +225,40 @@ class TestCall:
         core.wait_for_log(r"__call__ \S+ OK .* \[request_id=call-17 job=")
 
 
+def trigger(stub: public_grpc.ModelPublicServiceStub, *inputs: dict[str, Any], model: str = "mini-sdxl-emoji") -> Any:
+    sent = public.TriggerNamespaceModelRequest(
+        namespace_id="instill-ai", model_id=model, version="v1", task_inputs=map(made, inputs)
+    )
+    return stub.TriggerNamespaceModel(sent, timeout=PATIENCE)
+
+
+class TestPublic:
+    """The methods of Core's public API. The SDK's client calls them in test_instill_deployment.py."""
+
+    @pytest.fixture
+    def stub(self, channel: grpc.Channel) -> public_grpc.ModelPublicServiceStub:
+        return public_grpc.ModelPublicServiceStub(channel)
+
+    def test_both_ways_to_draw_have_the_outputs_of_cores_own_call(self, channel, stub):
+        inputs = task("a red apple", n=2, seed=7), task("a blue heart", seed=3)
+        latest = public.TriggerNamespaceLatestModelRequest(
+            namespace_id="instill-ai", model_id="mini-sdxl-emoji", task_inputs=map(made, inputs)
+        )
+        for answer in (trigger(stub, *inputs), stub.TriggerNamespaceLatestModel(latest, timeout=PATIENCE)):
+            assert answer.task == public.TASK_TEXT_TO_IMAGE
+            assert [json_format.MessageToDict(each) for each in answer.task_outputs] == call(channel, *inputs)
+
+    def test_another_model_is_not_found(self, stub):
+        with pytest.raises(grpc.RpcError, match='"mini-sdxl-emoji" is the model that is served here') as caught:
+            trigger(stub, task(), model="another")
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+    def test_what_is_wrong_with_inputs_is_told_by_their_names(self, stub):
+        code, said = refused(lambda: trigger(stub, task(), {"data": {}}))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "task_inputs[1].data.prompt" in said
+
+
 class TestTheServer:
     def test_health_and_reflection_know_it_where_it_is_on(self, core, channel):
         assert SERVICE in grpcurl(core, "list").stdout.split()
@@ -241,6 +277,8 @@ class TestTheServer:
         with connect(server) as channel:
             assert server.target
             assert refused(lambda: call(channel, task()))[0] == grpc.StatusCode.UNAVAILABLE
+            asked = public_grpc.ModelPublicServiceStub(channel).Readiness(public.ReadinessRequest(), timeout=PATIENCE)
+            assert asked == public.ReadinessResponse(health_check_response={"status": "SERVING_STATUS_NOT_SERVING"})
             server.wait_until_ready()
             running = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request(**LONG_JOB))
             first_step(running)
@@ -257,6 +295,16 @@ class TestTheServer:
         with connect(server) as channel:
             assert refused(lambda: call(channel, task()))[0] == grpc.StatusCode.UNAUTHENTICATED
             assert call(channel, task(), metadata=[("authorization", "Bearer secret")])
+
+    def test_probes_of_the_public_api_need_no_token_and_draw_nothing(self, start_server, tmp_path):
+        (tmp_path / "tokens").write_text(f"one {'0' * 64}\n")
+        server = start_server("--instill", "--tokens", str(tmp_path / "tokens")).wait_until_ready()
+        serving = public.HealthCheckResponse(status="SERVING_STATUS_SERVING")
+        with connect(server) as channel:
+            stub = public_grpc.ModelPublicServiceStub(channel)
+            assert stub.Liveness(public.LivenessRequest(), timeout=PATIENCE).health_check_response == serving
+            assert stub.Readiness(public.ReadinessRequest(), timeout=PATIENCE).health_check_response == serving
+            assert refused(lambda: trigger(stub, task()))[0] == grpc.StatusCode.UNAUTHENTICATED
 
     def test_bytes_that_are_no_message_are_the_callers_fault(self, channel):
         raw = channel.unary_unary(f"/{SERVICE}/__call__")

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import PATIENCE, ROOT
+from serving import PATIENCE, ROOT, connect, request
 
 from server.checkpoint import CheckpointError
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 PROGRAMS = ROOT / "tests" / "compatibility"
 MODEL = ROOT / "out" / "instill"
@@ -222,7 +223,7 @@ def test_a_call_that_is_given_up_at_its_deadline_frees_the_device(docker: Docker
 
 
 def test_a_service_that_dies_is_replaced_and_callers_may_try_again_meanwhile(docker: Docker, core: str):
-    docker("exec", core, "sh", "-c", "kill -KILL $(pgrep --full 'python.* -m server')")
+    docker("exec", core, "sh", "-c", "kill -KILL $(pgrep --full '[p]ython.* -m server')")
     until = time.monotonic() + STARTED
     while "task_outputs" not in (found := call(docker, core, task_inputs=[{"data": {"prompt": "x"}}])):
         assert found["status"] == "UNAVAILABLE"
@@ -241,3 +242,41 @@ def test_what_the_sdk_reads_and_writes_is_what_the_service_does(docker: Docker, 
     )
     assert told["read"] == [{"prompt": "a red apple", "negative_prompt": "", "aspect_ratio": "16:9", "n": 2, "seed": 7}]
     assert told["written"] == drawn
+
+
+# Core's public API, which the service has a part of itself.
+
+
+def test_programs_that_draw_with_the_sdk_draw_with_the_service(start_server, tmp_path: Path):
+    digest = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # of "secret"
+    (tmp_path / "tokens").write_text(f"one {digest}\n")
+    server = start_server("--instill", "--tokens", str(tmp_path / "tokens")).wait_until_ready()
+
+    def told(model: str, token: str = "secret", **parameter: Any) -> dict[str, Any]:
+        asked = {"model": model, "task_inputs": [{"data": {"prompt": "cat napping"}, "parameter": parameter}]}
+        ended = subprocess.run(
+            [SDK / "bin" / "python", PROGRAMS / "instill_public.py", server.target, token],
+            env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": ""},
+            input=json.dumps(asked) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=STARTED,
+            check=True,
+        )
+        return json.loads(ended.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+    drawn = told("mini-sdxl-emoji", seed=7)
+    assert (drawn["live"], drawn["ready"]) == ("SERVING_STATUS_SERVING",) * 2
+    assert drawn["tasks"] == ["TASK_TEXT_TO_IMAGE"] * 2
+    with connect(server) as channel:
+        same = pb_grpc.TextToImageServiceStub(channel).Generate(
+            request("cat napping", parameter={"seed": 7}),
+            metadata=[("authorization", "Bearer secret")],
+            timeout=PATIENCE,
+        )
+    output = {"data": {"choices": [{"finish-reason": "success", "image": same.data.choices[0].image}]}}
+    assert drawn["outputs"] == [[output]] * 2
+
+    assert told("another")["error"] == ["NOT_FOUND", '"mini-sdxl-emoji" is the model that is served here']
+    assert told("mini-sdxl-emoji", n=99)["error"][0] == "INVALID_ARGUMENT"
+    assert told("mini-sdxl-emoji", token="another")["error"][0] == "UNAUTHENTICATED"

@@ -1,0 +1,1 @@
+"""Generated from proto/model_public.proto by `make generate`; never edited by hand."""

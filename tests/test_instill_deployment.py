@@ -252,22 +252,23 @@ def test_programs_that_draw_with_the_sdk_draw_with_the_service(start_server, tmp
     (tmp_path / "tokens").write_text(f"one {digest}\n")
     server = start_server("--instill", "--tokens", str(tmp_path / "tokens")).wait_until_ready()
 
-    def told(model: str, token: str = "secret", **parameter: Any) -> dict[str, Any]:
+    def drawn(model: str, token: str = "secret", **parameter: Any) -> subprocess.CompletedProcess[str]:
         asked = {"model": model, "task_inputs": [{"data": {"prompt": "cat napping"}, "parameter": parameter}]}
-        ended = subprocess.run(
+        return subprocess.run(
             [SDK / "bin" / "python", PROGRAMS / "instill_public.py", server.target, token],
             env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": ""},
             input=json.dumps(asked) + "\n",
             capture_output=True,
             text=True,
             timeout=STARTED,
-            check=True,
+            check=False,
         )
-        return json.loads(ended.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
-    drawn = told("mini-sdxl-emoji", seed=7)
-    assert (drawn["live"], drawn["ready"]) == ("SERVING_STATUS_SERVING",) * 2
-    assert drawn["tasks"] == ["TASK_TEXT_TO_IMAGE"] * 2
+    ended = drawn("mini-sdxl-emoji", seed=7)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert (told["live"], told["ready"]) == ("SERVING_STATUS_SERVING",) * 2
+    assert told["tasks"] == ["TASK_TEXT_TO_IMAGE"] * 2
     with connect(server) as channel:
         same = pb_grpc.TextToImageServiceStub(channel).Generate(
             request("cat napping", parameter={"seed": 7}),
@@ -275,8 +276,13 @@ def test_programs_that_draw_with_the_sdk_draw_with_the_service(start_server, tmp
             timeout=PATIENCE,
         )
     output = {"data": {"choices": [{"finish-reason": "success", "image": same.data.choices[0].image}]}}
-    assert drawn["outputs"] == [[output]] * 2
+    assert told["outputs"] == [[output]] * 2
 
-    assert told("another")["error"] == ["NOT_FOUND", '"mini-sdxl-emoji" is the model that is served here']
-    assert told("mini-sdxl-emoji", n=99)["error"][0] == "INVALID_ARGUMENT"
-    assert told("mini-sdxl-emoji", token="another")["error"][0] == "UNAUTHENTICATED"
+    for ended, code, words in (
+        (drawn("another"), "NOT_FOUND", '"mini-sdxl-emoji" is the model that is served here'),
+        (drawn("mini-sdxl-emoji", n=99), "INVALID_ARGUMENT", "task_inputs[0].parameter.n"),
+        (drawn("mini-sdxl-emoji", token="another"), "UNAUTHENTICATED", "token"),
+    ):
+        assert ended.returncode == 1
+        assert f"StatusCode.{code}" in ended.stderr
+        assert words in ended.stderr

@@ -29,7 +29,8 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -263,16 +264,13 @@ class Schedule:
             return [first] if first else []
         alike: dict[Kind, list[Task]] = {first.kind: [first]}
         looked: list[Task] = []
-        while len(alike[first.kind]) < most and len(looked) < _LOOK and (caller := self._turns.first()):
-            task = caller.queue.first()
-            assert task is not None
-            looked.append(task)
-            if task is not first:
-                alike.setdefault(task.kind, []).append(task)
-            caller.queue.drop(task)
-            self._place(caller)
-        for task in looked:
-            self._rank(task)
+        with closing(self._in_order()) as tasks:
+            for task in tasks:
+                looked.append(task)
+                if task is not first:
+                    alike.setdefault(task.kind, []).append(task)
+                if len(alike[first.kind]) == most:
+                    break
 
         batch = self._in_time(alike[first.kind][:most], now)
         if not self._first_come and first._put_off < (most - 1) * first.calls[0][1]:
@@ -297,16 +295,23 @@ class Schedule:
 
     def choose_ahead(self, stage: Stage) -> list[Task]:
         """The first task in order whose next call is of this stage, though it is not its turn; none if that is far."""
+        with closing(self._in_order()) as tasks:
+            return next(([task] for task in tasks if task.kind.stage is stage), [])
+
+    def _in_order(self) -> Generator[Task]:
+        """The first tasks that can run. Each is taken out for the next to come to light, until this is closed."""
         looked: list[Task] = []
-        while len(looked) < _LOOK and (caller := self._turns.first()) and (task := caller.queue.first()):
-            looked.append(task)
-            if task.kind.stage is stage:
-                break
-            caller.queue.drop(task)
-            self._place(caller)
-        for task in looked:
-            self._rank(task)
-        return [task for task in looked if task.kind.stage is stage]
+        try:
+            while len(looked) < _LOOK and (caller := self._turns.first()):
+                task = caller.queue.first()
+                assert task is not None
+                looked.append(task)
+                yield task
+                caller.queue.drop(task)
+                self._place(caller)
+        finally:
+            for task in looked:
+                self._rank(task)
 
     def holds_until(self, now: float) -> float:
         """Until when calls of the task chosen now may begin before the choice may change, if nothing comes or goes."""

@@ -163,22 +163,6 @@ def scraped(address: str) -> str:
         return str(answer.read(), "utf-8")
 
 
-def test_more_than_four_megabytes_pass_both_ways(ray: RayServe):
-    large = {
-        "parameter": {"n": 8, "seed": 1},
-        "sampling": {"steps": 1, "width": 1024, "height": 1024},
-        "output": {"format": "FORMAT_PNG", "maxMessageBytes": 64_000_000},
-    }
-    with grpc.insecure_channel(ray.target, [("grpc.max_receive_message_length", -1)]) as channel:
-        stub = pb_grpc.TextToImageServiceStub(channel)
-        answer = stub.Generate(request("noise", **large), timeout=PATIENCE)
-        assert len(answer.data.choices) == 8
-        assert answer.ByteSize() > 4 * 1024 * 1024
-        with pytest.raises(grpc.RpcError, match=r"data\.prompt") as caught:
-            stub.Generate(request("x" * 5_000_000), timeout=PATIENCE)
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-
-
 def test_a_client_that_vanishes_frees_the_device(ray: RayServe):
     with grpc.insecure_channel(ray.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request(requestId="gone", **LONG_JOB))
@@ -335,7 +319,7 @@ def changed(ray: RayServe, weights: dict[str, str], tmp_path_factory: pytest.Tem
     own = configuration(ray.ports, weights | {"T2I_TOKENS": str(tokens)}, autoscaling_config=quick)
     faulty = configuration(
         ray.ports,
-        weights | {"T2I_DEVICE_SECONDS": "5"},
+        weights | {"T2I_DEVICE_SECONDS": "5", "T2I_MAX_IMAGES": "24"},
         autoscaling_config=None,
         num_replicas=1,
         health_check_period_s=1,
@@ -391,6 +375,20 @@ def test_replicas_come_and_go_with_the_calls_and_none_fails(changed: RayServe, s
             assert draw(trickle) == 1
             trickle += 1
         assert {call.result() for call in calls} == {1}
+
+
+def test_more_than_four_megabytes_pass_both_ways(changed: RayServe):
+    loud = {"parameter": {"n": 24}, "sampling": {"steps": 1, "width": 64, "height": 64}}
+    loud["output"] = {"format": "FORMAT_PNG", "maxMessageBytes": 64_000_000}
+    faulty = (("application", "faulty"),)
+    with grpc.insecure_channel(changed.target, [("grpc.max_receive_message_length", -1)]) as channel:
+        stub = pb_grpc.TextToImageServiceStub(channel)
+        answer = stub.Generate(request("loud", **loud), metadata=faulty, timeout=PATIENCE)
+        assert len(answer.data.choices) == 24
+        assert answer.ByteSize() > 4 * 1024 * 1024
+        with pytest.raises(grpc.RpcError, match=r"data\.prompt") as caught:
+            stub.Generate(request("x" * 5_000_000), metadata=faulty, timeout=PATIENCE)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_device_that_does_not_answer_is_given_up_with_its_replica(

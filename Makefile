@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-endurance \
-	bench-scale run test test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
+	bench-loadgen bench-scale run test test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
 	image instill-model weights evaluate clean
 
 help: ## list these targets
@@ -39,6 +39,9 @@ bench-batching: $(VENV)/.runtime ## images per second by the number of images th
 
 bench-overlap: $(VENV)/.runtime ## images per second with and without prompts and decodings beside the steps
 	$(BIN)/python -m bench.overlap $(ARGS)
+
+bench-loadgen: $(VENV)/.dev ## MLCommons' LoadGen: one after the other, all at once, at random; ARGS="--ways service stock"
+	$(BIN)/python -m bench.loadgen $(ARGS)
 
 bench-scale: .venv-ray/.done ## one replica and two on Ray, what is lost when they die, a thousand simulated
 	PYTHONPATH=.:clients/python:tests .venv-ray/bin/python -m bench.scale $(ARGS)

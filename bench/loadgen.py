@@ -1,0 +1,361 @@
+"""MLCommons' LoadGen drives the service through gRPC, and stock diffusers beside it in the same run.
+
+The scenarios are MLPerf Inference's: SingleStream sends one request after the other, Offline all at once, Server at
+random times, of which a bound on latency says how many a second are too many. The setting is that of its SDXL: the base
+alone, 20 steps of Euler, guidance 8, one negative prompt. Prompts are our own, and only speed is measured: MLPerf's
+accuracy needs captions and networks that are not here, so this is no MLPerf result.
+
+Run: make bench-loadgen. The embedded ensemble is served, or what T2I_BASE and so on say; --target names a service
+that runs already.
+"""
+
+import argparse
+import json
+import queue
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import mlperf_loadgen as lg
+
+from server.settings import Settings
+from text_to_image_client._service import local_launch, running
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+SCENARIOS = ("SingleStream", "Offline", "Server")
+WAYS = ("service", "stock", "stock-compiled")
+NEGATIVE = "normal quality, low quality, worst quality, low res, blurry, nsfw, nude"  # MLPerf's
+PROMPTS = [
+    f"{colour} {thing}"
+    for colour in ("a red", "a green", "a blue", "a yellow", "a small", "a large", "an old", "a new")
+    for thing in (
+        "apple",
+        "car",
+        "house",
+        "umbrella",
+        "balloon",
+        "flower",
+        "book",
+        "chair",
+        "boat",
+        "bird",
+        "hat",
+        "shoe",
+    )
+]
+SEEDS = {"qsl_rng_seed": 1, "sample_index_rng_seed": 2, "schedule_rng_seed": 3}
+PERCENTILES = ("50.00", "90.00", "95.00", "97.00", "99.00")
+COLOURS = {"service": "#0072b2", "stock": "#d55e00", "stock-compiled": "#e69f00"}  # Okabe and Ito's
+UNLIMITED = [("grpc.max_receive_message_length", -1)]
+_READY_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every sample asks for; a side of None is the model's own."""
+
+    steps: int
+    guidance: float
+    side: int | None
+
+    def request(self, index: int) -> pb.GenerateRequest:
+        sampling = pb.Sampling(steps=self.steps, guidance_scale=self.guidance, high_noise_frac=1, scheduler="euler")
+        if self.side is not None:
+            sampling.width = sampling.height = self.side
+        return pb.GenerateRequest(
+            data=pb.TaskData(prompt=PROMPTS[index]),
+            parameter=pb.TaskParameter(seed=index, negative_prompt=NEGATIVE),
+            sampling=sampling,
+            output=pb.Output(raw=True),
+        )
+
+
+class System(Protocol):
+    """What LoadGen tests. Each sample is completed, whatever becomes of it; `outcomes` counts how."""
+
+    outcomes: Counter[str]
+
+    def issue(self, samples: Sequence[Any]) -> None:
+        """Begin with these, and return."""
+
+
+def complete(samples: Sequence[Any]) -> None:
+    lg.QuerySamplesComplete([lg.QuerySampleResponse(each.id, 0, 0) for each in samples])
+
+
+class Service:
+    """The service at an address: a call for each sample."""
+
+    def __init__(self, target: str, work: Work) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._work = work
+        self._stub = pb_grpc.TextToImageServiceStub(grpc.insecure_channel(target, options=UNLIMITED))
+        self.card = self._stub.GetModel(pb.GetModelRequest())
+
+    def issue(self, samples: Sequence[Any]) -> None:
+        for sample in [_Sample(each.id, each.index) for each in samples]:
+            call = self._stub.Generate.future(self._work.request(sample.index))
+            call.add_done_callback(partial(self._ended, sample))
+
+    def _ended(self, sample: "_Sample", call: Any) -> None:
+        self.outcomes[call.code().name] += 1
+        complete([sample])
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """LoadGen's own live no longer than the call that brings them."""
+
+    id: int
+    index: int
+
+
+class Stock:
+    """diffusers' own pipeline on the same weights, `batch` samples at a time where so many wait."""
+
+    def __init__(self, settings: Settings, work: Work, batch: int, compiled: bool) -> None:
+        import torch
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        from server import model
+
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        self.outcomes: Counter[str] = Counter()
+        self._work, self._batch = work, batch
+        cuda = torch.cuda.is_available()
+        self.device = torch.cuda.get_device_name() if cuda else "cpu"
+        folder, _ = settings.experts
+        base = StableDiffusionXLPipeline.from_pretrained(
+            folder,
+            variant="fp16" if any(folder.rglob("*.fp16*.safetensors")) else None,
+            dtype=model.PRECISIONS["bf16"] if cuda else torch.float32,
+            add_watermarker=False,
+        )
+        base.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config)
+        base.set_progress_bar_config(disable=True)
+        self._pipeline = base.to("cuda" if cuda else "cpu")
+        if compiled:
+            base.unet.to(memory_format=torch.channels_last)
+            base.unet = torch.compile(base.unet, mode="reduce-overhead", fullgraph=True)
+            base.vae.decode = torch.compile(base.vae.decode, mode="reduce-overhead", fullgraph=True)
+        self._waiting: queue.SimpleQueue[list[_Sample]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+        for size in {1, batch}:
+            self._draw([_Sample(0, 0)] * size)  # warms up, as the service does
+
+    def issue(self, samples: Sequence[Any]) -> None:
+        own = [_Sample(each.id, each.index) for each in samples]
+        for first in range(0, len(own), self._batch):
+            self._waiting.put(own[first : first + self._batch])
+
+    def _run(self) -> None:
+        while True:
+            samples = self._waiting.get()
+            try:
+                self._draw(samples)
+                self.outcomes["OK"] += len(samples)
+            except Exception as error:  # noqa: BLE001  # LoadGen waits for every sample
+                self.outcomes[type(error).__name__] += len(samples)
+            complete(samples)
+
+    def _draw(self, samples: list[_Sample]) -> None:
+        import torch
+
+        side = {} if self._work.side is None else {"width": self._work.side, "height": self._work.side}
+        with torch.inference_mode():
+            self._pipeline(
+                prompt=[PROMPTS[each.index] for each in samples],
+                negative_prompt=[NEGATIVE] * len(samples),
+                num_inference_steps=self._work.steps,
+                guidance_scale=self._work.guidance,
+                generator=[torch.Generator().manual_seed(each.index) for each in samples],
+                **side,
+            )
+
+
+@dataclass
+class Result:
+    """What LoadGen found. Latencies in seconds, by percentile; `invalid` is why it would not count the run."""
+
+    way: str
+    scenario: str
+    invalid: str
+    samples_per_second: float
+    mean_latency: float
+    latencies: dict[str, float]
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+
+def run(way: str, scenario: str, system: System, options: argparse.Namespace, qps: float, folder: Path) -> Result:
+    """One test, which lasts until both `--samples` and `--seconds` have passed."""
+    settings = lg.TestSettings()
+    settings.scenario = getattr(lg.TestScenario, scenario)
+    settings.mode = lg.TestMode.PerformanceOnly
+    settings.min_query_count = options.samples
+    settings.min_duration_ms = round(1000 * options.seconds)
+    settings.offline_expected_qps = max(options.samples / max(1, options.seconds), qps) / 1.1
+    settings.server_target_qps = qps
+    settings.server_target_latency_ns = round(1e9 * options.latency)
+    settings.single_stream_expected_latency_ns = round(1e9 / qps)
+    for name, seed in SEEDS.items():
+        setattr(settings, name, seed)
+    logs = lg.LogSettings()
+    logs.log_output.outdir = str(folder)
+    logs.log_output.copy_summary_to_stdout = False
+    logs.enable_trace = False
+    samples = lg.ConstructQSL(len(PROMPTS), len(PROMPTS), lambda _: None, lambda _: None)
+    tested = lg.ConstructSUT(system.issue, lambda: None)
+    system.outcomes.clear()
+    began = time.perf_counter()
+    lg.StartTestWithLogSettings(tested, samples, settings, logs)
+    elapsed = time.perf_counter() - began
+    lg.DestroySUT(tested)
+    lg.DestroyQSL(samples)
+    told = dict(_logged(folder / "mlperf_log_detail.txt"))
+    return Result(
+        way,
+        scenario,
+        "" if told["result_validity"] == "VALID" else told.get("result_invalid_reason", "INVALID"),
+        sum(system.outcomes.values()) / elapsed,
+        told["result_mean_latency_ns"] / 1e9,
+        {each: told[f"result_{each}_percentile_latency_ns"] / 1e9 for each in PERCENTILES},
+        dict(system.outcomes),
+    )
+
+
+def _logged(path: Path) -> Iterator[tuple[str, Any]]:
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith(":::MLLOG "):
+            said = json.loads(line.removeprefix(":::MLLOG "))
+            yield said["key"], said["value"]
+
+
+@contextmanager
+def served(target: str | None) -> Iterator[str]:
+    """The address of a service that is ready: the one named, or one of our own."""
+    if target is not None:
+        yield target
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        launch = local_launch(Path(folder), gpu=False)
+        flags = ("--max-queue", "10000", "--log-level", "warning")
+        with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
+            yield service.wait_until_serving(_READY_SECONDS)
+
+
+def row(result: Result) -> str:
+    cells = [result.way, result.scenario, f"{result.samples_per_second:.3g}", f"{result.mean_latency:.3g}"]
+    cells += [f"{result.latencies[each]:.3g}" for each in PERCENTILES]
+    outcomes = ", ".join(f"{count} {name}" for name, count in sorted(result.outcomes.items()))
+    return f"| {' | '.join([*cells, result.invalid or 'yes', outcomes])} |"
+
+
+def plot(results: list[Result], title: str, path: Path) -> None:
+    """Draw latencies by percentile, a panel for each scenario."""
+    from matplotlib.figure import Figure  # an extra of development, not needed for the table
+
+    scenarios = [each for each in SCENARIOS if any(result.scenario == each for result in results)]
+    figure = Figure(figsize=(3.4 * len(scenarios), 3.2), layout="constrained")
+    for axes, scenario in zip(figure.subplots(1, len(scenarios), squeeze=False)[0], scenarios, strict=True):
+        for result in results:
+            if result.scenario == scenario:
+                label = f"{result.way}, {result.samples_per_second:.3g} images/s"
+                axes.plot(
+                    [f"{float(each):g}" for each in PERCENTILES],
+                    list(result.latencies.values()),
+                    color=COLOURS[result.way],
+                    marker="o",
+                    markersize=4,
+                    label=label,
+                )
+        axes.set_title(scenario, fontsize=10)
+        axes.set_xlabel("percentile")
+        axes.set_ylabel("latency, s", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["service"])
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--target", help="HOST:PORT of a service that runs (default: one of our own)")
+    parser.add_argument("--samples", type=int, default=64, help="at least, of a scenario (default: 64)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="at least, of a scenario (default: 60; MLPerf's: 600)"
+    )
+    parser.add_argument("--qps", type=float, help="of Server (default: 0.7 of what Offline just gave, by way)")
+    parser.add_argument("--latency", type=float, default=20, help="seconds for 99 %% in Server (default: MLPerf's 20)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=8)
+    parser.add_argument("--side", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=1, help="of stock diffusers; the service has T2I_MAX_BATCH")
+    parser.add_argument("--json", type=Path, help="write the results into this file")
+    parser.add_argument("--plot", type=Path, help="write a figure into this file")
+    options = parser.parse_args()
+
+    work = Work(options.steps, options.guidance, options.side)
+    results: list[Result] = []
+    for way in options.ways:
+        with systems(way, options, work) as (system, name, device):
+            if not results:
+                print(f"{name} on {device}, base alone, {work.steps} steps, guidance {work.guidance:g}\n")
+                print(
+                    "| way | scenario | images/s | mean s | " + " | ".join(f"p{float(p):g}" for p in PERCENTILES),
+                    end="",
+                )
+                print(" | valid | outcomes |\n|" + " --- |" * (6 + len(PERCENTILES)))
+            for scenario in options.scenarios:
+                qps = options.qps or 0.7 * next(
+                    (each.samples_per_second for each in results[::-1] if each.way == way), 1.0
+                )
+                with tempfile.TemporaryDirectory() as folder:
+                    results.append(run(way, scenario, system, options, qps, Path(folder)))
+                print(row(results[-1]), flush=True)
+    told = {
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        "loadgen": version("mlcommons-loadgen"),
+        "work": asdict(work),
+        "results": [asdict(each) for each in results],
+    }
+    if options.json:
+        options.json.write_text(json.dumps(told, indent=2) + "\n")
+    if options.plot:
+        plot(results, f"{device}, {told['date']}", options.plot)
+    if failed := [each for each in results if set(each.outcomes) != {"OK"}]:
+        raise SystemExit(f"{len(failed)} of {len(results)} runs had calls that failed: see the column of outcomes")
+
+
+@contextmanager
+def systems(way: str, options: argparse.Namespace, work: Work) -> Iterator[tuple[System, str, str]]:
+    """A system to test, the model's name and the device."""
+    if way == "service":
+        with served(options.target) as target:
+            service = Service(target, work)
+            yield service, service.card.name, service.card.device
+    else:
+        stock = Stock(Settings(), work, options.batch, compiled=way == "stock-compiled")
+        yield stock, "the same weights", stock.device
+
+
+if __name__ == "__main__":
+    main()

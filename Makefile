@@ -53,7 +53,7 @@ run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--de
 # takes one core. More threads than cores would wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.dev ## set up and run all tests, with line coverage
+test: $(VENV)/.dev .triton/.done ## set up and run all tests, with line coverage
 	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 DEPLOY_TESTS := $(addprefix tests/test_,$(addsuffix .py,image kubernetes probes rolling_update security telemetry \
@@ -67,6 +67,10 @@ test-instill: $(VENV)/.dev .venv-instill/.done instill-model ## what Instill Cor
 
 test-ray: .venv-ray/.done ## the service on Ray Serve: replicas, ingress, what is lost with them; ARGS="-m smoke" is short
 	PYTHONPATH=.:clients/python .venv-ray/bin/python -m pytest tests/test_ray.py $(ARGS)
+
+.triton/.done: requirements-triton.txt
+	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps --upgrade --target .triton --requirement $<
+	touch $@
 
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ same latent space. One step here is one network call, so that whoever calls can 
 import contextlib
 import copy
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,10 +34,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server import checkpoint, compilation, preview, provenance
+from server import checkpoint, compilation, layers, preview, provenance
 from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
 from server.compilation import Compiled
 from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning, default_request
+from server.residency import Residency
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -52,6 +54,11 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Images that show how large what is multiplied in fp8 becomes: prompts of several kinds, few steps through all noise.
+_SHOWN = ("a photograph of an astronaut riding a horse", "a watercolour of a lighthouse at night", "a bowl of fruit")
+_SHOWN_STEPS = 10
+_FP8_BYTES = 1.3  # of a U-Net's weight, on average: a quarter of them stay in bf16
 
 # What the refiner is told about beauty: the values it was published with, for the prompt and for the negative one.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -99,6 +106,7 @@ class Trajectory:
     generator: torch.Generator
     warnings: tuple[Warning, ...]
     position: int = 0
+    _input: tuple[int, torch.Tensor] | None = None  # of the call at a position
 
     @property
     def batch_key(self) -> Hashable:
@@ -112,10 +120,12 @@ class Trajectory:
 
     def network_input(self) -> torch.Tensor:
         """The rows of the next network call, scaled as the schedule wants. Calling it again gives the same."""
-        stage = self.stages[self.position]
-        rows = torch.cat([self.latents] * len(self.conditioning.hidden[stage]))
-        scaled: torch.Tensor = self.schedulers[stage].scale_model_input(rows, self.timesteps[self.position])
-        return scaled
+        if self._input is None or self._input[0] != self.position:
+            stage = self.stages[self.position]
+            rows = torch.cat([self.latents] * len(self.conditioning.hidden[stage]))
+            scaled = self.schedulers[stage].scale_model_input(rows, self.timesteps[self.position])
+            self._input = self.position, scaled
+        return self._input[1]
 
     def advance(self, predicted: torch.Tensor) -> None:
         """Move on by what the network made of `network_input`.
@@ -144,16 +154,19 @@ def load(
     compile: compilation.Mode = "off",  # noqa: A002  # the flag's name
     compile_cache: Path | None = None,
     warm_up: Sequence[tuple[int, int]] = (),
+    offload: bool = False,
 ) -> "Ensemble":
     """Load the experts from their folders onto a device.
 
-    `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16 or fp16. Without a refiner the base works alone.
-    `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one. Previews are
-    drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default on CUDA,
-    prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the cores of a
-    CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of width and
-    height, by default the one that the base was trained on, with guidance as by default; that takes from seconds to
-    minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled.
+    `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16, fp16 or fp8. Without a refiner the base works
+    alone. `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one.
+    Previews are drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default
+    on CUDA, prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the
+    cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of
+    width and height, by default the one that the base was trained on, with guidance as by default; that takes from
+    seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled, and with
+    fp8 what it observed. With `offload` only the network that works is on the device, nothing overlaps, and `compile`
+    has to be off.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -164,26 +177,32 @@ def load(
     if preview_decoder is not None:
         checkpoint.inspect_preview_decoder(preview_decoder)
     device = _device(device)
-    precision = _precision(precision, device)
+    precision = _precision(precision, device, max_batch)
     shared = refiner_files is not None and checkpoint.same_weights(base_files, refiner_files, "text_encoder_2")
-    _check_memory(base_files, refiner_files, shared, device, PRECISIONS[precision])
+    _check_memory(base_files, refiner_files, shared, device, precision, offload)
 
+    dtype = _dtype(precision, device)
     with _loading_on(device):
-        base_pipeline = _pipeline(StableDiffusionXLPipeline, base_files, precision).to(device)
+        base_pipeline = _pipeline(StableDiffusionXLPipeline, base_files, dtype)
         refiner_pipeline = None
         if refiner_files is not None:
             parts: dict[str, Any] = {"vae": base_pipeline.vae}  # both experts work in the latents of one autoencoder
             if shared:
                 parts |= {"text_encoder_2": base_pipeline.text_encoder_2, "tokenizer_2": base_pipeline.tokenizer_2}
-            refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, precision, **parts).to(device)
+            refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, dtype, **parts)
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
         compiled = "off" if compile == "off" else _compiled(compile, sizes, base_pipeline.vae_scale_factor)
-        card = _card(base_files, refiner_files, base_pipeline, precision, name, max_batch, compiled)
-        overlaps = device == "cuda" if overlap is None else overlap
+        card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
+        overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
-        ensemble = Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile)
+        turns = offload or precision == "fp8"
+        ensemble = Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, turns)
+        if precision == "fp8":
+            ensemble.quantise(compile_cache)
+        if not offload:
+            ensemble.end_turns()
         if compile != "off":
             with _compiling():
                 ensemble.warm_up(sizes)
@@ -206,7 +225,9 @@ class Ensemble:
         preview_decoder: Path | None,
         overlaps: bool,
         compile: compilation.Mode,  # noqa: A002
+        turns: bool,
     ) -> None:
+        """As `load` says; the networks take `turns` on the device until `end_turns`."""
         self.card = card
         self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
         self._unets = {stage: pipeline.unet for stage, pipeline in self._pipelines.items()}
@@ -217,7 +238,16 @@ class Ensemble:
         self.overlaps = overlaps
         on_streams = overlaps and self._device.type == "cuda"
         self._side_stream = torch.cuda.Stream(self._device) if on_streams else None  # type: ignore[no-untyped-call]
-        self._dtype = PRECISIONS[card.precision]
+        self._dtype = _dtype(card.precision, card.device)
+        if card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda"):
+            for network in (*self._unets.values(), self._vae.decoder):
+                try:
+                    layers.fuse(network)
+                except layers.CannotFuse as error:
+                    raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
+        text_encoders = (self._text_encoders(stage) for stage in self._pipelines)
+        networks = itertools.chain(*text_encoders, self._unets.values(), [self._vae])
+        self._residency = Residency(networks, self._device, turns)
         self._by_image: list[_ImageByImage] = []
         if max_batch > 1:
             for unet in self._unets.values():
@@ -233,10 +263,51 @@ class Ensemble:
         self._compile = compile
         self._networks = {stage: self._fast(unet, partial(_called, unet)) for stage, unet in self._unets.items()}
         self._decoders: dict[torch.dtype, compilation.Call] = {}
+        self._recorded_encoders = []
+        if compile != "off" and self._device.type == "cuda":
+            distinct = dict.fromkeys(itertools.chain(*(self._text_encoders(stage) for stage in self._pipelines)))
+            self._recorded_encoders = [compilation.record_text_encoder(each, self._device) for each in distinct]
         self._finish()
 
+    def end_turns(self) -> None:
+        """From now on all networks are on the device."""
+        self._residency.end_turns()
+
+    def quantise(self, kept_in: Path | None) -> None:
+        """Let the linear layers of the U-Nets' transformers multiply in fp8.
+
+        Their scales are those that are kept in the folder, or else of a few images drawn without, and then kept.
+        """
+        names = {stage: layers.linears(unet) for stage, unet in self._unets.items()}
+        every = {f"{stage.name.lower()}.{name}": layer for stage in names for name, layer in names[stage].items()}
+        kept = None if kept_in is None else kept_in / f"fp8-scales-{self.card.fingerprint[:16]}.safetensors"
+        scales = layers.kept_scales(kept) if kept is not None else {}
+        if scales.keys() != every.keys():
+            scales = self._observed(every)
+            if kept is not None:
+                layers.keep_scales(scales, kept)
+        for stage, unet in self._unets.items():
+            self._residency.bring(unet)
+            for name, layer in names[stage].items():
+                layer.quantise(scales[f"{stage.name.lower()}.{name}"])
+
+    def _observed(self, every: Mapping[str, layers.Linear]) -> dict[str, torch.Tensor]:
+        """The scales of layers by name, on the CPU, of images of several prompts through both experts."""
+        with layers.observing():
+            for seed, prompt in enumerate(_SHOWN):
+                request = replace(default_request(self.card, prompt, seed=seed), steps=_SHOWN_STEPS)
+                trajectory = self.plan(request, self.encode(request), seed)
+                for _ in trajectory.stages:
+                    self.step([trajectory])
+        return {name: layer.observed().cpu() for name, layer in every.items()}
+
+    def _text_encoders(self, stage: Stage) -> list[torch.nn.Module]:
+        pipeline = self._pipelines[stage]
+        encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        return [each for each in encoders if each is not None]
+
     def _fast(self, network: torch.nn.Module, call: compilation.Call) -> compilation.Call:
-        return call if self._compile == "off" else Compiled(network, call, self._compile)
+        return call if self._compile == "off" else Compiled(network, call, self._compile, self._device)
 
     def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Compile the calls for images of these sizes, width and height, by making one of each."""
@@ -250,10 +321,10 @@ class Ensemble:
                     trajectory.position = trajectory.stages.index(stage)
                     self.step([trajectory])
                 self.decode(trajectory)
-        calls = (each for each in (*self._networks.values(), *self._decoders.values()) if isinstance(each, Compiled))
+        calls = (*self._networks.values(), *self._decoders.values(), *self._recorded_encoders)
         self.card = replace(
             self.card,
-            compiled_calls=sum(each.shapes for each in calls),
+            compiled_calls=sum(each.shapes for each in calls if isinstance(each, Compiled)),
             compile_seconds=time.monotonic() - began,
         )
 
@@ -286,6 +357,7 @@ class Ensemble:
     ) -> tuple[dict[Stage, torch.Tensor], dict[Stage, dict[str, torch.Tensor]]]:
         """What both experts are told: `hidden` and `added` of the conditioning."""
         hidden, added = {}, {}
+        self._residency.bring(*(encoder for stage in self._pipelines for encoder in self._text_encoders(stage)))
         for stage, pipeline in self._pipelines.items():
             positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
                 request.prompt,
@@ -340,11 +412,12 @@ class Ensemble:
         )
 
     @torch.inference_mode()
-    def step(self, trajectories: Sequence[Trajectory]) -> None:
+    def step(self, trajectories: Sequence[Trajectory], meanwhile: Callable[[], None] = lambda: None) -> None:
         """Make one network call of one expert for 1 to `max_batch` trajectories and move each on by it.
 
-        Their `batch_key` must be equal; timesteps, guidance scales and schedulers may differ. A trajectory's bytes do
-        not depend on its place in the list, nor on its neighbours.
+        `meanwhile` is called once the device is busy with that; a CPU is with nothing, and it is called at once. Their
+        `batch_key` must be equal; timesteps, guidance scales and schedulers may differ. A trajectory's bytes do not
+        depend on its place in the list, nor on its neighbours.
 
         Raises StepFailed when some failed and the others have moved on. Whatever else it raises, OutOfMemory for one,
         none has moved, and each can be stepped again.
@@ -353,6 +426,8 @@ class Ensemble:
             raise ValueError(f"a step is for 1 to {self.max_batch} trajectories of one batch key")
         failures: dict[int, Exception] = {}
         inputs = {}
+        if self._device.type == "cpu":
+            meanwhile()
         for place, trajectory in enumerate(trajectories):
             with _contained(failures, place):
                 trajectory.move_to(self._device)
@@ -363,6 +438,10 @@ class Ensemble:
             for place, rows in zip(inputs, predicted, strict=True):
                 with _contained(failures, place):
                     trajectories[place].advance(rows)
+                    with contextlib.suppress(Exception):  # which the next call raises again, if there is one
+                        trajectories[place].network_input()  # so that the device need not wait for it before that
+        if self._device.type != "cpu":
+            meanwhile()
         self._finish()
         if failures:
             raise StepFailed(failures) from next(iter(failures.values()))
@@ -376,13 +455,13 @@ class Ensemble:
         missing = self.max_batch - len(trajectories)
         trajectories, inputs = trajectories + trajectories[-1:] * missing, inputs + inputs[-1:] * missing
         stage, rows = trajectories[0].stages[trajectories[0].position], len(inputs[0])
-        timesteps = torch.stack([each.device_timesteps[each.position] for each in trajectories])
+        self._residency.bring(self._unets[stage])
         added = [each.conditioning.added[stage] for each in trajectories]
         predicted = self._networks[stage](
-            torch.cat(inputs).to(self._dtype),
-            timesteps.repeat_interleave(rows),
-            torch.cat([each.conditioning.hidden[stage] for each in trajectories]),
-            *(torch.cat([each[name] for each in added]) for name in ("text_embeds", "time_ids")),
+            _joined(inputs).to(self._dtype),
+            _joined([each.device_timesteps[each.position].expand(rows) for each in trajectories]),
+            _joined([each.conditioning.hidden[stage] for each in trajectories]),
+            *(_joined([each[name] for each in added]) for name in ("text_embeds", "time_ids")),
         )
         return [predicted[place * rows :][:rows].float() for place in range(len(trajectories) - missing)]
 
@@ -420,18 +499,20 @@ class Ensemble:
 
     def _decoded(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Pixels of shape (1, 3, height, width) in -1 to 1, fp32."""
+        self._residency.bring(self._vae)
         if dtype not in self._decoders:
             vae = self._vae if dtype == self._dtype else copy.deepcopy(self._vae).to(dtype)
             self._decoders[dtype] = self._fast(vae.decoder, partial(_decoded, vae))
         mean, deviation = self._latent_statistics()
         unscaled = latents / self._vae.config.scaling_factor * deviation + mean
-        return self._decoders[dtype](unscaled.to(dtype)).float()
+        pixels: torch.Tensor = self._decoders[dtype](unscaled.to(dtype)).float()
+        return pixels
 
     @torch.no_grad()
     def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         """The latents, fp32, that `_decoded` brings back to about these pixels."""
         mean, deviation = self._latent_statistics()
-        vae = copy.deepcopy(self._vae).to(torch.float32)
+        vae = copy.deepcopy(self._vae).to(self._device, torch.float32)
         distribution = vae.encode(pixels.to(self._device, torch.float32), return_dict=False)[0]
         latents: torch.Tensor = (distribution.mode() - mean) / deviation * self._vae.config.scaling_factor
         return latents
@@ -500,6 +581,11 @@ def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_Imag
                 by_image = _ImageByImage(layer)
                 setattr(module, name, by_image)
                 yield by_image
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors one after the other; of one alone, itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _called(
@@ -595,7 +681,14 @@ _DEVICES: dict[str, Callable[[], bool]] = {
 }
 
 
-def _precision(wanted: str, device: str) -> str:
+def _precision(wanted: str, device: str, max_batch: int) -> str:
+    if wanted == "fp8":
+        if device == "mps" or (device == "cuda" and torch.cuda.get_device_capability() < (8, 9)):
+            raise NoDevice("this device cannot multiply in fp8, which Nvidia's do from Ada on; take --precision auto")
+        if device == "cpu" and max_batch > 1:
+            raise NoDevice(
+                "on a CPU --precision fp8 is there to try it out, one image to a call: leave --max-batch at 1"
+            )
     if wanted != "auto":
         return wanted
     if device == "cuda":
@@ -603,15 +696,32 @@ def _precision(wanted: str, device: str) -> str:
     return "fp16" if device == "mps" else "fp32"
 
 
-def _check_memory(base: Checkpoint, refiner: Checkpoint | None, shared: bool, device: str, dtype: torch.dtype) -> None:
-    weights = base.parameters(checkpoint.BASE_PARTS)
+def _dtype(precision: str, device: str) -> torch.dtype:
+    """What the networks compute in. With fp8 that is what is not multiplied in it, and processors are slow in bf16."""
+    if precision == "fp8":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return PRECISIONS[precision]
+
+
+def _check_memory(
+    base: Checkpoint, refiner: Checkpoint | None, shared: bool, device: str, precision: str, offload: bool
+) -> None:
+    size = _dtype(precision, device).itemsize
+    unets = [base.parameters(("unet",))]
+    others = base.parameters(("text_encoder", "text_encoder_2", "vae"))
     if refiner is not None:
-        weights += refiner.parameters(("unet",) if shared else ("unet", "text_encoder_2"))
-    needed, free = weights * dtype.itemsize, _free_bytes(device)
+        unets.append(refiner.parameters(("unet",)))
+        others += 0 if shared else refiner.parameters(("text_encoder_2",))
+    needed: float = (sum(unets) + others) * size
+    if offload or precision == "fp8":
+        needed = max(*unets, others) * size
+    if precision == "fp8" and not offload:
+        needed = max(needed, sum(unets) * _FP8_BYTES + others * size)
+    free = _free_bytes(device)
     if needed > free:
         raise NotEnoughMemory(
             f"the weights need {needed / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} GiB are free; take a larger "
-            "device, a --precision of half the size, or leave the refiner out"
+            "device, a --precision of half the size, --offload, or leave the refiner out"
         )
 
 
@@ -675,11 +785,11 @@ def _compiling() -> Iterator[None]:
         ) from error
 
 
-def _pipeline(kind: Any, files: Checkpoint, precision: str, **parts: Any) -> Any:
+def _pipeline(kind: Any, files: Checkpoint, dtype: torch.dtype, **parts: Any) -> Any:
     try:
         return kind.from_pretrained(
             files.folder,
-            dtype=PRECISIONS[precision],
+            dtype=dtype,
             variant=files.variant,
             use_safetensors=True,
             local_files_only=True,
@@ -695,6 +805,7 @@ def _card(
     base: Checkpoint,
     refiner: Checkpoint | None,
     pipeline: StableDiffusionXLPipeline,
+    device: str,
     precision: str,
     name: str | None,
     max_batch: int,
@@ -705,7 +816,7 @@ def _card(
         name=name or defaults.name or base.folder.resolve().name,
         fingerprint=checkpoint.fingerprint([base] if refiner is None else [base, refiner]),
         has_refiner=refiner is not None,
-        device=pipeline.device.type,
+        device=device,
         precision=precision,
         schedulers=tuple(SCHEDULERS),
         native_side=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
@@ -714,5 +825,5 @@ def _card(
         default_guidance_scale=defaults.guidance_scale,
         default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
         default_scheduler="euler",
-        environment=provenance.environment(pipeline.device.type, precision, max_batch, compiled),
+        environment=provenance.environment(device, precision, max_batch, compiled),
     )

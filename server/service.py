@@ -163,4 +163,5 @@ def load(settings: Settings) -> Model:
         compile_cache=settings.compile_cache,
         warm_up=settings.warm_up_sizes,
         preview_decoder=settings.preview_decoder,
+        offload=settings.offload,
     )

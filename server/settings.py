@@ -108,8 +108,15 @@ class Settings(BaseSettings):
         None, min_length=1, description="name that clients see and may ask for; default: the checkpoint's own"
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto takes the first of cuda, mps, cpu")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="arithmetic of the networks; auto is bf16 on cuda, fp16 on mps, fp32 on cpu"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="arithmetic of the networks; auto is bf16 on cuda, fp16 on mps, fp32 on cpu; fp8 is bf16 with "
+        "linear layers in fp8, which Ada, Hopper and later have: faster, smaller, and not quite the same picture",
+    )
+    offload: bool = Field(
+        False,
+        description="keep on the device only the network that works and the others in the host's memory: slow, for a "
+        "device that is too small",
     )
     schedule: Order = Field(
         Order.SHORTEST,
@@ -137,8 +144,8 @@ class Settings(BaseSettings):
     )
     compile: Literal["off", "blocks", "full"] = Field(
         "off",
-        description="compile the networks before serving: blocks, the layers that they repeat, or full, each as a "
-        "whole, for minutes; on CUDA every call is then one graph",
+        description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA by kernels of "
+        "our own, or full, each compiled as a whole, for minutes; on CUDA every call is then one graph",
     )
     compile_cache: Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"
@@ -203,6 +210,12 @@ class Settings(BaseSettings):
     def _what_is_compiled_has_a_way(self) -> Self:
         if self.compile == "off" and (self.compile_cache is not None or self.warm_up is not None):
             raise ValueError("--compile-cache and --warm-up are for --compile blocks or full")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_offloaded_works_alone(self) -> Self:
+        if self.offload and (self.compile != "off" or self.overlap):
+            raise ValueError("--offload moves networks about, so leave --compile off, and --overlap too")
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,311 @@
+"""Layers of the U-Nets and of the decoder that compute what diffusers' do, made over for few passes over few bytes.
+
+Residual networks, transformers and norms call `kernels`. Projections that all read the same are one: queries, keys and
+values of a self-attention; keys and values of the whole network, which the text alone decides; and what the timestep
+adds in each residual network. The networks' own forward is diffusers', over images in channels-last order.
+
+The linear layers of the transformers can multiply in fp8 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022):
+one scale for each weight, and one for each input, which is the largest that `observing` has seen. All else stays as it
+is: embeddings, convolutions and the projections into and out of a transformer are few, and lose more.
+"""
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from server import kernels
+
+
+class CannotFuse(Exception):
+    """A network has layers of a kind that none here computes."""
+
+
+def fuse(network: UNet2DConditionModel | Decoder) -> None:
+    """Make over the layers of a U-Net or a decoder, in place. Raises CannotFuse, with the network as it was."""
+    layers = list(network.modules())
+    if odd := sorted({type(layer).__name__ for layer in layers if not _is_usual(layer)}):
+        raise CannotFuse(f"{type(network).__name__} has an unusual {' and '.join(odd)}")
+    resnets = [layer for layer in layers if isinstance(layer, ResnetBlock2D)]
+    transformers = [layer for layer in layers if isinstance(layer, Transformer2DModel)]
+    made: dict[Any, nn.Module] = {}
+    if isinstance(network, UNet2DConditionModel):
+        shifts = _Together([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], F.silu)
+        made |= {each: Resnet(each, columns) for each, columns in zip(resnets, shifts.columns, strict=True)}
+        crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
+        texts = _Together([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
+        columns = iter(texts.columns)
+        made |= {each: Transformer(each, [(next(columns), next(columns)) for _ in each.transformer_blocks])
+                 for each in transformers}  # fmt: skip
+        # The network gives these what its layers would get, and gives its layers what comes of it.
+        network.time_embed_act = shifts
+        network.encoder_hid_proj = texts
+        network.register_to_config(encoder_hid_dim_type="text_proj")
+    else:
+        made |= {each: Resnet(each, None) for each in resnets}
+    made |= {each: Upsample(each) for each in layers if isinstance(each, Upsample2D)}
+    made |= {network.conv_norm_out: GroupNorm(network.conv_norm_out, silu=True), network.conv_act: nn.Identity()}
+    _replace(network, made)
+    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.bias is not None]
+    _replace(network, {each: Convolution(each) for each in convolutions})
+    network.to(memory_format=torch.channels_last)
+
+
+def _replace(network: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if layer in made:
+                setattr(module, name, made[layer])
+
+
+def _is_usual(layer: Any) -> bool:
+    """Whether a layer is of SDXL's kind, where there are others."""
+    if isinstance(layer, ResnetBlock2D):
+        usual = layer.time_emb_proj is None or layer.time_embedding_norm == "default"
+        other = layer.up or layer.down or layer.skip_time_act or layer.output_scale_factor != 1
+        return usual and not other and isinstance(layer.nonlinearity, nn.SiLU)
+    if isinstance(layer, Transformer2DModel):
+        return bool(layer.is_input_continuous and layer.use_linear_projection)
+    if isinstance(layer, BasicTransformerBlock):
+        return bool(layer.norm_type == "layer_norm" and layer.pos_embed is None and not layer.only_cross_attention)
+    if isinstance(layer, Upsample2D):
+        return bool(layer.use_conv and not layer.use_conv_transpose and layer.norm is None and layer.name == "conv")
+    if isinstance(layer, UNet2DConditionModel):
+        return layer.encoder_hid_proj is None and layer.time_embed_act is None
+    return True
+
+
+class _Together(nn.Module):
+    """Linear layers that read the same, as one; `columns` says where in its output those of each are."""
+
+    def __init__(self, layers: Sequence[nn.Linear], more: Sequence[torch.Tensor] = (), first: Any = None) -> None:
+        super().__init__()
+        self._first = first
+        self.weight = nn.Parameter(torch.cat([each.weight for each in layers]), requires_grad=False)
+        self.bias = None
+        if more:
+            biases = [each.bias + added for each, added in zip(layers, more, strict=True)]
+            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        ends = torch.tensor([0] + [each.out_features for each in layers]).cumsum(0).tolist()
+        self.columns = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return F.linear(values if self._first is None else self._first(values), self.weight, self.bias)
+
+
+class GroupNorm(nn.Module):
+    """A group norm, with the SiLU behind it if so, of images or of images and a shift of each channel."""
+
+    def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self._groups, self._eps, self._silu = norm.num_groups, norm.eps, silu
+
+    def forward(self, images: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        return kernels.group_norm(images, shift, self._groups, self.weight, self.bias, self._eps, self._silu)
+
+
+class Convolution(nn.Module):
+    """A convolution. cuDNN's, as PyTorch calls it, has the bias added in a pass that is much slower than its bytes."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer, self.bias = layer, layer.bias
+        layer.bias = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return kernels.add(self.layer(images), self.bias)  # type: ignore[arg-type]  # only what has one is made over
+
+
+class Upsample(nn.Module):
+    """A convolution of images that are enlarged to twice their sides, or to `output_size`."""
+
+    def __init__(self, layer: Upsample2D) -> None:
+        super().__init__()
+        self.conv = layer.conv
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
+        if output_size is None or tuple(output_size) == tuple(2 * side for side in hidden_states.shape[2:]):
+            larger = kernels.doubled(hidden_states)
+        else:
+            larger = F.interpolate(hidden_states, size=output_size, mode="nearest")
+        result: torch.Tensor = self.conv(larger)
+        return result
+
+
+class Resnet(nn.Module):
+    """A residual network. The biases of its convolutions are added with what is added there anyway."""
+
+    def __init__(self, layer: ResnetBlock2D, columns: slice | None) -> None:
+        super().__init__()
+        self._columns = columns  # of what the timestep adds, the first convolution's bias included
+        self.norm1, self.norm2 = GroupNorm(layer.norm1, silu=True), GroupNorm(layer.norm2, silu=True)
+        self.conv1, self.conv2, self.conv_shortcut = layer.conv1, layer.conv2, layer.conv_shortcut
+        self.shift = layer.conv1.bias  # where there is no timestep to add to it
+        bias = layer.conv2.bias
+        if layer.conv_shortcut is not None:
+            bias = nn.Parameter(bias + layer.conv_shortcut.bias, requires_grad=False)
+            layer.conv_shortcut.bias = None
+        self.bias = bias
+        layer.conv1.bias = layer.conv2.bias = None
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+        shift = self.shift.expand(len(input_tensor), -1) if temb is None else temb[:, self._columns]
+        changed = self.conv2(self.norm2(self.conv1(self.norm1(input_tensor)), shift))
+        kept = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return kernels.add(changed, self.bias, kept)
+
+
+class Transformer(nn.Module):
+    """The blocks of attention at one place of a U-Net, and the projections into and out of them."""
+
+    def __init__(self, layer: Transformer2DModel, texts: Sequence[tuple[slice, slice]]) -> None:
+        super().__init__()
+        self.norm = GroupNorm(layer.norm, silu=False)
+        self.proj_in, self.proj_out = layer.proj_in, layer.proj_out
+        pairs = zip(layer.transformer_blocks, texts, strict=True)
+        self.blocks = nn.ModuleList([_Block(block, *columns) for block, columns in pairs])
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor]:
+        """Images as of (batch, channels, height, width), and keys and values of the text for the whole network."""
+        batch, channels, height, width = hidden_states.shape
+        places = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        values, more = self.proj_in(places), None
+        for block in self.blocks:
+            values, more = block(values, more, encoder_hidden_states)
+        changed = self.proj_out(values if more is None else values + more)
+        return (changed.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states,)
+
+
+class _Block(nn.Module):
+    """Self-attention, attention to the text, and a gated feed-forward network.
+
+    It takes and gives values in two parts that are still to be added: the next norm does that in its one pass.
+    """
+
+    def __init__(self, block: BasicTransformerBlock, keys: slice, values: slice) -> None:
+        super().__init__()
+        own, other = block.attn1, block.attn2
+        self._heads = own.heads
+        self._keys, self._values = keys, values
+        self.norms = nn.ModuleList([block.norm1, block.norm2, block.norm3])
+        self.projections = Linear(torch.cat([own.to_q.weight, own.to_k.weight, own.to_v.weight]), None)
+        self.own_out = Linear.of(own.to_out[0])
+        self.queries = Linear.of(other.to_q)
+        self.other_out = Linear.of(other.to_out[0])
+        self.widen, self.narrow = Linear.of(block.ff.net[0].proj), Linear.of(block.ff.net[2])
+
+    def forward(
+        self, values: torch.Tensor, more: torch.Tensor | None, texts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values, normed = self._normed(0, values, more, self.projections)
+        more = self.own_out(self._self_attention(self.projections(normed)))
+        values, normed = self._normed(1, values, more, self.queries)
+        keys, said = texts[..., self._keys], texts[..., self._values]
+        taken = kernels.cross_attention(self.queries(normed), keys, said, self._heads, self.other_out.scale)
+        values, normed = self._normed(2, values, self.other_out(taken), self.widen)
+        return values, self.narrow(kernels.gated_gelu(self.widen(normed), self.narrow.scale))
+
+    def _normed(
+        self, which: int, values: torch.Tensor, more: torch.Tensor | None, reader: "Linear"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norm: Any = self.norms[which]
+        return kernels.layer_norm(values, more, norm.weight, norm.bias, norm.eps, reader.scale)
+
+    def _self_attention(self, projected: torch.Tensor) -> torch.Tensor:
+        batch, places, _ = projected.shape
+        split = projected.view(batch, places, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+        taken = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(batch, places, -1)
+        return taken if self.own_out.scale is None else kernels.quantised(taken, self.own_out.scale)
+
+
+class Linear(nn.Module):
+    """A linear layer. Once it is `quantise`d its input is to come in fp8, divided by `scale`."""
+
+    scale: torch.Tensor | None
+    observes = False  # all of them, while `observing`
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("scale", None)
+        self.register_buffer("weight_scale", None)
+        self._largest: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "Linear":
+        return cls(layer.weight, layer.bias)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            if Linear.observes:
+                largest = values.abs().amax().float()
+                self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+            return F.linear(values, self.weight, self.bias)
+        rows = torch._scaled_mm(
+            values.reshape(-1, values.shape[-1]), self.weight.t(), scale_a=self.scale, scale_b=self.weight_scale,
+            bias=self.bias, out_dtype=self._dtype, use_fast_accum=values.is_cuda,
+        )  # fmt: skip
+        return rows.view(*values.shape[:-1], -1)
+
+    def observed(self) -> torch.Tensor:
+        """The scale, of shape (), with which the largest input that was seen is the largest there can be."""
+        if self._largest is None:
+            raise RuntimeError("no input was seen")
+        return (self._largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def quantise(self, scale: torch.Tensor) -> None:
+        """From now on multiply in fp8: weights are rounded to it, and the input comes in it, divided by `scale`."""
+        self._dtype = self.weight.dtype
+        self.weight_scale = self.weight.detach().abs().amax().float() / kernels.LARGEST
+        self.weight = nn.Parameter(kernels.quantised(self.weight.detach(), self.weight_scale), requires_grad=False)
+        self.scale = scale.to(self.weight.device)
+
+
+@contextlib.contextmanager
+def observing() -> Iterator[None]:
+    """While this lasts, linear layers remember the largest input that they saw."""
+    Linear.observes = True
+    try:
+        yield
+    finally:
+        Linear.observes = False
+
+
+def linears(network: nn.Module) -> dict[str, Linear]:
+    """The layers of a network that can multiply in fp8, by name."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, Linear)}
+
+
+def kept_scales(file: Path) -> dict[str, torch.Tensor]:
+    """The scales of layers by name that were kept in a file, or none if it cannot be read."""
+    try:
+        scales: dict[str, torch.Tensor] = load_file(file)
+    except (OSError, SafetensorError):
+        return {}
+    return scales
+
+
+def keep_scales(scales: dict[str, torch.Tensor], file: Path) -> None:
+    """Keep scales for a later process, which finds all of them or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
+        unfinished.write(save(scales))
+    Path(unfinished.name).replace(file)

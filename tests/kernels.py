@@ -1,0 +1,115 @@
+"""Each kernel beside its plain PyTorch reference: on a GPU, or interpreted, as test_kernels.py runs this file."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from server import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter has no products in bf16, and rounds to fp8 towards zero.
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+SCALE = torch.tensor(0.01, device=DEVICE)
+IN_FP8 = 0.02 if DEVICE == "cuda" else 0.1  # relative error
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def compare(call: Callable[..., object], *tensors: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel makes of tensors against what the reference makes of them in fp32."""
+    assert kernels._runs_kernels(torch.empty(0, device=DEVICE)), "there is no kernel to compare"
+    made = call(*tensors)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_runs_kernels", lambda tensor: False)
+        expected = call(*(None if each is None else each.float() for each in tensors))
+    pairs = zip(made, expected, strict=True) if isinstance(made, tuple) else [(made, expected)]
+    for one, other in pairs:
+        error = float((one.float() - other.float()).norm() / other.float().norm())
+        bound = {torch.float32: 1e-5, torch.bfloat16: 5e-3, kernels.FP8: IN_FP8}[one.dtype]
+        assert error < bound, f"{error:.5f} in {one.dtype}"
+        assert one.shape == other.shape
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize("width", [640, 1280, 96])
+@pytest.mark.parametrize("adds", [True, False])
+def test_layer_norm(dtype: torch.dtype, width: int, adds: bool, scale: torch.Tensor | None, monkeypatch):
+    values, more = random(2, 9, width, dtype=dtype), random(2, 9, width, dtype=dtype) if adds else None
+    weight, bias = random(width, dtype=dtype), random(width, dtype=dtype)
+    compare(lambda *given: kernels.layer_norm(*given, 1e-5, scale), values, more, weight, bias, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize("width", [320, 1024, 5120])
+def test_gated_gelu(dtype: torch.dtype, width: int, scale: torch.Tensor | None, monkeypatch):
+    values = 3 * random(2, 3, 2 * width, dtype=dtype)
+    compare(lambda given: kernels.gated_gelu(given, scale), values, monkeypatch=monkeypatch)
+
+
+def test_quantised(dtype: torch.dtype, monkeypatch):
+    values = torch.cat([random(100, 33, dtype=dtype), random(1, 33, dtype=dtype) * 1e4])  # beyond what fp8 holds
+    compare(lambda given: kernels.quantised(given, SCALE), values, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize(("heads", "width", "tokens"), [(10, 64, 77), (3, 32, 77), (2, 64, 5)])
+def test_cross_attention(
+    dtype: torch.dtype, heads: int, width: int, tokens: int, scale: torch.Tensor | None, monkeypatch
+):
+    inner = heads * width
+    queries, texts = random(2, 150, inner, dtype=dtype), random(2, tokens, 2 * inner + 8, dtype=dtype)
+
+    def attend(queries: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        keys, values = texts[..., :inner], texts[..., inner : 2 * inner]  # which lie in one tensor, as in the layers
+        return kernels.cross_attention(queries, keys, values, heads, scale)
+
+    compare(attend, queries, texts, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shifts", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "groups", "height", "width"), [(320, 32, 15, 30), (96, 16, 16, 16), (1280, 32, 8, 7)]
+)
+def test_group_norm(
+    dtype: torch.dtype, channels: int, groups: int, height: int, width: int, shifts: bool, silu: bool, monkeypatch
+):
+    images = 2 * random(2, channels, height, width, dtype=dtype) + 3
+    shift = random(2, channels, dtype=dtype) if shifts else None
+    weight, bias = random(channels, dtype=dtype), random(channels, dtype=dtype)
+    compare(
+        lambda images, shift, *given: kernels.group_norm(images, shift, groups, *given, 1e-5, silu),
+        images, shift, weight, bias, monkeypatch=monkeypatch,
+    )  # fmt: skip
+
+
+def test_group_norm_of_many_tiles_to_a_program(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_ROWS", 2)  # so that 600 places are more than 256 tiles
+    images, weight = random(1, 32, 20, 30, dtype=dtype) + 50, random(32, dtype=dtype)
+    compare(
+        lambda images, *given: kernels.group_norm(images, None, 8, *given, 1e-5, silu=False),
+        images, weight, weight, monkeypatch=monkeypatch,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_add(dtype: torch.dtype, adds: bool, monkeypatch):
+    images, more = random(2, 96, 9, 7, dtype=dtype), random(2, 96, 9, 7, dtype=dtype) if adds else None
+    compare(kernels.add, images, random(96, dtype=dtype), more, monkeypatch=monkeypatch)
+
+
+def test_doubled(dtype: torch.dtype, monkeypatch):
+    compare(kernels.doubled, random(2, 640, 3, 5, dtype=dtype), monkeypatch=monkeypatch)

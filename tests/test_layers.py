@@ -1,0 +1,141 @@
+"""The layers made over compute what diffusers' do; in fp8 they come near, and always to the same bytes."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from pydantic import ValidationError
+from torch import nn
+
+from server import layers, model
+from server.checkpoint import CannotCompile, NoDevice
+from server.domain import default_request
+from server.settings import EMBEDDED, Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def unet(expert: str) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(EMBEDDED / expert / "unet", variant="fp16", dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def predicted(network: UNet2DConditionModel, height: int = 32, width: int = 32) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    config = network.config
+    ids = 6 if config.projection_class_embeddings_input_dim == 352 else 5
+    pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+    added = {"text_embeds": torch.randn(2, pooled, generator=draw), "time_ids": torch.full((2, ids), 256.0)}
+    rows, hidden = (
+        torch.randn(2, *shape, generator=draw) for shape in ((4, height, width), (77, config.cross_attention_dim))
+    )
+    return network(rows, torch.tensor(500.0), encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[
+        0
+    ]
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])  # the last is enlarged to odd sizes on its way up
+def test_a_network_made_over_predicts_the_same_noise(expert: str, size: tuple[int, int]):
+    plain = unet(expert)
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused)
+    assert error(predicted(fused, *size), predicted(plain, *size)) < 1e-5
+
+
+def test_a_decoder_made_over_decodes_the_same_pixels():
+    plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused.decoder)
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+def test_in_fp8_a_network_predicts_nearly_the_same_noise():
+    plain = unet("base")
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused)
+    with layers.observing():
+        predicted(fused)
+    for layer in layers.linears(fused).values():
+        layer.quantise(layer.observed())
+    assert 1e-4 < error(predicted(fused), predicted(plain)) < 0.05
+
+
+def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
+    odd = unet("base")
+    odd.time_embed_act = nn.SiLU()
+    before = predicted(odd)
+    with pytest.raises(layers.CannotFuse, match="UNet2DConditionModel"):
+        layers.fuse(odd)
+    assert torch.equal(predicted(odd), before)
+
+
+def test_what_no_input_showed_has_no_scale():
+    fused = unet("base")
+    layers.fuse(fused)
+    with pytest.raises(RuntimeError, match="no input was seen"):
+        next(iter(layers.linears(fused).values())).observed()
+
+
+def load(**options) -> model.Ensemble:
+    return model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu", **options)
+
+
+def drawn(ensemble: model.Ensemble) -> np.ndarray:
+    request = replace(default_request(ensemble.card, "pizza", seed=2), steps=8)
+    trajectory = ensemble.plan(request, ensemble.encode(request), 2)
+    for _ in trajectory.stages:
+        ensemble.step([trajectory])
+    return ensemble.decode(trajectory)
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return drawn(load())
+
+
+def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_same(plain, tmp_path: Path):
+    ensemble = load(precision="fp8", compile_cache=tmp_path)
+    image = drawn(ensemble)
+    assert ensemble.card.precision == ensemble.card.environment.precision == "fp8"
+    assert 18 < 10 * np.log10(255**2 / np.square(image.astype(float) - plain).mean()) < 60
+    (kept,) = tmp_path.glob("fp8-scales-*.safetensors")
+    written = kept.stat().st_mtime_ns
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=tmp_path)), image)
+    assert kept.stat().st_mtime_ns == written, "what was kept was used"
+    kept.write_bytes(b"cut off")
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=tmp_path)), image), "and is made anew if broken"
+
+
+def test_networks_that_take_turns_on_the_device_draw_the_same_bytes(plain):
+    assert np.array_equal(drawn(load(offload=True)), plain)
+
+
+def test_on_a_processor_fp8_is_for_one_image_to_a_call():
+    with pytest.raises(NoDevice, match="leave --max-batch at 1"):
+        load(precision="fp8", max_batch=2)
+
+
+def test_a_checkpoint_that_cannot_be_made_over_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def odd(network: nn.Module) -> None:
+        raise layers.CannotFuse("UNet2DConditionModel has an unusual Transformer2DModel")
+
+    monkeypatch.setattr(layers, "fuse", odd)
+    with pytest.raises(CannotCompile, match="unusual Transformer2DModel; leave --compile off, and --precision auto"):
+        load(precision="fp8")
+
+
+@pytest.mark.parametrize("flags", [{"compile": "blocks"}, {"overlap": True}])
+def test_what_is_offloaded_neither_compiles_nor_overlaps(flags: dict):
+    with pytest.raises(ValidationError, match="--offload moves networks about"):
+        Settings(offload=True, **flags)

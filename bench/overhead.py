@@ -2,18 +2,24 @@
 
 Both run in this process on the same loaded ensemble and on the same thread, in turn, A B B A ..., so that neither a
 machine whose speed drifts nor a second pool of OpenMP threads decides the ratio; decoding and coding the image is part
-of both. Run: python -m bench.overhead; T2I_BASE, T2I_COMPILE and so on say what is served, as for the server.
+of both. On CUDA `--trace` also says for how long the device stands idle between two steps of a call through gRPC.
+Run: python -m bench.overhead; T2I_BASE, T2I_COMPILE and so on say what is served, as for the server.
 """
 
 import argparse
 import asyncio
+import json
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
+from torch.profiler import ProfilerActivity, profile
 
 from server import images, service
 from server.domain import ImageRequest, default_request
@@ -23,11 +29,15 @@ from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
+_KERNELS = 500  # of a graph that is a network's: those of text encoders and decoders have fewer
+
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20, help="pairs that count, after two that do not (default: 20)")
-    runs = parser.parse_args().runs
+    parser.add_argument("--trace", type=Path, help="file for a Chrome trace of a call, on CUDA")
+    options = parser.parse_args()
+    runs = options.runs
 
     settings = Settings()
     engine = Engine(settings.queue, settings.schedule)
@@ -62,6 +72,11 @@ async def main() -> None:
             if run >= 0:
                 bare.append(took["bare"])
                 served.append(took["served"])
+        if options.trace:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                async for _ in stub.StreamGenerate(request):
+                    pass
+            profiler.export_chrome_trace(str(options.trace))
     await server.stop(None)
     engine.stop()
     engine.join(10)
@@ -74,6 +89,27 @@ async def main() -> None:
         f"overhead       median {100 * (statistics.median(ratios) - 1):+.2f} %, of medians "
         f"{100 * (statistics.median(served) / statistics.median(bare) - 1):+.2f} %"
     )
+
+    if options.trace:
+        gaps = _idle(json.loads(options.trace.read_text())["traceEvents"])
+        print(f"idle between steps, seconds: median {statistics.median(gaps):.6f}, largest {max(gaps):.6f}")
+
+
+def _idle(events: list[dict[str, Any]]) -> list[float]:
+    """For how long the device did nothing between one network call, which is a graph, and the next."""
+    done = [each for each in events if each.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    launched = Counter(each["args"]["correlation"] for each in done)
+    calls = {correlation for correlation, kernels in launched.items() if kernels >= _KERNELS}
+    gaps, gap, before, ended = [], 0.0, None, 0.0
+    for each in sorted(done, key=lambda each: float(each["ts"])):
+        of = each["args"]["correlation"] if each["args"]["correlation"] in calls else None
+        if before is None or of != before:
+            gap += max(0.0, each["ts"] - ended)
+        if of is not None and of != before:
+            gaps.append(gap / 1e6)
+            gap = 0.0
+        before, ended = of, max(ended, each["ts"] + each["dur"])
+    return gaps[1:]  # the first call comes after the prompt
 
 
 class Bare:
@@ -115,8 +151,8 @@ class Bare:
             return conditioning
         return self._ensemble.plan(request, conditioning, seed)
 
-    def step(self, trajectories: Any) -> None:
-        self._ensemble.step(trajectories)
+    def step(self, trajectories: Any, meanwhile: Callable[[], None]) -> None:
+        self._ensemble.step(trajectories, meanwhile)
 
     def decode(self, trajectory: Any) -> Any:
         return trajectory.pixels if trajectory.stages == () else self._ensemble.decode(trajectory)

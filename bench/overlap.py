@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,9 +185,9 @@ class Timed:
     def encode(self, request: ImageRequest) -> Any:
         return self._time("encode", self.ensemble.encode, request)
 
-    def step(self, trajectories: Sequence[Any]) -> None:
+    def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None:
         self.images += len(trajectories)
-        self._time("step", self.ensemble.step, trajectories)
+        self._time("step", partial(self.ensemble.step, meanwhile=meanwhile), trajectories)
 
     def decode(self, trajectory: Any) -> NDArray[np.uint8]:
         return self._time("decode", self.ensemble.decode, trajectory)

@@ -89,10 +89,10 @@ class Model(Protocol):
     """What the engine asks of an ensemble. Each call returns when the device has finished it.
 
     `step` makes one network call for 1 to `max_batch` trajectories of one expert, shape and number of rows, and moves
-    each on by it. An image's bytes do not depend on who shares its calls, but on `max_batch`: each call takes the time
-    and the memory of a full one. `step` raises StepFailed when some failed and the others have moved on. Whatever else
-    it raises, none has moved and each can be stepped again; after OutOfMemory, `limit_batch` makes all later calls
-    smaller.
+    each on by it; once the device is busy with that it calls `meanwhile`, which takes a moment. An image's bytes do not
+    depend on who shares its calls, but on `max_batch`: each call takes the time and the memory of a full one. `step`
+    raises StepFailed when some failed and the others have moved on. Whatever else it raises, none has moved and each
+    can be stepped again; after OutOfMemory, `limit_batch` makes all later calls smaller.
 
     `preview` is a small RGB picture of what the trajectory is about to become. It may be called from another thread,
     also while `step` has the same trajectory: it then shows the state before that step or the one after. With
@@ -109,7 +109,7 @@ class Model(Protocol):
     def limit_batch(self, images: int) -> None: ...
     def encode(self, request: ImageRequest) -> Any: ...
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any: ...
-    def step(self, trajectories: Sequence[Any]) -> None: ...
+    def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None: ...
     def preview(self, trajectory: Any) -> NDArray[np.uint8]: ...
     def decode(self, trajectory: Any) -> NDArray[np.uint8]: ...
 
@@ -209,6 +209,7 @@ class Engine:
         self._overlapped: set[int] = set()  # threads whose call in flight has had another beside it
         self._overlap_from = math.inf  # when calls may be handed to the side thread (again)
         self._side_queue: deque[Job] = deque()
+        self._untold: list[tuple[Job, _Call]] = []  # what was made and is told of beside the next call
         self._side_job: Job | None = None  # whose call is in flight there
         self._ahead: set[Job] = set()  # whose prompts have been given to it, and whose first step is still to come
         self._outcomes: Counter[str] = Counter()
@@ -451,6 +452,8 @@ class Engine:
                     # The side thread encodes ahead, below; here a prompt would have to wait for it.
                     tasks = self._schedule.choose(now, model.max_batch, join=now < self._overlap_from)
                 on_side = bool(tasks) and not tasks[0].kind.shared and now >= self._overlap_from
+                if self._untold and not (tasks and tasks[0].kind.shared):
+                    self._tell_of_calls()  # no step comes next, beside which it could be told
                 if not tasks or (on_side and len(self._side_queue) == _SIDE_QUEUE):
                     # Where too much waits for the side thread, the device is left to it: no step may add to that.
                     self._changed.wait()
@@ -524,6 +527,7 @@ class Engine:
         else:
             (job,) = jobs
             assert job.call is not None
+            self._tell_of_calls()
             try:
                 result = job.call.make()
             except Exception as error:  # noqa: BLE001  # the wall between one job's failure and all the others
@@ -554,7 +558,7 @@ class Engine:
             error: Exception | None = None
             if len(some) <= model.max_batch:
                 try:
-                    model.step([trajectory for _, trajectory in some])
+                    model.step([trajectory for _, trajectory in some], self._tell_of_calls)
                     continue
                 except StepFailed as failed:
                     failures |= {some[place][0]: cause for place, cause in failed.failures.items()}
@@ -618,10 +622,14 @@ class Engine:
                     job.wasted += (now - max(began, job.ended)) / len(jobs)
 
     def _move_on(self, job: Job, call: _Call, result: Any) -> None:
-        """Tell of the call that was made, and find out which is next."""
-        eta = self._eta(job)
-        for place in range(max(1, len(call.trajectories))):
-            self._deliver(job, Progress(call.index + place, call.stage, call.step, call.steps, eta))
+        """Find out which call is next, and have a step that was made told of while the device is busy again.
+
+        To tell wakes other threads, and while they run this one cannot: the device would wait.
+        """
+        with self._changed:
+            self._untold.append((job, call))
+            if not call.trajectories:
+                self._tell_of_calls()
         self._offer_previews(job, call)
         try:
             job.call = job.script.send(result)  # type: ignore[union-attr]  # it has a call
@@ -635,9 +643,15 @@ class Engine:
         except Exception as error:  # noqa: BLE001
             self._fail(job, error)
 
-    def _eta(self, job: Job) -> float:
+    def _tell_of_calls(self) -> None:
+        """Tell of the calls that were made and have not been told of."""
         with self._changed:
-            return self._schedule.forecast(job.task, self._clock()).eta if job.task in self._jobs else 0.0
+            untold, self._untold = self._untold, []
+            for job, call in untold:
+                if job.task in self._jobs:
+                    eta = self._schedule.forecast(job.task, self._clock()).eta
+                    for place in range(max(1, len(call.trajectories))):
+                        job.deliver(Progress(call.index + place, call.stage, call.step, call.steps, eta))
 
     def _planned(self, job: Job, calls: Mapping[Stage, int], images: int, batch: int) -> None:
         """Each of the job's `images` left, `batch` of which share them, turns out to need so many calls of experts."""
@@ -653,6 +667,7 @@ class Engine:
 
     def _deliver(self, job: Job, event: Event) -> None:
         with self._changed:
+            self._tell_of_calls()  # what came before this
             if job.task in self._jobs:  # nothing may follow the terminal event
                 job.deliver(event)
             elif isinstance(event, Preview):
@@ -676,6 +691,7 @@ class Engine:
 
     def _end(self, job: Job, terminal: Finished | Failed) -> None:
         """Let go of a job and tell how it ended. With the lock held."""
+        self._tell_of_calls()
         self._ending.discard(job)
         if self._jobs.pop(job.task, None) is None:
             return

@@ -39,7 +39,7 @@ class Faulty:
         self._prompts[id(trajectory)] = request.prompt
         return trajectory
 
-    def step(self, trajectories: Sequence[Any]) -> None:
+    def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None:
         prompts = [self._prompts[id(each)] for each in trajectories]
         if any("no memory" in prompt for prompt in prompts):
             raise OutOfMemory("tried to allocate 80.00 GiB")
@@ -47,7 +47,7 @@ class Faulty:
             place: RuntimeError("broken on purpose") for place, prompt in enumerate(prompts) if "broken" in prompt
         }
         if healthy := [each for place, each in enumerate(trajectories) if place not in broken]:
-            self._ensemble.step(healthy)
+            self._ensemble.step(healthy, meanwhile)
         if broken:
             raise StepFailed(broken)
 

@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,8 +61,9 @@ class SteppedModel:
     def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
         return Path(seed)
 
-    def step(self, trajectories: Sequence[Path]) -> None:
+    def step(self, trajectories: Sequence[Path], meanwhile: Callable[[], None]) -> None:
         assert 1 <= len(trajectories) <= self.max_batch
+        meanwhile()
         self._call("step", trajectories[0].seed)
         if len(trajectories) > self.fitting:
             raise OutOfMemory("no room")

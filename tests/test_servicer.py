@@ -1,7 +1,7 @@
 """What callers hear of a fault that nobody foresaw: the real servicer and engine around a model that is broken."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -39,7 +39,7 @@ class WrongPixels:
     def plan(self, request: ImageRequest, conditioning: Nothing, seed: int) -> Nothing:
         return conditioning
 
-    def step(self, trajectories: Sequence[Nothing]) -> None:
+    def step(self, trajectories: Sequence[Nothing], meanwhile: Callable[[], None]) -> None:
         pass
 
     def decode(self, trajectory: Nothing) -> np.ndarray:

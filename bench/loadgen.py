@@ -33,7 +33,7 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 SCENARIOS = ("SingleStream", "Offline", "Server")
-WAYS = ("service", "stock", "stock-compiled")
+WAYS = ("service", "service-fp8", "stock", "stock-compiled")
 NEGATIVE = "normal quality, low quality, worst quality, low res, blurry, nsfw, nude"  # MLPerf's
 PROMPTS = [
     f"{colour} {thing}"
@@ -55,7 +55,12 @@ PROMPTS = [
 ]
 SEEDS = {"qsl_rng_seed": 1, "sample_index_rng_seed": 2, "schedule_rng_seed": 3}
 PERCENTILES = ("50.00", "90.00", "95.00", "97.00", "99.00")
-COLOURS = {"service": "#0072b2", "stock": "#d55e00", "stock-compiled": "#e69f00"}  # Okabe and Ito's
+COLOURS = {
+    "service": "#0072b2",
+    "service-fp8": "#009e73",
+    "stock": "#d55e00",
+    "stock-compiled": "#e69f00",
+}  # Okabe and Ito's
 UNLIMITED = [("grpc.max_receive_message_length", -1)]
 _READY_SECONDS = 900.0
 
@@ -244,14 +249,14 @@ def _logged(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def served(target: str | None) -> Iterator[str]:
-    """The address of a service that is ready: the one named, or one of our own."""
+def served(target: str | None, *more: str) -> Iterator[str]:
+    """The address of a service that is ready: the one named, or one of our own, with more flags if so."""
     if target is not None:
         yield target
         return
     with tempfile.TemporaryDirectory() as folder:
         launch = local_launch(Path(folder), gpu=False)
-        flags = ("--max-queue", "10000", "--log-level", "warning")
+        flags = ("--max-queue", "10000", "--log-level", "warning", *more)
         with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
             yield service.wait_until_serving(_READY_SECONDS)
 
@@ -348,8 +353,8 @@ def main() -> None:
 @contextmanager
 def systems(way: str, options: argparse.Namespace, work: Work) -> Iterator[tuple[System, str, str]]:
     """A system to test, the model's name and the device."""
-    if way == "service":
-        with served(options.target) as target:
+    if way.startswith("service"):
+        with served(options.target, *(("--precision", "fp8") if way == "service-fp8" else ())) as target:
             service = Service(target, work)
             yield service, service.card.name, service.card.device
     else:

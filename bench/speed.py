@@ -1,16 +1,19 @@
 """How near the ensemble comes to what its arithmetic takes on a GPU, beside stock diffusers in the same run.
 
 The floor is the operations of the networks over the rate at which this device was just seen to multiply bf16 matrices.
-Told are a base step with guidance, a refiner step, a decoding and a whole image, for every way of compiling that is
-asked for; and how far its first predicted noise is from that of the networks as they are.
+Told are a base step with guidance, a refiner step, a decoding, a whole image, and one of 8 steps of the base without
+guidance as few-step checkpoints make it, for every way that is asked for: networks as they are, made fast by blocks or
+compiled in full, in bf16 or in fp8. Beside them how far its first step and its final latents are from those of the
+first way, and its image, in decibels.
 
 Run: python -m bench.full_size FOLDER, then
-python -m bench.speed --base FOLDER/base --refiner FOLDER/refiner --ways off blocks stock stock-compiled
+python -m bench.speed --base FOLDER/base --refiner FOLDER/refiner --ways off blocks blocks-fp8 stock stock-compiled
 """
 
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,34 +23,56 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from server import model
 from server.domain import ImageRequest, Stage, default_request
 
-WAYS = ("off", "blocks", "full", "stock", "stock-compiled")
+WAYS = ("off", "blocks", "blocks-fp8", "full", "offload", "offload-fp8", "stock", "stock-compiled")
+FEW = 8  # steps of a checkpoint that needs no more
 
 
 @dataclass
 class Figures:
-    """Seconds, but for `error`, which is relative, and bytes of device memory at most."""
+    """Seconds; relative errors of a step and of the final latents, the image's in dB; bytes of memory at most."""
 
     ready: float
     base: float
     refiner: float
     decode: float
     image: float
-    error: float
+    few: float
     memory: int
+    error: float = math.nan
+    latents: float = math.nan
+    psnr: float = math.nan
+
+
+@dataclass
+class Drawn:
+    """What one request came to: how the first step moved the latents, the final ones, and the image, if finite."""
+
+    moved: torch.Tensor
+    latents: torch.Tensor
+    pixels: NDArray[np.uint8] | None
+
+    def compare(self, figures: Figures, first: "Drawn") -> None:
+        figures.error = float((self.moved - first.moved).norm() / first.moved.norm())
+        figures.latents = float((self.latents - first.latents).norm() / first.latents.norm())
+        if self.pixels is not None and first.pixels is not None:
+            squared = np.square(self.pixels.astype(float) - first.pixels).mean()
+            figures.psnr = float(10 * np.log10(255**2 / squared)) if squared else math.inf
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--refiner", type=Path, required=True)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["off", "blocks", "stock"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["off", "blocks", "blocks-fp8", "stock"])
     parser.add_argument("--precision", default="bf16", help="bf16 or fp16 (default: bf16)")
     parser.add_argument("--steps", type=int, default=40, help="a fifth of them the refiner's (default: 40)")
     parser.add_argument("--images", type=int, default=3, help="images timed for each way (default: 3)")
@@ -58,15 +83,15 @@ def main() -> None:
     rate = _matrix_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s of bf16 products")
     operations: dict[str, float] = {}
-    first: torch.Tensor | None = None
+    first: Drawn | None = None
     figures: dict[str, Figures] = {}
     for way in options.ways:
         if way.startswith("stock"):
             figures[way] = _stock(options, compiled=way == "stock-compiled")
         else:
-            figures[way], noise = _ours(options, way, operations)
-            first = noise if first is None else first
-            figures[way].error = float((noise - first).norm() / first.norm())
+            figures[way], drawn = _ours(options, way, operations)
+            first = drawn if first is None else first
+            drawn.compare(figures[way], first)
         print(way, figures[way], flush=True)
         gc.collect()
         torch.cuda.empty_cache()
@@ -74,23 +99,34 @@ def main() -> None:
     refined = options.steps // 5
     floors = {part: count / rate for part, count in operations.items()}
     floors["image"] = (options.steps - refined) * floors["base"] + refined * floors["refiner"] + floors["decode"]
-    print(f"{'':15}{'ready':>8}" + "".join(f"{part:>20}" for part in floors) + f"{'error':>10}{'memory':>10}")
-    print(f"{'floor':15}{'':8}" + "".join(f"{1e3 * floor:11.2f} ms      " for floor in floors.values()))
+    floors["few"] = FEW * floors["base"] / 2 + floors["decode"]
+    print("| way | ready | " + " | ".join(floors) + " | error of a step | of latents | image | device memory |")
+    print("|" + " --- |" * (len(floors) + 6))
+    print("| floor | | " + " | ".join(f"{1e3 * floor:.1f} ms" for floor in floors.values()) + " | | | | |")
     for way, of_it in figures.items():
         times = asdict(of_it)
-        parts = "".join(f"{1e3 * times[part]:11.2f} ms {times[part] / floors[part]:4.2f}x" for part in floors)
-        print(f"{way:15}{of_it.ready:7.1f}s{parts}{of_it.error:10.5f}{of_it.memory / 2**30:6.1f} GiB")
+        parts = " | ".join(f"{1e3 * times[part]:.1f} ms, {times[part] / floors[part]:.2f} x" for part in floors)
+        errors = f"{of_it.error:.2%} | {of_it.latents:.2%} | {of_it.psnr:.1f} dB"
+        print(f"| {way} | {of_it.ready:.1f} s | {parts} | {errors} | {of_it.memory / 2**30:.1f} GiB |")
     if options.json:
         told = {way: asdict(of_it) for way, of_it in figures.items()}
         options.json.write_text(json.dumps({"rate": rate, "floors": floors, "ways": told}, indent=2) + "\n")
 
 
-def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -> tuple[Figures, torch.Tensor]:
-    """The figures, and the noise that the base first predicts, less that it was given."""
+def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -> tuple[Figures, Drawn]:
+    """The figures, and what an image came to."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
+    mode, _, precision = way.partition("-")
+    offload = mode == "offload"
     ensemble = model.load(
-        options.base, options.refiner, "cuda", options.precision, compile=way, compile_cache=options.cache
+        options.base,
+        options.refiner,
+        "cuda",
+        precision or options.precision,
+        compile="off" if offload else mode,
+        compile_cache=options.cache,
+        offload=offload,
     )
     ready = time.perf_counter() - began
     request = replace(default_request(ensemble.card, "cat napping", seed=0), steps=options.steps, high_noise_frac=0.8)
@@ -98,7 +134,14 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
     trajectory = _planned(ensemble, request)
     before = trajectory.latents
     ensemble.step([trajectory])
-    moved = (trajectory.latents.cpu() - before).clone()
+    moved = trajectory.latents.cpu() - before
+    for _ in trajectory.stages[1:]:
+        ensemble.step([trajectory])
+    try:
+        pixels = ensemble.decode(trajectory)
+    except model.NonFiniteImage:  # as random weights may make
+        pixels = None
+    drawn = Drawn(moved, trajectory.latents.cpu(), pixels)
 
     times: dict[str, list[float]] = {"base": [], "refiner": [], "decode": []}
     seconds = []
@@ -114,10 +157,28 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
             times["decode"].append(took())
         seconds.append(whole())
     memory = torch.cuda.max_memory_allocated()
+    few = _few_steps(ensemble, options.images)
     if not operations:
         operations |= _operations(ensemble, request)
     medians = {part: statistics.median(some) for part, some in times.items()}
-    return Figures(ready, **medians, image=statistics.median(seconds), error=0.0, memory=memory), moved
+    return Figures(ready, **medians, image=statistics.median(seconds), few=few, memory=memory), drawn
+
+
+def _few_steps(ensemble: model.Ensemble, images: int) -> float:
+    """Seconds of an image that the base makes alone in a few steps without guidance."""
+    ensemble.card = replace(ensemble.card, default_guidance_scale=1.0, default_high_noise_frac=1.0)
+    native = ensemble.card.native_side
+    ensemble.warm_up([(native, native)])
+    request = replace(default_request(ensemble.card, "cat napping", seed=0), steps=FEW)
+    seconds = []
+    for _ in range(images):
+        with _timed() as took:
+            trajectory = _planned(ensemble, request)
+            for _ in trajectory.stages:
+                ensemble.step([trajectory])
+            _decoded(ensemble, trajectory)
+        seconds.append(took())
+    return statistics.median(seconds)
 
 
 def _planned(ensemble: model.Ensemble, request: ImageRequest) -> model.Trajectory:
@@ -177,9 +238,8 @@ def _stock(options: argparse.Namespace, compiled: bool) -> Figures:
         with _timed() as took:
             image()
         seconds.append(took())
-    nothing = float("nan")
     memory = torch.cuda.max_memory_allocated()
-    return Figures(ready, nothing, nothing, nothing, statistics.median(seconds), nothing, memory)
+    return Figures(ready, math.nan, math.nan, math.nan, statistics.median(seconds), math.nan, memory)
 
 
 def _matrix_rate(side: int = 8192, runs: int = 30) -> float:

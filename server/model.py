@@ -161,12 +161,12 @@ def load(
     `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16, fp16 or fp8. Without a refiner the base works
     alone. `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one.
     Previews are drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default
-    on CUDA, prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the
-    cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of
-    width and height, by default the one that the base was trained on, with guidance as by default; that takes from
-    seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled, and with
-    fp8 what it observed. With `offload` only the network that works is on the device, nothing overlaps, and `compile`
-    has to be off.
+    on CUDA where nothing is compiled, prompts are encoded and images decoded beside steps: small calls fill what steps
+    leave idle there; the cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes
+    `warm_up`, pairs of width and height, by default the one that the base was trained on, with guidance as by default;
+    that takes from seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process
+    compiled, and with fp8 what it observed. With `offload` only the network that works is on the device, nothing
+    overlaps, and `compile` has to be off.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -178,6 +178,8 @@ def load(
         checkpoint.inspect_preview_decoder(preview_decoder)
     device = _device(device)
     precision = _precision(precision, device, max_batch)
+    if overlap and compile != "off" and device == "cuda":
+        raise CannotCompile("graphs of a GPU that run beside one another can stop it; leave --overlap or --compile out")
     shared = refiner_files is not None and checkpoint.same_weights(base_files, refiner_files, "text_encoder_2")
     _check_memory(base_files, refiner_files, shared, device, precision, offload)
 
@@ -194,7 +196,7 @@ def load(
         sizes = warm_up or [(native, native)]
         compiled = "off" if compile == "off" else _compiled(compile, sizes, base_pipeline.vae_scale_factor)
         card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
-        overlaps = device == "cuda" and not offload if overlap is None else overlap
+        overlaps = device == "cuda" and compile == "off" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
         turns = offload or precision == "fp8"

@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     overlap: bool | None = Field(
         None,
         description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
-        "default: on CUDA",
+        "default: on CUDA, with --compile off",
     )
     compile: Literal["off", "blocks", "full"] = Field(
         "off",

@@ -10,22 +10,21 @@ import argparse
 import asyncio
 import collections
 import random
-import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import numpy as np
 import psutil
 
-from text_to_image_client._service import local_launch, running
+from bench import serving
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 _STREAMS_PER_CONNECTION = 100
 _LEAVES = 1 / 20
-_READY_SECONDS, _HUNG_SECONDS = 300.0, 900.0
+_HUNG_SECONDS = 900.0
 _SETTLED = 0.2  # of the time, after which memory should not grow any more
 _MIB = 2**20
 
@@ -49,14 +48,10 @@ async def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the server's memory into this file")
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        launch = local_launch(Path(folder), gpu=False)
-        # Room for those who have left, too, until the server hears of it.
-        flags = ("--max-queue", str(2 * options.streams), "--log-level", "warning")
-        with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
-            target = service.wait_until_serving(_READY_SECONDS)
-            record = await endure(target, psutil.Process(service.process.pid), options.streams, options.seconds)
-            print(service.log(), end="")
+    # Room for those who have left, too, until the server hears of it.
+    with serving.served("--max-queue", str(2 * options.streams)) as (target, service):
+        record = await endure(target, psutil.Process(service.process.pid), options.streams, options.seconds)
+        print(service.log(), end="")
     print(report(record, options.seconds))
     if options.plot is not None:
         plot(record, options.plot)

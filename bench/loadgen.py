@@ -10,6 +10,7 @@ that runs already.
 """
 
 import argparse
+import contextlib
 import json
 import queue
 import tempfile
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +28,8 @@ from typing import Any, Protocol
 import grpc
 import mlperf_loadgen as lg
 
+from bench import serving
 from server.settings import Settings
-from text_to_image_client._service import local_launch, running
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -62,7 +63,6 @@ COLOURS = {
     "stock-compiled": "#e69f00",
 }  # Okabe and Ito's
 UNLIMITED = [("grpc.max_receive_message_length", -1)]
-_READY_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -248,19 +248,6 @@ def _logged(path: Path) -> Iterator[tuple[str, Any]]:
             yield said["key"], said["value"]
 
 
-@contextmanager
-def served(target: str | None, *more: str) -> Iterator[str]:
-    """The address of a service that is ready: the one named, or one of our own, with more flags if so."""
-    if target is not None:
-        yield target
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        launch = local_launch(Path(folder), gpu=False)
-        flags = ("--max-queue", "10000", "--log-level", "warning", *more)
-        with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
-            yield service.wait_until_serving(_READY_SECONDS)
-
-
 def row(result: Result) -> str:
     cells = [result.way, result.scenario, f"{result.samples_per_second:.3g}", f"{result.mean_latency:.3g}"]
     cells += [f"{result.latencies[each]:.3g}" for each in PERCENTILES]
@@ -354,7 +341,11 @@ def main() -> None:
 def systems(way: str, options: argparse.Namespace, work: Work) -> Iterator[tuple[System, str, str]]:
     """A system to test, the model's name and the device."""
     if way.startswith("service"):
-        with served(options.target, *(("--precision", "fp8") if way == "service-fp8" else ())) as target:
+        with contextlib.ExitStack() as started:
+            target = options.target
+            if target is None:
+                precision = ("--precision", "fp8") if way == "service-fp8" else ()
+                target, _ = started.enter_context(serving.served("--max-queue", "10000", *precision))
             service = Service(target, work)
             yield service, service.card.name, service.card.device
     else:

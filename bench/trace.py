@@ -17,13 +17,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import numpy as np
 
-from text_to_image_client._service import local_launch, running
+from bench import serving
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -31,7 +31,6 @@ FIRST_COME, SHORTEST = ORDERS = ("first-come", "shortest")
 SIDES, STEPS, IMAGES = (64, 96, 128), (4, 8, 16), (1, 2, 4)
 CALLERS = [f"caller-{k}" for k in range(1, 21)]
 WITH_DEADLINE = 0.3  # share of the requests; of 2 to 10 times what they take alone, and one second
-_READY_SECONDS = 300.0
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -194,10 +193,8 @@ def server(order: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens")
         tokens.write_text("".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n" for name in CALLERS))
-        launch = local_launch(Path(folder), gpu=False)
-        flags = ("--schedule", order, "--max-queue", "1000", "--log-level", "warning", "--tokens", str(tokens))
-        with running(replace(launch, command=(*launch.command, *flags)), Path(folder)) as service:
-            yield service.wait_until_serving(_READY_SECONDS)
+        with serving.served("--schedule", order, "--max-queue", "1000", "--tokens", str(tokens)) as (target, _):
+            yield target
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Rebuild the embedded ensemble: art, text encoders, autoencoder, base, refiner, and the folders in weights/.
+"""Rebuild the embedded ensemble: art, text encoders, autoencoder, base, refiner, words, and the folders in weights/.
 
 Each stage leaves its result in training/runs/ and is passed over where that is there, so that a run goes on where it
-was cut off; delete a result to make its stage anew. An expert that is not done when a sitting ends goes on in the next.
+was cut off; delete a result to make its stage anew. What is not done when a sitting ends goes on in the next.
 Seconds are those of the device, the defaults for two H100s.
 Run: python -m training, or, on several GPUs, torchrun --nproc-per-node gpu -m training
 """
@@ -21,7 +21,19 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import distributed, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training import architecture, art, autoencoder, captions, colours, denoisers, export, synonyms, text, vocabulary
+from training import (
+    architecture,
+    art,
+    autoencoder,
+    captions,
+    colours,
+    denoisers,
+    export,
+    synonyms,
+    text,
+    vocabulary,
+    words,
+)
 from training.art import RUNS, WEIGHTS
 from training.denoisers import Bucket, Encoders
 from training.optimisation import Trainer, agreed
@@ -41,6 +53,9 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=float, default=240, metavar="SECONDS")
     parser.add_argument("--base", type=float, default=850, metavar="SECONDS")
     parser.add_argument("--refiner", type=float, default=340, metavar="SECONDS")
+    parser.add_argument(
+        "--words", type=float, default=0, metavar="SECONDS", help="120 teaches them; weights/ is without"
+    )
     parser.add_argument("--sitting", type=float, default=math.inf, metavar="SECONDS", help="stop after so long")
     parser.add_argument("--batch", type=int, default=256, help="scenes in a step of the experts, for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="another one for other scenes in another sitting")
@@ -53,17 +68,17 @@ def main() -> None:
         torch.manual_seed(0)
         RUNS.mkdir(exist_ok=True)
         everything = art.everything()
-        words = synonyms.everything(everything.concepts)
-        tokenizer, encoders = _text_encoders(everything, words, options.text, device, rank)
+        known = synonyms.everything(everything.concepts)
+        tokenizer, encoders = _text_encoders(everything, known, options.text, device, rank)
         pictures = torch.from_numpy(everything.pixels()).to(device).permute(0, 3, 1, 2).contiguous()
         held_out = torch.from_numpy(everything.held_out()).to(device)
         vae = _autoencoder(pictures, held_out, options.autoencoder, rank)
 
-        seconds = {"base": options.base, "refiner": options.refiner}
+        seconds = {"base": options.base, "refiner": options.refiner, "words": options.words}
         todo = [name for name in seconds if seconds[name] and not (RUNS / name).is_dir()]
-        if todo:
+        if {"base", "refiner"} & set(todo):
             seed = 1000 * options.seed + rank
-            data, said = _data(everything, words, pictures, held_out, vae, tokenizer, seed)
+            data, said = _data(everything, known, pictures, held_out, vae, tokenizer, seed)
             common = (said, data, options.batch, options.compile)
         for name in todo:
             if (left := agreed(options.sitting - (time.monotonic() - began), device)) < _LEAST:
@@ -71,19 +86,26 @@ def main() -> None:
                 return
             if name == "base":
                 unet, encoders = _unfinished("base", architecture.base_unet(), encoders, device)
-                texts = denoisers.tokens(tokenizer, text.spoken(everything, words.seen)[0], text.LENGTH).to(device)
+                texts = denoisers.tokens(tokenizer, text.spoken(everything, known.seen)[0], text.LENGTH).to(device)
                 training = denoisers.base_trainer(unet, encoders, texts, *common)
                 parts = {"unet": unet, "narrow": encoders.narrow, "wide": encoders.wide}
-            else:
+            elif name == "refiner":
                 unet, encoders = _unfinished("refiner", architecture.refiner_unet(), _encoders(RUNS / "base"), device)
                 training = denoisers.refiner_trainer(unet, encoders, *common)
                 parts = {"unet": unet}
+            else:
+                unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "unet").float().to(device)
+                encoders = _encoders(RUNS / "base").to(device)
+                training = words.trainer(unet, encoders, tokenizer, everything, known)
+                parts = {"narrow": encoders.narrow, "wide": encoders.wide}
             if not _trained(name, training, parts, seconds[name], left, rank):
                 log.info("%s is not done: run this again to go on", name)
                 return
         if rank == 0:
             encoders = _encoders(RUNS / "base")
-            base, refiner = (UNet2DConditionModel.from_pretrained(RUNS / name / "unet") for name in seconds)
+            if (RUNS / "words").is_dir():
+                encoders = words.tempered(encoders, _encoders(RUNS / "words"))
+            base, refiner = (UNet2DConditionModel.from_pretrained(RUNS / name / "unet") for name in ("base", "refiner"))
             export.save(WEIGHTS, tokenizer, encoders.narrow, encoders.wide, vae.cpu(), base, refiner)
 
 
@@ -130,7 +152,7 @@ def _encoders(folder: Path) -> Encoders:
 
 def _data(
     everything: art.Art,
-    words: Synonyms,
+    known: Synonyms,
     pictures: torch.Tensor,
     held_out: torch.Tensor,
     vae: AutoencoderKL,
@@ -138,7 +160,7 @@ def _data(
     seed: int,
 ) -> tuple[dict[str, Bucket], torch.Tensor]:
     of = colours.traits(pictures)
-    director = Director(everything, words.seen, of, (~held_out).nonzero()[:, 0].tolist(), seed)
+    director = Director(everything, known.seen, of, (~held_out).nonzero()[:, 0].tolist(), seed)
     data, said = denoisers.prepared(director, of, pictures, copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE), tokenizer)
     log.info("%d scenes are encoded, and %d captions", sum(len(bucket.latents) for bucket in data.values()), len(said))
     return data, said
@@ -158,13 +180,13 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
 
 
 def _text_encoders(
-    everything: art.Art, words: Synonyms, seconds: float, device: torch.device, rank: int
+    everything: art.Art, known: Synonyms, seconds: float, device: torch.device, rank: int
 ) -> tuple[CLIPTokenizer, Encoders]:
     folder = RUNS / "text"
     if rank == 0 and not folder.is_dir():
-        needed = captions.words(everything.concepts, words.seen)
+        needed = captions.words(everything.concepts, known.seen)
         tokenizer = vocabulary.prune(needed, _VOCABULARY, RUNS / "vocabulary")
-        narrow, wide = text.train(everything, words.seen, tokenizer, seconds, device)
+        narrow, wide = text.train(everything, known.seen, tokenizer, seconds, device)
         for name, part in (("tokenizer", tokenizer), ("narrow", narrow.half()), ("wide", wide.half())):
             part.save_pretrained(folder / name)
     _wait()

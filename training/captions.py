@@ -113,6 +113,28 @@ class Captioner:
             noun, about = ", ".join(choose.choice(self._art.concepts).name for _ in range(choose.randint(3, 24))), -1
         return (choose.choice(_OPENINGS).format(noun) if choose.random() < 0.5 else noun), about
 
+    def named(self, word: str, concept: int) -> tuple[str, str, int]:
+        """Plain English around a word for a concept; with its name, without what cannot be seen; the concept or -1."""
+        choose, it = self._random, self._art.concepts[concept]
+        frames = ["{}", choose.choice(_OPENINGS)]
+        kind = choose.random()
+        if it.group in _PEOPLE and kind < 0.3:
+            return f"{choose.choice(_SOMEONE)} {word}", it.name, concept
+        said, about = word, concept
+        if kind < 0.45:
+            said = f"{word} {choose.choice(_ACTIONS)}"
+        elif kind < 0.55:
+            said = f"{choose.choice(_ADJECTIVES)} {word}"
+        elif kind < 0.65:
+            frames = [f"{self._colour(choose.choice(COLOURS))} {{}}"]
+        elif kind < 0.75:
+            frames = [self._styled("{}", choose.choice(list(STYLES)))]
+        elif kind < 0.85:
+            other, about = choose.choice(self._art.concepts).name, -1
+            frames = [choose.choice(_PAIRS).format(*each) for each in (("{}", other), (other, "{}"))]
+        frame = choose.choice(frames)
+        return frame.format(said), frame.format(it.name), about
+
     def _subject(self, concept: int) -> str:
         choose, it = self._random, self._art.concepts[concept]
         kind = choose.random()
@@ -160,7 +182,12 @@ def words(concepts: Sequence[Concept], synonyms: Sequence[Sequence[str]]) -> lis
     """All that captions and phrases are made of, for the vocabulary."""
     parts = [word for concept in concepts for word in (concept.name, *concept.keywords)]
     parts += [word for some in synonyms for word in some]
+    return parts + frames() + _ACTIONS
+
+
+def frames() -> list[str]:
+    """All words that stand about the names of things."""
     styles = [word for style in STYLES.values() for word in style]
     colours = [*COLOURS, *(word for more in _MORE_COLOURS.values() for word in more)]
     templates = [part for template in (*_OPENINGS, *_PAIRS, *_BACKGROUNDS) for part in template.split("{}")]
-    return parts + styles + colours + _ADJECTIVES + _ACTIONS + templates + [*_SMALL, *_SOMEONE]
+    return styles + colours + templates + _ADJECTIVES + [*_SMALL, *_SOMEONE]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from server import model
 from server.domain import ASPECT_RATIOS, ImageRequest, default_request, size_of
-from training import art, autoencoder, captions, colours, reading, scenes, synonyms
+from training import art, autoencoder, captions, colours, reading, scenes, synonyms, words
 from training.art import SIDE, STYLES
 from training.colours import PAINTS
 from training.prompts import COLOURED, OPEN, USUAL_COLOURS
@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("--weights", type=Path, default=art.WEIGHTS, help="folder with base and refiner")
     parser.add_argument("--device", default="auto", help="that draws: auto, cuda, mps or cpu")
+    parser.add_argument("--precision", default="auto", help="of the networks: auto, fp32, bf16, fp16 or fp8")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"fewer are quicker (default: {PROMPTS})")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--sheet", type=Path, help="PNG to write: samples, each beside the nearest training picture")
@@ -104,7 +105,7 @@ def main() -> None:
     everything = art.everything()
     of = (art.RUNS / "art.npz").stat()
     gallery = reading.gallery(everything, art.RUNS / f"features-{of.st_size}-{of.st_mtime_ns}.npy")
-    ensemble = model.load(options.weights / "base", options.weights / "refiner", options.device)
+    ensemble = model.load(options.weights / "base", options.weights / "refiner", options.device, options.precision)
     subject = Subject(
         options.weights, ensemble, gallery, synonyms.everything(everything.concepts), options.prompts, options.sheet
     )
@@ -195,23 +196,25 @@ def pairs(it: Subject) -> Iterator[Row]:
 
 
 def open_vocabulary(it: Subject) -> Iterator[Row]:
-    """Plain English: an accepted concept is in the top 5. Then single words that were kept from all captions."""
+    """Plain English: an accepted concept is in the top 5. Then single words that were kept from all training."""
     accepted = {prompt: [it.gallery.named[name] for name in names] for prompt, names in OPEN.items()}
     asked = random.Random(_CONCEPTS).sample(list(accepted), min(len(accepted), it.part(0.2)))
     right = it.gallery.ranks(reading.features(it.drawn(asked)), [accepted[prompt] for prompt in asked]) < 5
-    known = set(" ".join(captions.words(it.gallery.art.concepts, it.synonyms.seen)).split())
+    concepts = it.gallery.art.concepts
+    known = set(" ".join(captions.words(concepts, it.synonyms.seen)).split())
+    known |= {each.word for each in words.everything(concepts, it.synonyms)}
     new = torch.tensor([bool(set(prompt.split()) - known) for prompt in asked])
     measured = f"{_share(right):.0%} of {len(asked)}, {_share(right[new]):.0%} of {int(new.sum())} with unseen words"
     yield Row('plain English ("a doggo sleeping")', "> 50 %", measured, _share(right) > 0.5)
 
     meant: dict[str, list[int]] = {}
-    for concept, words in enumerate(it.synonyms.unseen):
-        for word in words:
+    for concept, unseen in enumerate(it.synonyms.unseen):
+        for word in unseen:
             if not set(word.split()) & known:
                 meant.setdefault(word, []).append(concept)
     asked = random.Random(_CONCEPTS).sample(sorted(meant), it.part(0.2))
     right = it.gallery.ranks(reading.features(it.drawn(asked)), [meant[word] for word in asked]) < 5
-    yield Row("words kept from all captions", "", f"{_share(right):.0%} of {len(asked)}", None)
+    yield Row("words kept from all training", "", f"{_share(right):.0%} of {len(asked)}", None)
 
 
 def refiner(it: Subject) -> Iterator[Row]:

@@ -42,8 +42,8 @@ class Trainer:
     """Trains a network on losses, each of which draws a batch of its own kind.
 
     `losses` maps a kind (a size of image, say) to how it is drawn, `shares` to how often. The learning rate rises over
-    the first steps, stays, and falls to nothing over the last third of the time. `averaged` writes the mean of the
-    weights over about the last 1 / (1 - decay) steps into the network.
+    the first `rise` steps, stays, and falls to nothing over the last third of the time. `averaged` writes the mean of
+    the weights over about the last 1 / (1 - decay) steps into the network.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class Trainer:
         shares: Mapping[str, float],
         learning_rate: float,
         decay: float = 0.999,
+        rise: int = 300,
     ) -> None:
         self._name, self._losses, self._shares = name, losses, shares
-        self._learning_rate, self._decay = learning_rate, decay
+        self._learning_rate, self._decay, self._rise = learning_rate, decay, rise
         self._parameters = list(network.parameters())
         self._masters = [parameter.detach().float().clone() for parameter in self._parameters]
         self._average = [torch.zeros_like(master) for master in self._masters]
@@ -91,7 +92,7 @@ class Trainer:
         before, began, told = self._spent, time.monotonic(), self._spent / seconds
         while (passed := agreed(time.monotonic() - began, self._loss.device)) < min(seconds - before, sitting):
             self._spent = before + passed
-            rise, fall = min(1.0, (self._steps + 1) / 300), min(1.0, (1 - self._spent / seconds) / 0.35)
+            rise, fall = min(1.0, (self._steps + 1) / self._rise), min(1.0, (1 - self._spent / seconds) / 0.35)
             self._rate.fill_(self._learning_rate * rise * fall)
             for kind in choose.choices(kinds, weights, k=10):
                 self._step(kind)

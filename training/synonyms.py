@@ -10,7 +10,7 @@ import json
 import logging
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -18,6 +18,7 @@ from zlib import crc32
 import torch
 
 from training.art import RUNS, Concept, fetch
+from training.teacher import meanings
 from training.vocabulary import english
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _SENSE = 0.35  # least cosine of a gloss with what is known of a concept
 _NEAR = 0.68  # least cosine of any other word with a name or a keyword that tells the concept
 _TIE = 0.04  # concepts that are this near to the best are meant as well
 _MOST = 4  # concepts that one word can mean
-_UNSEEN = 8  # one word in so many is kept from the captions, so that it can be measured what words mean that none has
+_UNSEEN = 8  # one word in so many is kept from all training, so that it can be measured what such words mean
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,20 @@ def everything(concepts: Sequence[Concept]) -> Synonyms:
     if not file.is_file():
         packages = RUNS / "packages"
         fetch(packages, [WORDNET])
-        file.write_text(json.dumps(_found(concepts, _wordnet(packages))))
+        file.write_text(json.dumps(_found(concepts, read_wordnet(packages))))
     words = json.loads(file.read_text())
-    held = [[crc32(word.encode()) % _UNSEEN == 0 for word in each] for each in words]
+    held = [[held_out(word) for word in each] for each in words]
     unseen, seen = (
         tuple(tuple(word for word, out in zip(each, outs, strict=True) if out is is_out)
               for each, outs in zip(words, held, strict=True))
         for is_out in (True, False)
     )  # fmt: skip
     return Synonyms(seen, unseen)
+
+
+def held_out(word: str) -> bool:
+    """Whether a word is kept from all captions and from what is taught after them."""
+    return crc32(word.encode()) % _UNSEEN == 0
 
 
 def telling(concepts: Sequence[Concept], most: int = 3) -> list[tuple[str, ...]]:
@@ -71,15 +77,25 @@ class _Noun:
 
 
 @dataclass(frozen=True)
-class _WordNet:
+class WordNet:
     """Nouns by key, the key of each noun's commonest sense, and all words that are written small."""
 
     nouns: dict[str, _Noun]
     commonest: dict[str, str]
     words: frozenset[str]
 
+    def has(self, word: str) -> bool:
+        """Whether a word is here, as it is or without its ending."""
+        stems = (word.removesuffix(ending) for ending in ("s", "es", "ed", "ing"))
+        return word in self.words or any(stem in self.words or stem + "e" in self.words for stem in stems)
 
-def _wordnet(packages: Path) -> _WordNet:
+    def told(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The sentence embedding of what is said of each noun."""
+        texts = [f"{', '.join(self.nouns[key].words)}: {self.nouns[key].gloss}" for key in keys]
+        return dict(zip(keys, meanings(texts), strict=True))
+
+
+def read_wordnet(packages: Path) -> WordNet:
     """WordNet's nouns and words. The format is that of the manual page wndb(5WN)."""
     with tarfile.open(packages / f"{WORDNET[0]}-{WORDNET[1]}.tgz") as archive:
 
@@ -101,7 +117,7 @@ def _wordnet(packages: Path) -> _WordNet:
         # An index lists the senses of a word by how often they are used.
         index = (line.split() for line in lines("index.noun"))
         commonest = {fields[0].replace("_", " "): fields[-int(fields[2])] for fields in index}
-    return _WordNet(nouns, commonest, frozenset(words))
+    return WordNet(nouns, commonest, frozenset(words))
 
 
 def _small(fields: Sequence[str], count: str) -> tuple[str, ...]:
@@ -109,18 +125,15 @@ def _small(fields: Sequence[str], count: str) -> tuple[str, ...]:
     return tuple(word.replace("_", " ") for word in fields[: 2 * int(count, 16) : 2] if word.islower())
 
 
-def _found(concepts: Sequence[Concept], wordnet: _WordNet) -> list[list[str]]:
-    from training.text import meanings  # it needs the captions, which need this
-
+def _found(concepts: Sequence[Concept], wordnet: WordNet) -> list[list[str]]:
     telling_words = telling(concepts)
     taken = {word for concept in concepts for word in (concept.name, *concept.keywords)}
-    known = meanings([", ".join((each.name, *each.keywords[:8])) for each in concepts])
+    known = all_known(concepts)
     best: dict[str, dict[int, float]] = defaultdict(dict)
 
     senses = _senses(concepts, telling_words, wordnet.nouns)
     glosses = sorted({key for keys in senses for key in keys})
-    texts = [f"{', '.join(wordnet.nouns[key].words)}: {wordnet.nouns[key].gloss}" for key in glosses]
-    told = dict(zip(glosses, meanings(texts), strict=True))
+    told = wordnet.told(glosses)
     for at, keys in enumerate(senses):
         cosines = {key: float(told[key] @ known[at]) for key in keys}
         key = max(cosines, key=cosines.__getitem__, default="")
@@ -128,12 +141,8 @@ def _found(concepts: Sequence[Concept], wordnet: _WordNet) -> list[list[str]]:
             for word in _lent(key, wordnet) - taken:
                 best[word][at] = cosines[key]
 
-    names = [(word, at) for at, each in enumerate(concepts) for word in (each.name, *telling_words[at])]
-    named = meanings([word for word, _ in names])
-    owner = torch.tensor([at for _, at in names])
-    common = [word for word in english() if word not in taken and _is_a_word(word, wordnet.words)]
-    for word, cosines in zip(common, meanings(common) @ named.T, strict=True):
-        nearest = cosines.new_full((len(concepts),), -1.0).scatter_reduce(0, owner, cosines, "amax")
+    common = [word for word in english() if word not in taken and wordnet.has(word)]
+    for word, nearest in zip(common, nearness(common, concepts), strict=True):
         for at in (nearest > max(_NEAR, float(nearest.max()) - _TIE)).nonzero()[:, 0].tolist():
             best[word][at] = max(best[word].get(at, 0.0), float(nearest[at]))
 
@@ -147,10 +156,17 @@ def _found(concepts: Sequence[Concept], wordnet: _WordNet) -> list[list[str]]:
     return found
 
 
-def _is_a_word(word: str, words: frozenset[str]) -> bool:
-    """Whether WordNet has a word, as it is or without its ending."""
-    stems = (word.removesuffix(ending) for ending in ("s", "es", "ed", "ing"))
-    return word in words or any(stem in words or stem + "e" in words for stem in stems)
+def all_known(concepts: Sequence[Concept]) -> torch.Tensor:
+    """The sentence embedding of a name with its keywords, (concepts, 384)."""
+    return meanings([", ".join((each.name, *each.keywords[:8])) for each in concepts])
+
+
+def nearness(words: list[str], concepts: Sequence[Concept]) -> Iterator[torch.Tensor]:
+    """For each word its greatest cosine with the name of each concept or a keyword that tells it, (concepts,)."""
+    names = [(word, at) for at, some in enumerate(telling(concepts)) for word in (concepts[at].name, *some)]
+    named, owner = meanings([word for word, _ in names]), torch.tensor([at for _, at in names])
+    for word in meanings(words):
+        yield named.new_full((len(concepts),), -1.0).scatter_reduce(0, owner, named @ word, "amax")
 
 
 def _senses(
@@ -168,7 +184,7 @@ def _senses(
     ]  # fmt: skip
 
 
-def _lent(key: str, wordnet: _WordNet, depth: int = 2) -> set[str]:
+def _lent(key: str, wordnet: WordNet, depth: int = 2) -> set[str]:
     """The words of a synset and of those below it that are mostly used in this sense."""
     words = {word for word in wordnet.nouns[key].words if wordnet.commonest.get(word) == key}
     if depth:

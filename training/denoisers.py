@@ -25,7 +25,7 @@ REFINER_TIMESTEPS = 200  # the low-noise share of 1000 that the refiner owns, as
 _DROPPED = 0.1  # share of captions left out, for classifier-free guidance
 _SQUARE_SHARE = 0.85  # of all steps; the other aspect ratios share the rest
 _LATE = 0.1  # share of the base's training on the timesteps that the refiner will own
-_HELD = 0.05  # weight of the distance between what a sentence means to the text encoders and what it meant before
+_HELD = 0.1  # weight of the distance between what a sentence means to the text encoders and what it is to mean
 
 
 class Encoders(nn.Module):
@@ -125,7 +125,8 @@ def _bucket(
 def base_trainer(
     unet: UNet2DConditionModel,
     encoders: Encoders,
-    texts: torch.Tensor,
+    said: torch.Tensor,
+    meant: torch.Tensor,
     captions: torch.Tensor,
     data: Mapping[str, Bucket],
     batch: int,
@@ -133,7 +134,8 @@ def base_trainer(
 ) -> Trainer:
     """What trains a base, and with it the text encoders, on batches of so many scenes.
 
-    `texts` are token ids, (n, any length), of sentences that are to go on meaning what they mean to the encoders now.
+    `said` and `meant` are token ids, (n, any length), of sentences and of those whose meaning to the encoders as they
+    now are they are to have: themselves, or the same with a concept's name in place of another word for it.
     """
     alphas = _alphas(captions.device)
     signal_to_noise = alphas / (1 - alphas)
@@ -146,12 +148,12 @@ def base_trainer(
         late = torch.rand(batch, device=rows.device) < _LATE
         timesteps = _uniform(torch.where(late, 0, REFINER_TIMESTEPS), len(alphas), batch)
         noise, noisy = _noised(bucket.latents[rows], alphas[timesteps])
-        said = captions[_said(bucket, rows)]
-        predicted = network(noisy, timesteps, said, kept, bucket.ids[rows, :6].to(WORKING_DTYPE))
-        some = texts[torch.randint(len(texts), (batch,), device=texts.device)]
+        told = captions[_said(bucket, rows)]
+        predicted = network(noisy, timesteps, told, kept, bucket.ids[rows, :6].to(WORKING_DTYPE))
+        some = torch.randint(len(said), (batch,), device=said.device)
         moved = sum(
             (1 - F.cosine_similarity(now.float(), then.float())).mean()
-            for now, then in zip(encoders.meanings(some), before.meanings(some), strict=True)
+            for now, then in zip(encoders.meanings(said[some]), before.meanings(meant[some]), strict=True)
         )
         return _error(predicted, noise, weights[timesteps]) + _HELD * moved
 

@@ -69,11 +69,11 @@ def sizes() -> dict[str, tuple[int, int]]:
 
 
 class Director:
-    """Makes up scenes from the pictures in `kept`; `synonyms` are words for each concept beside its own."""
+    """Makes up scenes from the pictures in `kept`, which are captioned by `captioner`."""
 
-    def __init__(self, art: Art, synonyms: Sequence[Sequence[str]], of: Traits, kept: Sequence[int], seed: int) -> None:
+    def __init__(self, art: Art, captioner: Captioner, of: Traits, kept: Sequence[int], seed: int) -> None:
         self._art, self._kept, self._random = art, list(kept), random.Random(seed)
-        self._captioner = Captioner(art, synonyms, seed)
+        self._captioner = captioner
         share = of.share.tolist()
         groups = [concept.group for concept in art.concepts]
         weight = [_GROUPS.get(groups[each.concept], 1.0) * _STYLES.get(each.style, 1.0) for each in art.pictures]

@@ -29,7 +29,7 @@ _TEMPERATURE = 0.07
 
 def train(
     art: Art,
-    synonyms: Sequence[Sequence[str]],
+    captioner: Captioner,
     tokenizer: CLIPTokenizer,
     seconds: float,
     device: torch.device,
@@ -40,7 +40,7 @@ def train(
     torch.manual_seed(seed)
     narrow, wide = (encoder.to(device) for encoder in architecture.text_encoders(tokenizer))
     choose = random.Random(seed)
-    texts, about = spoken(art, synonyms, seed)
+    texts, about = spoken(art, captioner, seed)
     concepts = torch.tensor(about, device=device)
     taught = teacher.meanings(texts, device)
     tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
@@ -75,15 +75,27 @@ def train(
 
 
 def spoken(
-    art: Art, synonyms: Sequence[Sequence[str]], seed: int = 0, captions: int = 40_000, phrases: int = 50_000
+    art: Art, captioner: Captioner, seed: int = 0, captions: int = 40_000, phrases: int = 50_000
 ) -> tuple[list[str], list[int]]:
     """Captions, plain phrases and single English words, and the concept that each is about or -1."""
-    captioner, choose = Captioner(art, synonyms, seed), random.Random(seed)
+    choose = random.Random(seed)
     said = [(captioner.caption(each.concept, each.style), each.concept)
             for each in choose.choices(art.pictures, k=captions)]  # fmt: skip
     said += [captioner.phrase() for _ in range(phrases)]
     said += [(word, -1) for word in english()]
     return [text for text, _ in said], [about for _, about in said]
+
+
+def meant(
+    art: Art, synonyms: Sequence[Sequence[str]], common: Sequence[Sequence[str]], count: int = 60_000
+) -> tuple[list[str], list[str]]:
+    """Sentences and what each is to mean: itself, but another word for a concept what its name means."""
+    taught = {word for some in common for word in some}
+    said, _ = spoken(art, Captioner(art, synonyms, [()] * len(art.concepts), seed=0))
+    held = [text for text in said if text not in taught]
+    captioner = Captioner(art, synonyms, common, seed=0)
+    reworded = [captioner.reworded() for _ in range(count)]
+    return [*held, *(text for text, _ in reworded)], [*held, *(text for _, text in reworded)]
 
 
 class _Head(nn.Module):

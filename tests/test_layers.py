@@ -66,9 +66,21 @@ def test_in_fp8_a_network_predicts_nearly_the_same_noise():
     layers.fuse(fused)
     with layers.observing():
         predicted(fused)
-    for layer in layers.linears(fused).values():
+    for layer in layers.quantisable(fused).values():
         layer.quantise(layer.observed())
     assert 1e-4 < error(predicted(fused), predicted(plain)) < 0.05
+
+
+def test_convolutions_in_fp8_take_all_images_at_once():
+    plain, quantised = unet("base"), unet("base")
+    layers.fuse(plain)
+    layers.fuse(quantised)
+    convolutions = [each for each in quantised.modules() if isinstance(each, layers.ResnetConvolution)]
+    for layer in convolutions:
+        layer.quantise(torch.tensor(0.1))
+    by_image, fewer = (len(list(model._make_place_irrelevant(each, "cuda"))) for each in (plain, quantised))
+    assert convolutions
+    assert by_image - fewer == len(convolutions)
 
 
 def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
@@ -84,7 +96,7 @@ def test_what_no_input_showed_has_no_scale():
     fused = unet("base")
     layers.fuse(fused)
     with pytest.raises(RuntimeError, match="no input was seen"):
-        next(iter(layers.linears(fused).values())).observed()
+        next(iter(layers.quantisable(fused).values())).observed()
 
 
 def load(**options) -> model.Ensemble:

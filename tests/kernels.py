@@ -157,6 +157,30 @@ def test_convolution_by_other_tiles(columns: tuple[int, int], split: int, monkey
     compare(convolution(False, 200), images, weight, bias, kept, monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("rows", "channels", "in_fp8", "rows_of_tile", "columns", "split"),
+    [
+        (2 * 128 * 128, 320, True, 128, 320, 1), (2 * 64 * 64, 640, True, 128, 320, 1),
+        (2 * 32 * 32, 1280, True, 64, 320, 1), (16 * 32 * 32, 1280, True, 128, 320, 1),
+        (2 * 128 * 128, 384, True, 128, 128, 1), (2 * 64 * 64, 768, True, 64, 256, 1),
+        (2 * 32 * 32, 1536, True, 128, 192, 1), (2 * 16 * 16, 1536, True, 64, 192, 2),
+        (2 * 128 * 128, 320, False, 128, 320, 1), (2 * 32 * 32, 1280, False, 128, 320, 2),
+        (2 * 128 * 128, 384, False, 256, 128, 1), (2 * 16 * 16, 1536, False, 128, 192, 4),
+    ],
+)  # fmt: skip
+def test_a_convolution_of_sdxl_is_cut_up_as_was_fast(
+    rows: int, channels: int, in_fp8: bool, rows_of_tile: int, columns: int, split: int
+):
+    tile = kernels._tile(rows, channels, channels, in_fp8)
+    assert (tile.rows, sum(tile.columns), tile.split) == (rows_of_tile, columns, split)
+
+
+@pytest.mark.parametrize("in_fp8", [True, False])
+def test_a_tile_is_as_deep_as_what_hoppers_multiprocessors_share(in_fp8: bool):
+    for tile in kernels._TILES_IN_FP8 if in_fp8 else kernels._TILES:
+        assert tile.stages * (tile.rows + sum(tile.columns)) * tile.depth * (1 if in_fp8 else 2) <= 227 * 1024
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="a processor's products of matrices depend on the place of a row")
 @pytest.mark.parametrize("in_fp8", [True, False])
 def test_an_image_is_convolved_alike_at_any_place(in_fp8: bool):

@@ -406,6 +406,16 @@ def _steps(tile: Tile, channels: int) -> int:
     return steps
 
 
+def convolves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `convolution` without scales, which depends on no place in the batch, keeps up with cuDNN's there.
+
+    Its tiles are for Hopper, and for products in half precision: those in fp32 would have no tensor cores.
+    """
+    if triton is None or device.type != "cuda" or dtype.itemsize != 2:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def convolution(
     images: torch.Tensor,
     weight: torch.Tensor,
@@ -417,18 +427,20 @@ def convolution(
 ) -> torch.Tensor:
     """The 3 x 3 convolution of images with a border, (batch, channels, height + 2, width + 2), plus what is `kept`.
 
-    The weight is (outputs, 3, 3, channels), `kept` and the result are (batch, outputs, height, width). In fp8 the sums
-    are multiplied by `scale`, of shape (), and `weight_scale`, (outputs,). The kernel multiplies matrices: the pixels
-    under a line of the weight lie in a row, and under its next line the same distance further for every pixel.
+    The weight is (outputs, channels, 3, 3), `kept` and the result are (batch, outputs, height, width). In fp8 the sums
+    are multiplied by `scale`, of shape (), and `weight_scale`, (outputs,). The kernel is for tensors in channels-last
+    order and multiplies matrices: the pixels under a line of the weight lie in a row, as it does, and under its next
+    line the same distance further for every pixel. An image's bytes depend neither on the others nor on its place.
     """
     if not _runs_kernels(images):
-        summed = F.conv2d(images.float(), weight.float().permute(0, 3, 1, 2))
+        summed = F.conv2d(images.float(), weight.float())
         if scale is not None and weight_scale is not None:
             summed = summed * (scale * weight_scale)[:, None, None]
         if bias is not None:
             summed = summed + bias[:, None, None]
         return (summed if kept is None else summed + kept).to(dtype)
-    images, kept = _channels_last(images), None if kept is None else _channels_last(kept)
+    images, weight = _channels_last(images), _channels_last(weight)
+    kept = None if kept is None else _channels_last(kept)
     batch, _, height, width = images.shape
     shape = (batch, len(weight), height - 2, width - 2)
     result = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)

@@ -1,8 +1,9 @@
 """Layers of the U-Nets and of the decoder that compute what diffusers' do, made over for few passes over few bytes.
 
-Residual networks, transformers and norms call `kernels`. Projections that all read the same are one: queries, keys and
-values of a self-attention; keys and values of the whole network, which the text alone decides; and what the timestep
-adds in each residual network. The networks' own forward is diffusers', over images in channels-last order.
+Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks where they are
+told to. Projections that all read the same are one: queries, keys and values of a self-attention; keys and values of
+the whole network, which the text alone decides; and what the timestep adds in each residual network. The networks' own
+forward is diffusers', over images in channels-last order.
 
 The linear layers of a U-Net's transformers and the convolutions of its residual networks can multiply in fp8
 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each channel that a
@@ -67,6 +68,13 @@ def fuse(network: UNet2DConditionModel | Decoder) -> None:
     network.to(memory_format=torch.channels_last)
 
 
+def convolve_by_kernel(unet: nn.Module) -> None:
+    """Let the residual networks of a U-Net that was made over convolve by a kernel of `kernels`, in place of cuDNN."""
+    for each in unet.modules():
+        if isinstance(each, ResnetConvolution):
+            each.become_kernel()
+
+
 def _replace(network: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
@@ -118,11 +126,15 @@ class GroupNorm(nn.Module):
         self._groups, self._eps, self._silu = norm.num_groups, norm.eps, silu
 
     def forward(
-        self, images: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        reader: "ResnetConvolution | None" = None,
     ) -> torch.Tensor:
-        """With a scale, what a quantised convolution reads: in fp8, with a border."""
+        """With a reader, in the form in which this convolution reads it."""
+        scale, border = (None, False) if reader is None else (reader.scale, reader.is_kernel)
         return kernels.group_norm(
-            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border=scale is not None
+            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border
         )
 
 
@@ -189,31 +201,41 @@ class Quantisable(nn.Module):
 
 
 class ResnetConvolution(Quantisable):
-    """A 3 x 3 convolution of a residual network, without a bias of its own: cuDNN's, until it is quantised.
+    """A 3 x 3 convolution of a residual network, without a bias of its own: PyTorch's `layer`, or a kernel.
 
-    What it makes in fp8 depends on no other image of the batch. A quantised one has no `layer` any more.
+    Once it is quantised it is a kernel, which reads images with a border, and has no `layer` any more.
     """
 
-    layer: nn.Module
+    layer: nn.Module | None
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         self.layer = layer
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.layer is None
 
     def forward(
         self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.scale is None:
             self._observe(images)
-            changed: torch.Tensor = self.layer(images)
-            return changed if bias is None else kernels.add(changed, bias, kept)
-        return kernels.convolution(
-            images, self.weight, bias, self._dtype, kept, scale=self.scale, weight_scale=self.weight_scale
-        )
+        if self.layer is None:
+            return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
+        changed: torch.Tensor = self.layer(images)
+        return changed if bias is None else kernels.add(changed, bias, kept)
+
+    def become_kernel(self) -> None:
+        """From now on convolve by a kernel. The weight stays where it is, in the channels-last order of `fuse`."""
+        if self.layer is not None:
+            self.weight = self.layer.get_parameter("weight")
+            self._dtype = self.weight.dtype
+            self.layer = None
 
     def quantise(self, scale: torch.Tensor) -> None:
-        weight = self.layer.get_parameter("weight").detach().permute(0, 2, 3, 1).contiguous()
-        del self.layer
+        self.become_kernel()
+        weight = self.weight.detach()
         largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).float()
         self._quantise(scale, weight, (largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -237,9 +259,9 @@ class Resnet(nn.Module):
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         shift = self.shift.expand(len(input_tensor), -1) if temb is None else temb[:, self._columns]
-        changed = self.conv1(self.norm1(input_tensor, scale=self.conv1.scale))
+        changed = self.conv1(self.norm1(input_tensor, reader=self.conv1))
         kept = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        result: torch.Tensor = self.conv2(self.norm2(changed, shift, self.conv2.scale), self.bias, kept)
+        result: torch.Tensor = self.conv2(self.norm2(changed, shift, self.conv2), self.bias, kept)
         return result
 
 

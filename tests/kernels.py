@@ -139,7 +139,7 @@ def convolution(in_fp8: bool, outputs: int) -> Callable[..., torch.Tensor]:
 def test_convolution(
     batch: int, channels: int, outputs: int, height: int, width: int, adds: bool, in_fp8: bool, monkeypatch
 ):
-    images, weight = bordered(batch, channels, height, width, in_fp8), random(outputs, 3, 3, channels, dtype=NETWORK)
+    images, weight = bordered(batch, channels, height, width, in_fp8), random(outputs, channels, 3, 3, dtype=NETWORK)
     if in_fp8:
         weight = kernels.quantised(weight, SCALE)
     bias, kept = random(outputs, dtype=NETWORK), random(batch, outputs, height, width, dtype=NETWORK)
@@ -152,7 +152,7 @@ def test_convolution(
 def test_convolution_by_other_tiles(columns: tuple[int, int], split: int, monkeypatch):
     tile = kernels.Tile(64, columns, 32, group=2, split=split, warps=4, stages=3)
     monkeypatch.setattr(kernels, "_tile", lambda *shape: tile)
-    images, weight = bordered(2, 48, 9, 15, in_fp8=False), random(200, 3, 3, 48, dtype=NETWORK)
+    images, weight = bordered(2, 48, 9, 15, in_fp8=False), random(200, 48, 3, 3, dtype=NETWORK)
     bias, kept = random(200, dtype=NETWORK), random(2, 200, 9, 15, dtype=NETWORK)
     compare(convolution(False, 200), images, weight, bias, kept, monkeypatch=monkeypatch)
 
@@ -181,10 +181,15 @@ def test_a_tile_is_as_deep_as_what_hoppers_multiprocessors_share(in_fp8: bool):
         assert tile.stages * (tile.rows + sum(tile.columns)) * tile.depth * (1 if in_fp8 else 2) <= 227 * 1024
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_processors_and_fp32_keep_the_convolution_of_pytorch(device: str, dtype: torch.dtype):
+    assert not kernels.convolves(torch.device(device), dtype)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="a processor's products of matrices depend on the place of a row")
 @pytest.mark.parametrize("in_fp8", [True, False])
 def test_an_image_is_convolved_alike_at_any_place(in_fp8: bool):
-    images, weight = bordered(5, 320, 9, 15, in_fp8), random(320, 3, 3, 320, dtype=NETWORK)
+    images, weight = bordered(5, 320, 9, 15, in_fp8), random(320, 320, 3, 3, dtype=NETWORK)
     convolve = convolution(in_fp8, 320)
     if in_fp8:
         weight = kernels.quantised(weight, SCALE)

@@ -544,9 +544,14 @@ def _convolve(
         if MORE:
             _keep(more, sums, row + tl.program_id(1).to(tl.int64) * rows, another, row < rows, outputs)
     else:
-        _finish(total, scale, weight_scale, bias, kept, result, row, column, rows, outputs, SCALES, SHIFTS, ADDS)
+        _finish(
+            total, scale, weight_scale, bias, kept, result, row, left, rows, outputs, COLUMNS, SCALES, SHIFTS, ADDS
+        )  # fmt: skip
         if MORE:
-            _finish(more, scale, weight_scale, bias, kept, result, row, another, rows, outputs, SCALES, SHIFTS, ADDS)
+            _finish(
+                more, scale, weight_scale, bias, kept, result, row, left + COLUMNS, rows, outputs, MORE, SCALES, SHIFTS,
+                ADDS,
+            )  # fmt: skip
 
 
 @_jit
@@ -556,19 +561,28 @@ def _keep(total, sums, row, column, is_row, outputs):
 
 @_jit
 def _finish(
-    total, scale, weight_scale, bias, kept, result, row, column, rows, outputs,
-    SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
+    total, scale, weight_scale, bias, kept, result, row, left, rows, outputs,
+    COLUMNS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    is_column = column < outputs
-    inside = (row < rows)[:, None] & is_column[None, :]
-    at = row[:, None] * outputs + column[None, :]
-    if SCALES:
-        total *= (tl.load(scale) * tl.load(weight_scale + column, mask=is_column, other=0.0))[None, :]
-    if SHIFTS:
-        total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    if ADDS:
-        total += tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(result + at, total.to(result.dtype.element_ty), mask=inside)
+    if COLUMNS > 64:  # one part after the other: all that is kept would not be in registers beside the sums
+        halves = tl.split(tl.permute(tl.reshape(total, (total.shape[0], 2, COLUMNS // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            _finish(
+                halves[half], scale, weight_scale, bias, kept, result, row, left + half * (COLUMNS // 2), rows, outputs,
+                COLUMNS // 2, SCALES, SHIFTS, ADDS,
+            )  # fmt: skip
+    else:
+        column = left + tl.arange(0, COLUMNS)
+        is_column = column < outputs
+        inside = (row < rows)[:, None] & is_column[None, :]
+        at = row[:, None] * outputs + column[None, :]
+        if SCALES:
+            total *= (tl.load(scale) * tl.load(weight_scale + column, mask=is_column, other=0.0))[None, :]
+        if SHIFTS:
+            total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        if ADDS:
+            total += tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(result + at, total.to(result.dtype.element_ty), mask=inside)
 
 
 @_jit

@@ -9,7 +9,7 @@ one order, so that what it comes to depends neither on its neighbours nor on the
 from __future__ import annotations  # those of the kernels are read, and never evaluated, by Triton
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,8 @@ def _jit(function: Any) -> Any:
 
 
 def quantised(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Values in fp8, to be multiplied by `scale`, of shape ()."""
-    if not _runs_kernels(values):
+    """Values in fp8, to be multiplied by `scale`, of shape () or, without a kernel, one that spreads over theirs."""
+    if not _runs_kernels(values) or scale.ndim:
         return (values.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
     values = values.contiguous()
     result = torch.empty_like(values, dtype=FP8)
@@ -204,17 +204,22 @@ def group_norm(
     bias: torch.Tensor,
     eps: float,
     silu: bool,
+    scale: torch.Tensor | None = None,
+    border: bool = False,
 ) -> torch.Tensor:
     """Group norm of `images + shift`, and its SiLU if so; (batch, channels, height, width) and (batch, channels).
 
+    With a `border` of zeros around each image, for `convolution`, it is (batch, channels, height + 2, width + 2).
     The kernel is for channels-last images. One program finds the mean and the spread of each channel in a tile, another
     those of a group, by the formula of Chan, Golub and LeVeque (1979), which cancels nothing; the last normalises.
     """
     batch, channels, height, width = images.shape
+    edge = 1 if border else 0
     if not _runs_kernels(images):
         shifted = images if shift is None else images + shift[:, :, None, None]
         normed = F.group_norm(shifted, groups, weight, bias, eps)
-        return F.silu(normed) if silu else normed
+        normed = F.pad(F.silu(normed) if silu else normed, [edge] * 4)
+        return normed if scale is None else quantised(normed, scale)
     images = _channels_last(images)
     places, per_group = height * width, channels // groups
     tiles = triton.cdiv(places, _ROWS)
@@ -223,7 +228,10 @@ def group_norm(
     across = triton.cdiv(channels, _CHANNELS)
     moments = torch.empty((2, batch, parts, channels), dtype=torch.float32, device=images.device)
     affine = torch.empty((2, batch, channels), dtype=torch.float32, device=images.device)
-    result = torch.empty_like(images)
+    result = torch.empty(
+        (batch, channels, height + 2 * edge, width + 2 * edge), dtype=images.dtype if scale is None else FP8,
+        device=images.device, memory_format=torch.channels_last,
+    )  # fmt: skip
     _moments[(parts, across, batch)](
         images, moments[0], moments[1], places, parts, CHANNELS=channels, IN_TURN=in_turn, ROWS=_ROWS, WIDE=_CHANNELS
     )
@@ -233,9 +241,10 @@ def group_norm(
         CHANNELS=channels, PER_GROUP=per_group, WIDE=triton.next_power_of_2(per_group),
         PARTS=parts, AT_ONCE=min(32, triton.next_power_of_2(parts)), SPAN=in_turn * _ROWS, SHIFTS=shift is not None,
     )  # fmt: skip
-    _normalise[(tiles, across, batch)](
-        images, affine[0], affine[1], result, places, CHANNELS=channels, ROWS=_ROWS, WIDE=_CHANNELS, SILU=silu
-    )
+    _normalise[(triton.cdiv(result[0, 0].numel(), _ROWS), across, batch)](
+        images, affine[0], affine[1], result, images if scale is None else scale, height, width,
+        CHANNELS=channels, ROWS=_ROWS, WIDE=_CHANNELS, SILU=silu, EDGE=edge, IN_FP8=scale is not None,
+    )  # fmt: skip
     return result
 
 
@@ -311,20 +320,288 @@ def _affine(
 
 @_jit
 def _normalise(
-    images, factors, addends, result, places,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
+    images, factors, addends, result, scale, height, width,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, EDGE: tl.constexpr,
+    IN_FP8: tl.constexpr,
 ):  # fmt: skip
     place, batch = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     is_channel = channel < CHANNELS
+    places = (height + 2 * EDGE) * (width + 2 * EDGE)  # of the result
     inside = (place < places)[:, None] & is_channel[None, :]
-    at = (batch * places + place[:, None]) * CHANNELS + channel[None, :]
+    source, within = batch * places + place, inside
+    if EDGE:
+        down, right = place // (width + 2) - 1, place % (width + 2) - 1
+        within = inside & ((down >= 0) & (down < height) & (right >= 0) & (right < width))[:, None]
+        source = (batch * height + down) * width + right
     factor = tl.load(factors + batch * CHANNELS + channel, mask=is_channel, other=0.0)
     addend = tl.load(addends + batch * CHANNELS + channel, mask=is_channel, other=0.0)
-    normed = tl.load(images + at, mask=inside, other=0.0).to(tl.float32) * factor[None, :] + addend[None, :]
+    values = tl.load(images + source[:, None] * CHANNELS + channel[None, :], mask=within, other=0.0).to(tl.float32)
+    normed = values * factor[None, :] + addend[None, :]
     if SILU:
         normed = normed / (1.0 + tl.exp(-normed))
-    tl.store(result + at, normed.to(result.dtype.element_ty), mask=inside)
+    if EDGE:
+        normed = tl.where(within, normed, 0.0)
+    at = (batch * places + place[:, None]) * CHANNELS + channel[None, :]
+    _store(result + at, normed, scale, inside, IN_FP8)
+
+
+class Tile(NamedTuple):
+    """How a convolution is shared out: `rows` x `columns` outputs to a program, `depth` of each sum at a time.
+
+    Columns are the sum of two powers of two, of which the second may be 0: SDXL's widths are multiples of 320 or 192.
+    Programs that run one after the other take `group` tiles of rows in turn, to read what is in the cache. With
+    `split`s above 1 so many programs share the sums of a tile, which a kernel of its own adds up.
+    """
+
+    rows: int
+    columns: tuple[int, int]
+    depth: int
+    group: int
+    split: int
+    warps: int
+    stages: int
+
+
+_MULTIPROCESSORS = 132  # of an H100 and an H200, and as if of every card: sums are to be split up alike on all
+_SPLITS = (1, 2, 3, 4)
+
+# What was the fastest on an H200 for the widths of SDXL, with lines of 64 or 128 bytes for the depth.
+_TILES_IN_FP8 = (
+    Tile(128, (256, 64), 64, group=8, split=1, warps=8, stages=6),
+    Tile(64, (256, 64), 128, group=8, split=1, warps=4, stages=4),
+    Tile(64, (256, 0), 128, group=8, split=1, warps=4, stages=4),
+    Tile(128, (128, 0), 128, group=8, split=1, warps=4, stages=3),
+    Tile(128, (128, 64), 128, group=8, split=1, warps=8, stages=4),
+    Tile(64, (128, 64), 128, group=8, split=1, warps=4, stages=4),
+)
+_TILES = (
+    Tile(128, (256, 64), 64, group=8, split=1, warps=8, stages=3),
+    Tile(256, (128, 0), 64, group=8, split=1, warps=8, stages=4),
+    Tile(256, (128, 64), 64, group=8, split=1, warps=8, stages=4),
+    Tile(128, (128, 64), 64, group=8, split=1, warps=8, stages=4),
+)
+
+
+def _tile(rows: int, channels: int, outputs: int, in_fp8: bool) -> Tile:
+    """What is fast for so many pixels and channels: the tile that leaves the busiest multiprocessor the least to do.
+
+    All of those above take about as long for an output, so what counts is how well they fill the outputs and the
+    multiprocessors. Of those that are as good the first is taken.
+    """
+
+    def work(tile: Tile) -> float:
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * tile.split
+        in_turn: int = triton.cdiv(programs, _MULTIPROCESSORS)
+        adding_up = 1 + 0.1 * (tile.split - 1)
+        return in_turn * tile.rows * sum(tile.columns) / tile.split * adding_up
+
+    tiles = (tile._replace(split=split) for tile in (_TILES_IN_FP8 if in_fp8 else _TILES) for split in _SPLITS)
+    return min((tile for tile in tiles if _steps(tile, channels) % tile.split == 0), key=work)
+
+
+def _steps(tile: Tile, channels: int) -> int:
+    """In how many steps the sums of a tile are added up. Each is in one of the three lines of the weight."""
+    steps: int = 3 * triton.cdiv(3 * channels, tile.depth)
+    return steps
+
+
+def convolves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `convolution` without scales, which depends on no place in the batch, keeps up with cuDNN's there.
+
+    Its tiles are for Hopper, and for products in half precision: those in fp32 would have no tensor cores.
+    """
+    if triton is None or device.type != "cuda" or dtype.itemsize != 2:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def convolution(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    kept: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The 3 x 3 convolution of images with a border, (batch, channels, height + 2, width + 2), plus what is `kept`.
+
+    The weight is (outputs, channels, 3, 3), `kept` and the result are (batch, outputs, height, width). In fp8 the sums
+    are multiplied by `scale`, of shape (), and `weight_scale`, (outputs,). The kernel is for tensors in channels-last
+    order and multiplies matrices: the pixels under a line of the weight lie in a row, as it does, and under its next
+    line the same distance further for every pixel. An image's bytes depend neither on the others nor on its place.
+    """
+    if not _runs_kernels(images):
+        summed = F.conv2d(images.float(), weight.float())
+        if scale is not None and weight_scale is not None:
+            summed = summed * (scale * weight_scale)[:, None, None]
+        if bias is not None:
+            summed = summed + bias[:, None, None]
+        return (summed if kept is None else summed + kept).to(dtype)
+    images, weight = _channels_last(images), _channels_last(weight)
+    kept = None if kept is None else _channels_last(kept)
+    batch, _, height, width = images.shape
+    shape = (batch, len(weight), height - 2, width - 2)
+    result = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    tile = _tile(result[:, 0].numel(), images.shape[1], len(weight), scale is not None)
+    convolve(tile, images, weight, bias, kept, scale, weight_scale, result)
+    return result
+
+
+def convolve(
+    tile: Tile,
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
+    result: torch.Tensor,
+) -> None:
+    """Write into `result` what a convolution makes, all in channels-last order, by tiles of this kind."""
+    batch, outputs, height, width = result.shape
+    rows, channels = batch * height * width, images.shape[1]
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns))
+    finishing = (
+        images if scale is None else scale, images if weight_scale is None else weight_scale,
+        images if bias is None else bias, images if kept is None else kept, result,
+    )  # fmt: skip
+    which = {"SCALES": scale is not None, "SHIFTS": bias is not None, "ADDS": kept is not None}
+    split = tile.split
+    steps, left = divmod(_steps(tile, channels), split)
+    if left:
+        raise ValueError(f"{channels} channels cannot be added up in {split} equal parts")
+    stages = tile.stages
+    if _INTERPRETED:  # where loops end at what Python knows
+        steps = tl.constexpr(steps)
+    else:  # Ada has less than half of what Hopper's multiprocessors share
+        stage = (tile.rows + sum(tile.columns)) * tile.depth * images.element_size()
+        device = torch.cuda.get_device_properties(images.device)
+        room = device.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch does not tell mypy of it
+        stages = min(stages, room // stage)
+    sums = images if split == 1 else torch.empty((split, rows, outputs), dtype=torch.float32, device=images.device)
+    _convolve[(programs, split)](
+        images, weight, *finishing, sums, rows, height, width, channels, outputs, steps,
+        ROWS=tile.rows, COLUMNS=tile.columns[0], MORE=tile.columns[1], DEPTH=tile.depth, GROUP=tile.group, SPLIT=split,
+        WHOLE=3 * channels % tile.depth == 0, **which, num_warps=tile.warps, num_stages=stages,
+    )  # fmt: skip
+    if split > 1:
+        _add_up[(triton.cdiv(rows * outputs, _ELEMENTS),)](
+            sums, *finishing, rows, outputs, SPLIT=split, BLOCK=_ELEMENTS, **which
+        )
+
+
+@_jit
+def _convolve(
+    images, weight, scale, weight_scale, bias, kept, result, sums, rows, height, width, channels, outputs, steps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr, WHOLE: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    # Programs go down through a group of tiles, then to the next columns.
+    across = tl.cdiv(outputs, COLUMNS + MORE)
+    first = tl.program_id(0) // (GROUP * across) * GROUP
+    tall = tl.minimum(tl.cdiv(rows, ROWS) - first, GROUP)
+    in_group = tl.program_id(0) % (GROUP * across)
+    row = (first + in_group % tall) * ROWS + tl.arange(0, ROWS)
+    left = in_group // tall * (COLUMNS + MORE)
+    column, another = left + tl.arange(0, COLUMNS), left + COLUMNS + tl.arange(0, MORE if MORE else COLUMNS)
+
+    # Beyond the last row and column the last is read again: what comes of it is not stored.
+    place = tl.minimum(row, rows - 1)
+    line = place // width
+    corner = (line + line // height * 2).to(tl.int64) * (width + 2) + place % width
+    deep = tl.arange(0, DEPTH)
+    pixels = images + corner[:, None] * channels + deep[None, :]
+    weights = weight + tl.minimum(column, outputs - 1)[None, :] * (9 * channels) + deep[:, None]
+    others = weight + tl.minimum(another, outputs - 1)[None, :] * (9 * channels) + deep[:, None]
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    more = tl.zeros((ROWS, MORE if MORE else 1), tl.float32)
+    turns = tl.cdiv(3 * channels, DEPTH)  # of a line of the weight, of which there are three
+    for step in range(steps):
+        turn = tl.program_id(1) * steps + step
+        down = (turn >= turns).to(tl.int32) + (turn >= 2 * turns).to(tl.int32)
+        within = (turn - down * turns) * DEPTH
+        pixel_at, weight_at = down * ((width + 2) * channels) + within, down * (3 * channels) + within
+        if WHOLE:
+            values = tl.load(pixels + pixel_at)
+            total = tl.dot(values, tl.load(weights + weight_at), total, input_precision="ieee")
+            if MORE:
+                more = tl.dot(values, tl.load(others + weight_at), more, input_precision="ieee")
+        else:
+            inside = within + deep < 3 * channels
+            values = tl.load(pixels + pixel_at, mask=inside[None, :], other=0.0)
+            factors = tl.load(weights + weight_at, mask=inside[:, None], other=0.0)
+            total = tl.dot(values, factors, total, input_precision="ieee")
+            if MORE:
+                factors = tl.load(others + weight_at, mask=inside[:, None], other=0.0)
+                more = tl.dot(values, factors, more, input_precision="ieee")
+
+    row = row.to(tl.int64)
+    if SPLIT > 1:
+        _keep(total, sums, row + tl.program_id(1).to(tl.int64) * rows, column, row < rows, outputs)
+        if MORE:
+            _keep(more, sums, row + tl.program_id(1).to(tl.int64) * rows, another, row < rows, outputs)
+    else:
+        _finish(
+            total, scale, weight_scale, bias, kept, result, row, left, rows, outputs, COLUMNS, SCALES, SHIFTS, ADDS
+        )  # fmt: skip
+        if MORE:
+            _finish(
+                more, scale, weight_scale, bias, kept, result, row, left + COLUMNS, rows, outputs, MORE, SCALES, SHIFTS,
+                ADDS,
+            )  # fmt: skip
+
+
+@_jit
+def _keep(total, sums, row, column, is_row, outputs):
+    tl.store(sums + row[:, None] * outputs + column[None, :], total, mask=is_row[:, None] & (column < outputs)[None, :])
+
+
+@_jit
+def _finish(
+    total, scale, weight_scale, bias, kept, result, row, left, rows, outputs,
+    COLUMNS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    if COLUMNS > 64:  # one part after the other: all that is kept would not be in registers beside the sums
+        halves = tl.split(tl.permute(tl.reshape(total, (total.shape[0], 2, COLUMNS // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            _finish(
+                halves[half], scale, weight_scale, bias, kept, result, row, left + half * (COLUMNS // 2), rows, outputs,
+                COLUMNS // 2, SCALES, SHIFTS, ADDS,
+            )  # fmt: skip
+    else:
+        column = left + tl.arange(0, COLUMNS)
+        is_column = column < outputs
+        inside = (row < rows)[:, None] & is_column[None, :]
+        at = row[:, None] * outputs + column[None, :]
+        if SCALES:
+            total *= (tl.load(scale) * tl.load(weight_scale + column, mask=is_column, other=0.0))[None, :]
+        if SHIFTS:
+            total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        if ADDS:
+            total += tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(result + at, total.to(result.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _add_up(
+    sums, scale, weight_scale, bias, kept, result, rows, outputs,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, column = at < rows * outputs, at % outputs
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(sums + part * rows * outputs + at, mask=inside, other=0.0)
+    if SCALES:
+        total *= tl.load(scale) * tl.load(weight_scale + column)
+    if SHIFTS:
+        total += tl.load(bias + column).to(tl.float32)
+    if ADDS:
+        total += tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + at, total.to(result.dtype.element_ty), mask=inside)
 
 
 def add(images: torch.Tensor, bias: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:

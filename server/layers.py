@@ -1,12 +1,15 @@
 """Layers of the U-Nets and of the decoder that compute what diffusers' do, made over for few passes over few bytes.
 
-Residual networks, transformers and norms call `kernels`. Projections that all read the same are one: queries, keys and
-values of a self-attention; keys and values of the whole network, which the text alone decides; and what the timestep
-adds in each residual network. The networks' own forward is diffusers', over images in channels-last order.
+Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks where they are
+told to. Projections that all read the same are one: queries, keys and values of a self-attention; keys and values of
+the whole network, which the text alone decides; and what the timestep adds in each residual network. The networks' own
+forward is diffusers', over images in channels-last order.
 
-The linear layers of the transformers can multiply in fp8 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022):
-one scale for each weight, and one for each input, which is the largest that `observing` has seen. All else stays as it
-is: embeddings, convolutions and the projections into and out of a transformer are few, and lose more.
+The linear layers of a U-Net's transformers and the convolutions of its residual networks can multiply in fp8
+(Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each channel that a
+convolution makes, and one for each input, which is the largest that `observing` has seen. All else stays as it is:
+embeddings, the first and the last convolution, shortcuts, and the projections into and out of a transformer are few,
+and lose more.
 """
 
 import contextlib
@@ -65,6 +68,13 @@ def fuse(network: UNet2DConditionModel | Decoder) -> None:
     network.to(memory_format=torch.channels_last)
 
 
+def convolve_by_kernel(unet: nn.Module) -> None:
+    """Let the residual networks of a U-Net that was made over convolve by a kernel of `kernels`, in place of cuDNN."""
+    for each in unet.modules():
+        if isinstance(each, ResnetConvolution):
+            each.become_kernel()
+
+
 def _replace(network: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
@@ -115,8 +125,17 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
         self._groups, self._eps, self._silu = norm.num_groups, norm.eps, silu
 
-    def forward(self, images: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        return kernels.group_norm(images, shift, self._groups, self.weight, self.bias, self._eps, self._silu)
+    def forward(
+        self,
+        images: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        reader: "ResnetConvolution | None" = None,
+    ) -> torch.Tensor:
+        """With a reader, in the form in which this convolution reads it."""
+        scale, border = (None, False) if reader is None else (reader.scale, reader.is_kernel)
+        return kernels.group_norm(
+            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border
+        )
 
 
 class Convolution(nn.Module):
@@ -147,6 +166,80 @@ class Upsample(nn.Module):
         return result
 
 
+class Quantisable(nn.Module):
+    """A layer that multiplies by a weight. Once it is `quantise`d its input is to come in fp8, divided by `scale`."""
+
+    scale: torch.Tensor | None
+    observes = False  # all of them, while `observing`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", None)
+        self.register_buffer("weight_scale", None)
+        self._largest: torch.Tensor | None = None
+
+    def _observe(self, values: torch.Tensor) -> None:
+        if Quantisable.observes:
+            largest = values.abs().amax().float()
+            self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    def observed(self) -> torch.Tensor:
+        """The scale, of shape (), with which the largest input that was seen is the largest there can be."""
+        if self._largest is None:
+            raise RuntimeError("no input was seen")
+        return (self._largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def quantise(self, scale: torch.Tensor) -> None:
+        """From now on multiply in fp8: weights are rounded to it, and the input comes in it, divided by `scale`."""
+        raise NotImplementedError
+
+    def _quantise(self, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+        self._dtype = weight.dtype
+        self.weight = nn.Parameter(kernels.quantised(weight, weight_scale), requires_grad=False)
+        self.weight_scale = weight_scale.squeeze()
+        self.scale = scale.to(weight.device)
+
+
+class ResnetConvolution(Quantisable):
+    """A 3 x 3 convolution of a residual network, without a bias of its own: PyTorch's `layer`, or a kernel.
+
+    Once it is quantised it is a kernel, which reads images with a border, and has no `layer` any more.
+    """
+
+    layer: nn.Module | None
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.layer is None
+
+    def forward(
+        self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.scale is None:
+            self._observe(images)
+        if self.layer is None:
+            return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
+        changed: torch.Tensor = self.layer(images)
+        return changed if bias is None else kernels.add(changed, bias, kept)
+
+    def become_kernel(self) -> None:
+        """From now on convolve by a kernel. The weight stays where it is, in the channels-last order of `fuse`."""
+        if self.layer is not None:
+            self.weight = self.layer.get_parameter("weight")
+            self._dtype = self.weight.dtype
+            self.layer = None
+
+    def quantise(self, scale: torch.Tensor) -> None:
+        self.become_kernel()
+        weight = self.weight.detach()
+        largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).float()
+        self._quantise(scale, weight, (largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
+
+
 class Resnet(nn.Module):
     """A residual network. The biases of its convolutions are added with what is added there anyway."""
 
@@ -154,7 +247,8 @@ class Resnet(nn.Module):
         super().__init__()
         self._columns = columns  # of what the timestep adds, the first convolution's bias included
         self.norm1, self.norm2 = GroupNorm(layer.norm1, silu=True), GroupNorm(layer.norm2, silu=True)
-        self.conv1, self.conv2, self.conv_shortcut = layer.conv1, layer.conv2, layer.conv_shortcut
+        self.conv1, self.conv2 = ResnetConvolution(layer.conv1), ResnetConvolution(layer.conv2)
+        self.conv_shortcut = layer.conv_shortcut
         self.shift = layer.conv1.bias  # where there is no timestep to add to it
         bias = layer.conv2.bias
         if layer.conv_shortcut is not None:
@@ -165,9 +259,10 @@ class Resnet(nn.Module):
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         shift = self.shift.expand(len(input_tensor), -1) if temb is None else temb[:, self._columns]
-        changed = self.conv2(self.norm2(self.conv1(self.norm1(input_tensor)), shift))
+        changed = self.conv1(self.norm1(input_tensor, reader=self.conv1))
         kept = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return kernels.add(changed, self.bias, kept)
+        result: torch.Tensor = self.conv2(self.norm2(changed, shift, self.conv2), self.bias, kept)
+        return result
 
 
 class Transformer(nn.Module):
@@ -235,19 +330,13 @@ class _Block(nn.Module):
         return taken if self.own_out.scale is None else kernels.quantised(taken, self.own_out.scale)
 
 
-class Linear(nn.Module):
-    """A linear layer. Once it is `quantise`d its input is to come in fp8, divided by `scale`."""
-
-    scale: torch.Tensor | None
-    observes = False  # all of them, while `observing`
+class Linear(Quantisable):
+    """A linear layer."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("scale", None)
-        self.register_buffer("weight_scale", None)
-        self._largest: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layer: nn.Linear) -> "Linear":
@@ -255,9 +344,7 @@ class Linear(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if self.scale is None:
-            if Linear.observes:
-                largest = values.abs().amax().float()
-                self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+            self._observe(values)
             return F.linear(values, self.weight, self.bias)
         rows = torch._scaled_mm(
             values.reshape(-1, values.shape[-1]), self.weight.t(), scale_a=self.scale, scale_b=self.weight_scale,
@@ -265,33 +352,24 @@ class Linear(nn.Module):
         )  # fmt: skip
         return rows.view(*values.shape[:-1], -1)
 
-    def observed(self) -> torch.Tensor:
-        """The scale, of shape (), with which the largest input that was seen is the largest there can be."""
-        if self._largest is None:
-            raise RuntimeError("no input was seen")
-        return (self._largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-
     def quantise(self, scale: torch.Tensor) -> None:
-        """From now on multiply in fp8: weights are rounded to it, and the input comes in it, divided by `scale`."""
-        self._dtype = self.weight.dtype
-        self.weight_scale = self.weight.detach().abs().amax().float() / kernels.LARGEST
-        self.weight = nn.Parameter(kernels.quantised(self.weight.detach(), self.weight_scale), requires_grad=False)
-        self.scale = scale.to(self.weight.device)
+        weight = self.weight.detach()
+        self._quantise(scale, weight, weight.abs().amax().float() / kernels.LARGEST)
 
 
 @contextlib.contextmanager
 def observing() -> Iterator[None]:
-    """While this lasts, linear layers remember the largest input that they saw."""
-    Linear.observes = True
+    """While this lasts, layers that can be quantised remember the largest input that they saw."""
+    Quantisable.observes = True
     try:
         yield
     finally:
-        Linear.observes = False
+        Quantisable.observes = False
 
 
-def linears(network: nn.Module) -> dict[str, Linear]:
+def quantisable(network: nn.Module) -> dict[str, Quantisable]:
     """The layers of a network that can multiply in fp8, by name."""
-    return {name: layer for name, layer in network.named_modules() if isinstance(layer, Linear)}
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, Quantisable)}
 
 
 def kept_scales(file: Path) -> dict[str, torch.Tensor]:

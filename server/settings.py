@@ -111,7 +111,7 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         "auto",
         description="arithmetic of the networks; auto is bf16 on cuda, fp16 on mps, fp32 on cpu; fp8 is bf16 with "
-        "linear layers in fp8, which Ada, Hopper and later have: faster, smaller, and not quite the same picture",
+        "most products in fp8, which Ada, Hopper and later have: faster, smaller, and not quite the same picture",
     )
     offload: bool = Field(
         False,

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from server import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter has no products in bf16, and rounds to fp8 towards zero.
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+NETWORK = DTYPES[-1]  # what networks compute in there
 SCALE = torch.tensor(0.01, device=DEVICE)
 IN_FP8 = 0.02 if DEVICE == "cuda" else 0.1  # relative error
 
@@ -96,6 +98,19 @@ def test_group_norm(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize(("channels", "height", "width"), [(320, 15, 30), (96, 16, 16), (640, 1, 7)])
+def test_group_norm_with_a_border(
+    dtype: torch.dtype, channels: int, height: int, width: int, scale: torch.Tensor | None, monkeypatch
+):
+    images, shift = 2 * random(2, channels, height, width, dtype=dtype) + 3, random(2, channels, dtype=dtype)
+    weight, bias = random(channels, dtype=dtype), random(channels, dtype=dtype)
+    compare(
+        lambda *given: kernels.group_norm(given[0], given[1], 16, given[2], given[3], 1e-5, True, scale, border=True),
+        images, shift, weight, bias, monkeypatch=monkeypatch,
+    )  # fmt: skip
+
+
 def test_group_norm_of_many_tiles_to_a_program(dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_ROWS", 2)  # so that 600 places are more than 256 tiles
     images, weight = random(1, 32, 20, 30, dtype=dtype) + 50, random(32, dtype=dtype)
@@ -103,6 +118,83 @@ def test_group_norm_of_many_tiles_to_a_program(dtype: torch.dtype, monkeypatch):
         lambda images, *given: kernels.group_norm(images, None, 8, *given, 1e-5, silu=False),
         images, weight, weight, monkeypatch=monkeypatch,
     )  # fmt: skip
+
+
+def bordered(batch: int, channels: int, height: int, width: int, in_fp8: bool) -> torch.Tensor:
+    images = F.pad(random(batch, channels, height, width, dtype=NETWORK), [1] * 4)
+    return kernels.quantised(images, SCALE) if in_fp8 else images
+
+
+def convolution(in_fp8: bool, outputs: int) -> Callable[..., torch.Tensor]:
+    scales = (SCALE, torch.rand(outputs, device=DEVICE)) if in_fp8 else (None, None)
+    return lambda images, weight, bias, kept: kernels.convolution(images, weight, bias, NETWORK, kept, *scales)
+
+
+@pytest.mark.parametrize("in_fp8", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "channels", "outputs", "height", "width"),
+    [(2, 96, 160, 7, 9), (1, 160, 192, 16, 16), (3, 320, 96, 5, 4), (1, 64, 40, 1, 3)],
+)
+def test_convolution(
+    batch: int, channels: int, outputs: int, height: int, width: int, adds: bool, in_fp8: bool, monkeypatch
+):
+    images, weight = bordered(batch, channels, height, width, in_fp8), random(outputs, channels, 3, 3, dtype=NETWORK)
+    if in_fp8:
+        weight = kernels.quantised(weight, SCALE)
+    bias, kept = random(outputs, dtype=NETWORK), random(batch, outputs, height, width, dtype=NETWORK)
+    added = (bias, kept) if adds else (None, None)
+    compare(convolution(in_fp8, outputs), images, weight, *added, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("columns", [(64, 0), (64, 16)])
+@pytest.mark.parametrize("split", [1, 3])
+def test_convolution_by_other_tiles(columns: tuple[int, int], split: int, monkeypatch):
+    tile = kernels.Tile(64, columns, 32, group=2, split=split, warps=4, stages=3)
+    monkeypatch.setattr(kernels, "_tile", lambda *shape: tile)
+    images, weight = bordered(2, 48, 9, 15, in_fp8=False), random(200, 48, 3, 3, dtype=NETWORK)
+    bias, kept = random(200, dtype=NETWORK), random(2, 200, 9, 15, dtype=NETWORK)
+    compare(convolution(False, 200), images, weight, bias, kept, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "in_fp8", "rows_of_tile", "columns", "split"),
+    [
+        (2 * 128 * 128, 320, True, 128, 320, 1), (2 * 64 * 64, 640, True, 128, 320, 1),
+        (2 * 32 * 32, 1280, True, 64, 320, 1), (16 * 32 * 32, 1280, True, 128, 320, 1),
+        (2 * 128 * 128, 384, True, 128, 128, 1), (2 * 64 * 64, 768, True, 64, 256, 1),
+        (2 * 32 * 32, 1536, True, 128, 192, 1), (2 * 16 * 16, 1536, True, 64, 192, 2),
+        (2 * 128 * 128, 320, False, 128, 320, 1), (2 * 32 * 32, 1280, False, 128, 320, 2),
+        (2 * 128 * 128, 384, False, 256, 128, 1), (2 * 16 * 16, 1536, False, 128, 192, 4),
+    ],
+)  # fmt: skip
+def test_a_convolution_of_sdxl_is_cut_up_as_was_fast(
+    rows: int, channels: int, in_fp8: bool, rows_of_tile: int, columns: int, split: int
+):
+    tile = kernels._tile(rows, channels, channels, in_fp8)
+    assert (tile.rows, sum(tile.columns), tile.split) == (rows_of_tile, columns, split)
+
+
+@pytest.mark.parametrize("in_fp8", [True, False])
+def test_a_tile_is_as_deep_as_what_hoppers_multiprocessors_share(in_fp8: bool):
+    for tile in kernels._TILES_IN_FP8 if in_fp8 else kernels._TILES:
+        assert tile.stages * (tile.rows + sum(tile.columns)) * tile.depth * (1 if in_fp8 else 2) <= 227 * 1024
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_processors_and_fp32_keep_the_convolution_of_pytorch(device: str, dtype: torch.dtype):
+    assert not kernels.convolves(torch.device(device), dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a processor's products of matrices depend on the place of a row")
+@pytest.mark.parametrize("in_fp8", [True, False])
+def test_an_image_is_convolved_alike_at_any_place(in_fp8: bool):
+    images, weight = bordered(5, 320, 9, 15, in_fp8), random(320, 320, 3, 3, dtype=NETWORK)
+    convolve = convolution(in_fp8, 320)
+    if in_fp8:
+        weight = kernels.quantised(weight, SCALE)
+    turned = convolve(images.roll(2, 0), weight, None, None)
+    assert torch.equal(turned, convolve(images, weight, None, None).roll(2, 0))
 
 
 @pytest.mark.parametrize("adds", [True, False])

@@ -1,6 +1,7 @@
 """The layers made over compute what diffusers' do; in fp8 they come near, and always to the same bytes."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,9 +67,49 @@ def test_in_fp8_a_network_predicts_nearly_the_same_noise():
     layers.fuse(fused)
     with layers.observing():
         predicted(fused)
-    for layer in layers.linears(fused).values():
+    for layer in layers.quantisable(fused).values():
         layer.quantise(layer.observed())
     assert 1e-4 < error(predicted(fused), predicted(plain)) < 0.05
+
+
+def convolutions(network: nn.Module) -> list[layers.ResnetConvolution]:
+    return [each for each in network.modules() if isinstance(each, layers.ResnetConvolution)]
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: str):
+    plain = unet(expert)
+    by_kernel = copy.deepcopy(plain)
+    layers.fuse(by_kernel)
+    layers.convolve_by_kernel(by_kernel)
+    assert all(each.is_kernel for each in convolutions(by_kernel))
+    assert error(predicted(by_kernel, 20, 44), predicted(plain, 20, 44)) < 1e-5
+
+
+def quantise(network: nn.Module) -> None:
+    for layer in convolutions(network):
+        layer.quantise(torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("change", [layers.convolve_by_kernel, quantise])
+def test_convolutions_by_a_kernel_take_all_images_at_once(change: Callable[[nn.Module], None]):
+    plain, changed = unet("base"), unet("base")
+    layers.fuse(plain)
+    layers.fuse(changed)
+    change(changed)
+    by_image, fewer = (len(list(model._make_place_irrelevant(each, "cuda"))) for each in (plain, changed))
+    assert by_image - fewer == len(convolutions(changed)) > 0
+
+
+def test_a_kernel_reads_the_weights_that_were_there_and_no_copy_of_them():
+    network = unet("base")
+    layers.fuse(network)
+    before = [each.layer.weight.data_ptr() for each in convolutions(network)]
+    layers.convolve_by_kernel(network)
+    network.to(memory_format=torch.channels_last)  # as those that are compiled are once more
+    assert [each.weight.data_ptr() for each in convolutions(network)] == before
+    quantise(network)
+    assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in convolutions(network))
 
 
 def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
@@ -84,7 +125,7 @@ def test_what_no_input_showed_has_no_scale():
     fused = unet("base")
     layers.fuse(fused)
     with pytest.raises(RuntimeError, match="no input was seen"):
-        next(iter(layers.linears(fused).values())).observed()
+        next(iter(layers.quantisable(fused).values())).observed()
 
 
 def load(**options) -> model.Ensemble:

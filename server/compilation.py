@@ -62,10 +62,13 @@ class Compiled:
         self._plain = call
         self._made: dict[Hashable, Call] = {}
         self._pool: Any = None
+        self._stream: Any = None
         self._switch = _Switch()
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as its convolutions want it
             self._pool = torch.cuda.graph_pool_handle()
+            # Graphs recorded on one stream share a workspace of cuBLAS, and those of two networks may run at one time.
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _CODES
         self._fast = call
         if mode == "full":
@@ -91,15 +94,14 @@ class Compiled:
     def _recorded(self, inputs: tuple[torch.Tensor, ...]) -> Call:
         """A call of these shapes as one graph, over inputs and an output of its own."""
         held = [each.clone() for each in inputs]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(_BEFORE):
                 self._compiled(*held)
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             made = self._compiled(*held)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
         last: list[torch.Tensor | None] = [None] * len(inputs)
 

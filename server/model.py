@@ -178,8 +178,6 @@ def load(
         checkpoint.inspect_preview_decoder(preview_decoder)
     device = _device(device)
     precision = _precision(precision, device, max_batch)
-    if overlap and compile != "off" and device == "cuda":
-        raise CannotCompile("graphs of a GPU that run beside one another can stop it; leave --overlap or --compile out")
     shared = refiner_files is not None and checkpoint.same_weights(base_files, refiner_files, "text_encoder_2")
     _check_memory(base_files, refiner_files, shared, device, precision, offload)
 
@@ -196,7 +194,7 @@ def load(
         sizes = warm_up or [(native, native)]
         compiled = "off" if compile == "off" else _compiled(compile, sizes, base_pipeline.vae_scale_factor)
         card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
-        overlaps = device == "cuda" and compile == "off" and not offload if overlap is None else overlap
+        overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
         turns = offload or precision == "fp8"

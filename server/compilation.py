@@ -7,6 +7,7 @@ running them. Calls of other shapes are made as if nothing had been compiled, an
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -20,6 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
@@ -167,6 +169,25 @@ def warming() -> Iterator[None]:
             yield
     finally:
         _warming.reset(token)
+
+
+class _Patcher(_symbolic_trace._Patcher):
+    """What torch.fx changes in the calls of modules while it traces, changed for the thread that traces alone.
+
+    It does so for all (pytorch/pytorch#126024), and a network that another thread runs meanwhile would fail.
+    """
+
+    def patch_method(self, cls: type, name: str, new_fn: Call, deduplicate: bool = True) -> None:
+        thread, usual = threading.get_ident(), getattr(cls, name)
+
+        @functools.wraps(new_fn)
+        def by_thread(*inputs: Any, **named: Any) -> Any:
+            return (new_fn if threading.get_ident() == thread else usual)(*inputs, **named)
+
+        super().patch_method(cls, name, by_thread, deduplicate)
+
+
+_symbolic_trace._Patcher = _Patcher  # type: ignore[misc]
 
 
 class _Attention(contextlib.AbstractContextManager[None]):

@@ -116,7 +116,7 @@ def test_what_is_begun_while_another_thread_compiles_is_drawn_to_its_end_as_if_n
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         patch.setenv("TRITON_CACHE_DIR", "")
         ensemble = model.load(
-            *folders, device="cpu", compile="blocks", compile_cache=tmp_path, compile_while_serving=True
+            *folders, device="cpu", compile="full", compile_cache=tmp_path, compile_while_serving=True
         )
         expected = drawn(plain)
         assert np.array_equal(drawn(ensemble), expected), "nothing is compiled at first"

@@ -817,8 +817,8 @@ class Environment(google.protobuf.message.Message):
     """Threads that share a computation on the CPU, and so decide the order of its sums. 0 on other devices."""
     reference: builtins.str
     """SHA-256 in hex of the pixels that the served weights make of "a photo of a cat", seed 0 and all defaults, which
-    every server draws before it serves, and anew when it has compiled since. Measured, not told: it also differs by what the fields above do not see, such
-    as the instruction set that a library chose for itself.
+    every server draws before it serves, and anew when it has compiled since. Measured, not told: it also differs by
+    what the fields above do not see, such as the instruction set that a library chose for itself.
     """
     max_batch: builtins.int
     """Images that can share a network call, the server's `--max-batch`. It decides the shape of every call, whoever shares

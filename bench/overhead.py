@@ -42,7 +42,7 @@ async def main() -> None:
     settings = Settings()
     engine = Engine(settings.queue, settings.schedule)
     thread = Bare()
-    card = await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))
+    card = (await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))).card
     servicer = TextToImageServicer(engine, settings)
     servicer.open(card)
     server = grpc.aio.server()
@@ -144,7 +144,8 @@ class Bare:
         pixels = self._ensemble.decode(trajectory)
         coded = images.code(pixels, images.JPEG, 95).data
         self._made.set_result((coded, time.perf_counter() - began))
-        return SimpleNamespace(pixels=pixels, warnings=(), stages=())  # nothing is left to do
+        environment = self.card.environment
+        return SimpleNamespace(pixels=pixels, warnings=(), environment=environment, stages=())  # nothing is left to do
 
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any:
         if request is self._request:

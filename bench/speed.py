@@ -167,8 +167,7 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
 def _few_steps(ensemble: model.Ensemble, images: int) -> float:
     """Seconds of an image that the base makes alone in a few steps without guidance."""
     ensemble.card = replace(ensemble.card, default_guidance_scale=1.0, default_high_noise_frac=1.0)
-    native = ensemble.card.native_side
-    ensemble.warm_up([(native, native)])
+    ensemble.card = ensemble.warm_up()
     request = replace(default_request(ensemble.card, "cat napping", seed=0), steps=FEW)
     seconds = []
     for _ in range(images):

@@ -49,15 +49,15 @@ def main() -> int:
     code, device_is_busy = asyncio.run(_serve(settings))
     if device_is_busy:
         # Python cannot leave while another thread is inside the device's library, as when a signal comes while a large
-        # model is being loaded.
-        log.warning("the device is still busy; leaving without it")
+        # model is being loaded, or compiled.
+        log.warning("the model is still busy; leaving without it")
         logging.shutdown()
         os._exit(code)
     return code
 
 
 async def _serve(settings: Settings) -> tuple[int, bool]:
-    """The exit code, and whether the device is still inside a call."""
+    """The exit code, and whether the model is still busy."""
     server = None
     code = 0
     try:

@@ -3,12 +3,15 @@
 What is compiled are the layers that a network repeats, or the whole of it, which takes far longer. On CUDA the layers
 that repeat are not compiled but those of layers.py, which is faster both ways; and a call of the shapes seen while
 `warming` is recorded once and replayed from then on, since Python is slower at launching kernels than such a device at
-running them. Calls of other shapes are made as if nothing had been compiled.
+running them. Calls of other shapes are made as if nothing had been compiled, and so is every call where that is wanted.
 """
 
 import contextlib
+import functools
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
@@ -52,29 +56,26 @@ def keep_in(folder: Path) -> None:
 class Compiled:
     """A call of a network with tensors, compiled for the shapes and dtypes that it is called with while `warming`.
 
-    `call` takes tensors and makes some with `network`, which is, or will be, on `device`. For one thread at a time, and
-    on CUDA for one stream; a tensor that was passed before must not have been written into since.
+    `call` takes tensors and makes some with `network`, which is, or will be, on `device`. Where it is `running`
+    compiled it is for one thread at a time, and on CUDA for one stream; a tensor that was passed before must not have
+    been written into since.
     """
-
-    warming = False  # in any thread: nothing is served until all is warm
 
     def __init__(self, network: nn.Module, call: Call, mode: Literal["blocks", "full"], device: torch.device) -> None:
         self._plain = call
         self._made: dict[Hashable, Call] = {}
         self._pool: Any = None
         self._stream: Any = None
-        self._switch = _Switch()
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as its convolutions want it
             self._pool = torch.cuda.graph_pool_handle()
             # Graphs recorded on one stream share a workspace of cuBLAS, and those of two networks may run at one time.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _CODES
-        self._fast = call
+        self._compiled = call
         if mode == "full":
-            self._fast = torch.compile(call, fullgraph=True, dynamic=False)
+            self._compiled = torch.compile(call, fullgraph=True, dynamic=False)
         elif device.type != "cuda":
-            _compile_blocks(network, self._switch)
+            _compile_blocks(network)
 
     @property
     def shapes(self) -> int:
@@ -82,14 +83,15 @@ class Compiled:
         return len(self._made)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        key = tuple((each.shape, each.dtype) for each in inputs)
-        if self.warming and key not in self._made:
-            self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
-        return self._made.get(key, self._plain)(*inputs)
-
-    def _compiled(self, *inputs: torch.Tensor) -> Any:
-        with self._switch, sdpa_kernel(_ATTENTION, set_priority=True):
-            return self._fast(*inputs)
+        with _attention:
+            if _compiled.get():
+                key = tuple((each.shape, each.dtype) for each in inputs)
+                if _warming.get() and key not in self._made:
+                    self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
+                if key in self._made:
+                    return self._made[key](*inputs)
+            with running(compiled=False):
+                return self._plain(*inputs)
 
     def _recorded(self, inputs: tuple[torch.Tensor, ...]) -> Call:
         """A call of these shapes as one graph, over inputs and an output of its own."""
@@ -144,47 +146,93 @@ class _Encoded:
         return self._first
 
 
+# Of each thread its own: one can compile while another makes images.
+_compiled: ContextVar[bool] = ContextVar("compiled", default=False)
+_warming: ContextVar[bool] = ContextVar("warming", default=False)
+
+
 @contextlib.contextmanager
-def warming() -> Iterator[None]:
-    """While this lasts, shapes that are seen for the first time are compiled."""
-    Compiled.warming = True
+def running(compiled: bool) -> Iterator[None]:
+    """While this lasts, this thread makes the compiled calls, where there are any, or none of them."""
+    token = _compiled.set(compiled)
     try:
         yield
     finally:
-        Compiled.warming = False
+        _compiled.reset(token)
 
 
-class _Switch(contextlib.AbstractContextManager[None]):
-    """Whether the blocks of one network run compiled."""
+@contextlib.contextmanager
+def warming() -> Iterator[None]:
+    """While this lasts, shapes that this thread sees for the first time where it is `running` compiled are compiled."""
+    token = _warming.set(True)
+    try:
+        # What is configured holds for the thread that does it.
+        with torch._dynamo.config.patch(recompile_limit=_CODES, accumulated_recompile_limit=_CODES):
+            yield
+    finally:
+        _warming.reset(token)
+
+
+class _Patcher(_symbolic_trace._Patcher):
+    """What torch.fx changes in the calls of modules while it traces, changed for the thread that traces alone.
+
+    It does so for all (pytorch/pytorch#126024), and a network that another thread runs meanwhile would fail.
+    """
+
+    def patch_method(self, cls: type, name: str, new_fn: Call, deduplicate: bool = True) -> None:
+        thread, usual = threading.get_ident(), getattr(cls, name)
+
+        @functools.wraps(new_fn)
+        def by_thread(*inputs: Any, **named: Any) -> Any:
+            return (new_fn if threading.get_ident() == thread else usual)(*inputs, **named)
+
+        super().patch_method(cls, name, by_thread, deduplicate)
+
+
+_symbolic_trace._Patcher = _Patcher  # type: ignore[misc]
+
+
+class _Attention(contextlib.AbstractContextManager[None]):
+    """The order of `_ATTENTION`, which torch has for the whole process: it stands as long as any thread is inside."""
 
     def __init__(self) -> None:
-        self.on = False
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._order = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        self.on = True
+        with self._lock:
+            if self._inside == 0:
+                self._order.enter_context(sdpa_kernel(_ATTENTION, set_priority=True))
+            self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        self.on = False
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._order.close()
+
+
+_attention = _Attention()
 
 
 class _Block(nn.Module):
     """A layer that runs compiled or as it is."""
 
-    def __init__(self, layer: nn.Module, switch: _Switch) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self._switch = switch
         self._ways: dict[bool, Callable[..., Any]] = {
             True: torch.compile(layer, fullgraph=True, dynamic=False),
             False: layer,
         }
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self._ways[self._switch.on](*inputs, **named)
+        return self._ways[_compiled.get()](*inputs, **named)
 
 
-def _compile_blocks(network: nn.Module, switch: _Switch) -> None:
+def _compile_blocks(network: nn.Module) -> None:
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, _BLOCKS):
-                setattr(module, name, _Block(layer, switch))
+                setattr(module, name, _Block(layer))

@@ -505,7 +505,7 @@ def metadata_message(
         ],
         waited=_duration(finished.waited),
         ran=_duration(finished.ran),
-        environment=_environment_message(dataclasses.replace(card.environment, max_batch=finished.max_batch)),
+        environment=_environment_message(finished.environment),
     )
 
 

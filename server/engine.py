@@ -16,9 +16,9 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.call_times import CallTimes, Kind
-from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.domain import Environment, ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.events import (
     Begun,
     CallMade,
@@ -70,38 +70,49 @@ _DISTURBED = Warning(
 
 
 class Conditioning(Protocol):
-    """The encoded prompts of one request."""
+    """The encoded prompts of one request, and the `environment` that makes its images."""
 
     @property
     def warnings(self) -> Sequence[Warning]: ...
+    @property
+    def environment(self) -> Environment: ...
 
 
 class Trajectory(Protocol):
-    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order."""
+    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order.
+
+    Those with equal `batch_key` may share their next one.
+    """
 
     @property
     def stages(self) -> Sequence[Stage]: ...
+    @property
+    def batch_key(self) -> Hashable: ...
     @property
     def warnings(self) -> Sequence[Warning]: ...
 
 
 class Model(Protocol):
-    """What the engine asks of an ensemble. Each call returns when the device has finished it.
+    """What is asked of an ensemble. Each call returns when the device has finished it.
 
-    `step` makes one network call for 1 to `max_batch` trajectories of one expert, shape and number of rows, and moves
-    each on by it; once the device is busy with that it calls `meanwhile`, which takes a moment. An image's bytes do not
-    depend on who shares its calls, but on `max_batch`: each call takes the time and the memory of a full one. `step`
-    raises StepFailed when some failed and the others have moved on. Whatever else it raises, none has moved and each
-    can be stepped again; after OutOfMemory, `limit_batch` makes all later calls smaller.
+    `step` makes one network call for 1 to `max_batch` trajectories of one batch key, and moves each on by it; once the
+    device is busy with that it calls `meanwhile`, which takes a moment. An image's bytes do not depend on who shares
+    its calls, but on `max_batch`: each call takes the time and the memory of a full one. `step` raises StepFailed when
+    some failed and the others have moved on. Whatever else it raises, none has moved and each can be stepped again;
+    after OutOfMemory, `limit_batch` makes all later calls smaller.
 
     `preview` is a small RGB picture of what the trajectory is about to become. It may be called from another thread,
     also while `step` has the same trajectory: it then shows the state before that step or the one after. With
     `overlaps`, a second thread may `encode` and `decode` while `step` runs for other trajectories, and `plan` may come
     from both.
+
+    `compile` may come from another thread, beside any call. It returns the card with which calls are faster, and the
+    first image that the request then makes. What is encoded once `card` is set to that is made so, from its first call
+    to its last, and what was encoded before as it began.
     """
 
-    @property
-    def card(self) -> ModelCard: ...
+    card: ModelCard
+
     @property
     def max_batch(self) -> int: ...
     @property
@@ -112,6 +123,7 @@ class Model(Protocol):
     def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None: ...
     def preview(self, trajectory: Any) -> NDArray[np.uint8]: ...
     def decode(self, trajectory: Any) -> NDArray[np.uint8]: ...
+    def compile(self, request: ImageRequest) -> tuple[ModelCard, NDArray[np.uint8]]: ...
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class Job:
     deliver: Callable[[Event], None]
     task: Task
     preview_interval: int = 0
-    script: Generator[_Call, Any, tuple[Warning, ...]] | None = None
+    script: Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]] | None = None
     call: _Call | None = None
     started: float | None = None
     ending: EngineError | None = None
@@ -218,13 +230,13 @@ class Engine:
         self._previews = _Previews(self._deliver, observe)
         self._thread: threading.Thread | None = None
 
-    def start(self, load: Callable[[], Model]) -> "Future[ModelCard]":
+    def start(self, load: Callable[[], Model]) -> "Future[Model]":
         """Start the device thread, which loads the model and then serves the queue.
 
-        The model is loaded where it is used, since compiled code and CUDA graphs belong to one thread. The future
-        holds the model's card, or what `load` raised; then the thread has ended.
+        The model is loaded where it is used, since OpenMP's threads and CUDA's handles are each thread's own. The
+        future holds the model, or what `load` raised; then the thread has ended.
         """
-        loaded: Future[ModelCard] = Future()
+        loaded: Future[Model] = Future()
         loaded.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="device", daemon=True)
         self._thread.start()
@@ -398,7 +410,7 @@ class Engine:
 
     # The threads that call the model.
 
-    def _run(self, load: Callable[[], Model], loaded: "Future[ModelCard]") -> None:
+    def _run(self, load: Callable[[], Model], loaded: "Future[Model]") -> None:
         try:
             model = load()
         except Exception as error:  # noqa: BLE001  # whatever it is, the thread that waits for it must know
@@ -410,7 +422,7 @@ class Engine:
             self._overlap_from = -math.inf
             side.start()
         self._previews.start(model)
-        loaded.set_result(model.card)
+        loaded.set_result(model)
         while jobs := self._next(model):
             self._advance(jobs, model)
         if model.overlaps:
@@ -552,7 +564,10 @@ class Engine:
         others. When memory runs out, this and all later calls are made smaller.
         """
         failures: dict[Job, Exception] = {}
-        waiting = [together]
+        alike: dict[Hashable, list[tuple[Job, Trajectory]]] = {}
+        for each in together:  # of one kind, and yet there are two of each for a while after a `compile`
+            alike.setdefault(each[1].batch_key, []).append(each)
+        waiting = list(alike.values())
         while waiting:
             some = waiting.pop()
             error: Exception | None = None
@@ -638,8 +653,10 @@ class Engine:
             with self._changed:
                 assert job.started is not None
                 waited, ran = job.started - job.task.admitted, now - job.started
-                warnings = (*finished.value, _DISTURBED) if job.disturbed else finished.value
-                self._end(job, Finished(warnings, waited, ran, self._max_batch))
+                warnings, environment = finished.value
+                if job.disturbed:
+                    warnings = (*warnings, _DISTURBED)
+                self._end(job, Finished(warnings, waited, ran, replace(environment, max_batch=self._max_batch)))
         except Exception as error:  # noqa: BLE001
             self._fail(job, error)
 
@@ -774,8 +791,8 @@ def _script(
     model: Model,
     planned: Callable[[Job, Mapping[Stage, int], int, int], None],
     deliver: Callable[[Job, Event], None],
-) -> Generator[_Call, Any, tuple[Warning, ...]]:
-    """All calls of one job, in order; each yield gets its call's result. Returns the warnings.
+) -> Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]]:
+    """All calls of one job, in order; each yield gets its call's result. Returns the warnings and what made the images.
 
     As many images as may share a call go through the experts together.
     """
@@ -799,7 +816,7 @@ def _script(
         for (index, seed), trajectory in zip(group, trajectories, strict=True):
             pixels = yield _Call(Stage.DECODE, index, make=partial(model.decode, trajectory))
             deliver(job, ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
-    return tuple(warnings)
+    return tuple(warnings), conditioning.environment
 
 
 def _stretch(job: Job, began: float, ended: float, device: float) -> None:

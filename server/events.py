@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from server.domain import Stage, Warning
+from server.domain import Environment, Stage, Warning
 
 
 class EngineError(Exception):
@@ -92,13 +92,13 @@ class ImageReady:
 class Finished:
     """All images are out. `waited` seconds from admission to the first call, `ran` seconds from there to the last.
 
-    So many images as `max_batch` could share a network call.
+    `environment` is what made them.
     """
 
     warnings: tuple[Warning, ...]
     waited: float
     ran: float
-    max_batch: int = 1
+    environment: Environment
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Server:
         others = {KSERVE: settings.kserve, INSTILL: settings.instill, INSTILL_PUBLIC: settings.instill}
         self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
         self.device_is_busy = False
-        """Whether the device was still inside a call when everything else had stopped."""
+        """Whether a call of the model, or its compiling, still went on when everything else had stopped."""
         self._lost = False
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,17 @@ from transformers.utils import logging as transformers_logging
 from server import checkpoint, compilation, kernels, layers, preview, provenance
 from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
 from server.compilation import Compiled
-from server.domain import ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning, default_request
+from server.domain import (
+    Environment,
+    ImageRequest,
+    ModelCard,
+    Notice,
+    OutOfMemory,
+    Stage,
+    StepFailed,
+    Warning,
+    default_request,
+)
 from server.residency import Residency
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
@@ -76,12 +87,15 @@ class Conditioning:
     """The encoded prompts, for each expert as its U-Net takes them.
 
     `hidden` has shape (rows, 77, width), `added` holds "text_embeds" (rows, width) and "time_ids" (rows, 5 or 6). With
-    guidance there are two rows, the negative prompt's first; otherwise one.
+    guidance there are two rows, the negative prompt's first; otherwise one. `environment` is what makes all images of
+    it, from the first call to the last, and `compiled` whether that is by compiled calls.
     """
 
     hidden: Mapping[Stage, torch.Tensor]
     added: Mapping[Stage, Mapping[str, torch.Tensor]]
     warnings: tuple[Warning, ...]
+    environment: Environment
+    compiled: bool
 
 
 @dataclass
@@ -110,9 +124,9 @@ class Trajectory:
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for those that may share their next network call: like expert, like shape, with or without guidance."""
+        """Equal for those that may share their next network call: of one expert, shape, number of rows, and way."""
         stage = self.stages[self.position]
-        return stage, self.latents.shape, len(self.conditioning.hidden[stage])
+        return stage, self.latents.shape, len(self.conditioning.hidden[stage]), self.conditioning.compiled
 
     def move_to(self, device: torch.device) -> None:
         self.latents, self.denoised = self.latents.to(device), self.denoised.to(device)
@@ -153,6 +167,7 @@ def load(
     overlap: bool | None = None,
     compile: compilation.Mode = "off",  # noqa: A002  # the flag's name
     compile_cache: Path | None = None,
+    compile_while_serving: bool = False,
     warm_up: Sequence[tuple[int, int]] = (),
     offload: bool = False,
 ) -> "Ensemble":
@@ -161,12 +176,12 @@ def load(
     `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16, fp16 or fp8. Without a refiner the base works
     alone. `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one.
     Previews are drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default
-    on CUDA where nothing is compiled, prompts are encoded and images decoded beside steps: small calls fill what steps
-    leave idle there; the cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes
+    on CUDA, prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the
+    cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes
     `warm_up`, pairs of width and height, by default the one that the base was trained on, with guidance as by default;
     that takes from seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process
-    compiled, and with fp8 what it observed. With `offload` only the network that works is on the device, nothing
-    overlaps, and `compile` has to be off.
+    compiled, and with fp8 what it observed. With `compile_while_serving` nothing is compiled before `Ensemble.compile`.
+    With `offload` only the network that works is on the device, nothing overlaps, and `compile` has to be off.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -192,29 +207,33 @@ def load(
             refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, dtype, **parts)
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
-        compiled = "off" if compile == "off" else _compiled(compile, sizes, base_pipeline.vae_scale_factor)
+        _check_sides(sizes, base_pipeline.vae_scale_factor)
+        compiled = _uncompiled(compile, device)
         card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
         turns = offload or precision == "fp8"
-        ensemble = Ensemble(base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, turns)
+        ensemble = Ensemble(
+            base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, sizes, turns
+        )
         if precision == "fp8":
             ensemble.quantise(compile_cache)
         ensemble.make_place_irrelevant()
         if not offload:
             ensemble.end_turns()
-        if compile != "off":
-            with _compiling():
-                ensemble.warm_up(sizes)
+        if compile != "off" and not compile_while_serving:
+            ensemble.card = ensemble.warm_up()
         return ensemble
 
 
 class Ensemble:
     """The loaded experts. Every call returns when the device is done with it.
 
-    Not for more than one thread at a time, but for `preview` and, where it `overlaps`, for a second thread that encodes
-    and decodes. What these make is complete when another call gets it, so the streams need not wait for one another.
+    Not for more than one thread at a time, but for `preview`, for `compile` and, where it `overlaps`, for a second
+    thread that encodes and decodes. What these make is complete when another call gets it, so the streams need not wait
+    for one another. `card` tells what images are made by that are encoded from now on, and decides it: whether by
+    compiled calls.
     """
 
     def __init__(
@@ -226,10 +245,13 @@ class Ensemble:
         preview_decoder: Path | None,
         overlaps: bool,
         compile: compilation.Mode,  # noqa: A002
+        sizes: Sequence[tuple[int, int]],
         turns: bool,
     ) -> None:
         """As `load` says; the networks take `turns` on the device until `end_turns`."""
         self.card = card
+        self._sizes = sizes
+        self._encoding = threading.Lock()  # tokenizers are for one thread at a time
         self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
         self._unets = {stage: pipeline.unet for stage, pipeline in self._pipelines.items()}
         self._vae = base.vae
@@ -315,24 +337,41 @@ class Ensemble:
     def _fast(self, network: torch.nn.Module, call: compilation.Call) -> compilation.Call:
         return call if self._compile == "off" else Compiled(network, call, self._compile, self._device)
 
-    def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Compile the calls for images of these sizes, width and height, by making one of each."""
+    def warm_up(self) -> ModelCard:
+        """Compile the calls for images of the sizes that it was loaded for, by making one of each.
+
+        Returns the `card` with which images are made by them. Raises CannotCompile.
+        """
         began = time.monotonic()
-        with compilation.warming():
-            for width, height in sizes:
+        environment = replace(self.card.environment, compiled=_compiled(self._compile, self._sizes))
+        with _compiling(), compilation.warming():
+            for width, height in self._sizes:
                 request = replace(default_request(self.card, "warm-up", seed=0), width=width, height=height)
-                trajectory = self.plan(request, self.encode(request), seed=0)
+                trajectory = self.plan(request, self._encode(request, environment, compiled=True), seed=0)
                 kinds = dict.fromkeys(trajectory.stages)
                 for stage in kinds:
                     trajectory.position = trajectory.stages.index(stage)
                     self.step([trajectory])
                 self.decode(trajectory)
         calls = (*self._networks.values(), *self._decoders.values(), *self._recorded_encoders)
-        self.card = replace(
+        return replace(
             self.card,
+            environment=environment,
             compiled_calls=sum(each.shapes for each in calls if isinstance(each, Compiled)),
             compile_seconds=time.monotonic() - began,
         )
+
+    def compile(self, request: ImageRequest) -> tuple[ModelCard, NDArray[np.uint8]]:
+        """`warm_up`, and the first image of a request as it is made by what was compiled.
+
+        This may come from another thread, beside any other call.
+        """
+        card = self.warm_up()
+        conditioning = self._encode(request, card.environment, compiled=True)
+        trajectory = self.plan(request, conditioning, request.seeds[0])
+        for _ in trajectory.stages:
+            self.step([trajectory])
+        return card, self.decode(trajectory)
 
     def limit_batch(self, images: int) -> None:
         """From now on let no more than so many images share a call, at most as many as the ensemble was loaded for.
@@ -343,20 +382,24 @@ class Ensemble:
         for layer in self._by_image:
             layer.images = images
 
-    @torch.inference_mode()
     def encode(self, request: ImageRequest) -> Conditioning:
         """Encode the prompts of a request, once, for both experts.
 
         An empty negative prompt is the unconditional embedding that the expert was trained with: zeros for a base with
         `force_zeros_for_empty_prompt`, the encoded empty string otherwise.
         """
-        with torch.cuda.stream(self._side_stream):
+        card = self.card  # which another thread may replace
+        return self._encode(request, card.environment, compiled=card.compiled_calls > 0)
+
+    @torch.inference_mode()
+    def _encode(self, request: ImageRequest, environment: Environment, compiled: bool) -> Conditioning:
+        prompts = {"data.prompt": request.prompt, "parameter.negative-prompt": request.negative_prompt}
+        with self._encoding, torch.cuda.stream(self._side_stream), compilation.running(compiled):
             hidden, added = _within_memory(self._device, partial(self._encoded_prompts, request))
             self._finish()
-        prompts = {"data.prompt": request.prompt, "parameter.negative-prompt": request.negative_prompt}
-        tails = {field: self._tail(prompt) for field, prompt in prompts.items()}
+            tails = {field: self._tail(prompt) for field, prompt in prompts.items()}
         warnings = tuple(_truncation(field, tail) for field, tail in tails.items() if tail)
-        return Conditioning(hidden, added, warnings)
+        return Conditioning(hidden, added, warnings, environment, compiled)
 
     def _encoded_prompts(
         self, request: ImageRequest
@@ -463,12 +506,13 @@ class Ensemble:
         stage, rows = trajectories[0].stages[trajectories[0].position], len(inputs[0])
         self._residency.bring(self._unets[stage])
         added = [each.conditioning.added[stage] for each in trajectories]
-        predicted = self._networks[stage](
-            _joined(inputs).to(self._dtype),
-            _joined([each.device_timesteps[each.position].expand(rows) for each in trajectories]),
-            _joined([each.conditioning.hidden[stage] for each in trajectories]),
-            *(_joined([each[name] for each in added]) for name in ("text_embeds", "time_ids")),
-        )
+        with compilation.running(trajectories[0].conditioning.compiled):
+            predicted = self._networks[stage](
+                _joined(inputs).to(self._dtype),
+                _joined([each.device_timesteps[each.position].expand(rows) for each in trajectories]),
+                _joined([each.conditioning.hidden[stage] for each in trajectories]),
+                *(_joined([each[name] for each in added]) for name in ("text_embeds", "time_ids")),
+            )
         return [predicted[place * rows :][:rows].float() for place in range(len(trajectories) - missing)]
 
     def preview(self, trajectory: Trajectory) -> NDArray[np.uint8]:
@@ -484,7 +528,7 @@ class Ensemble:
 
         The published SDXL autoencoder overflows in fp16, and can in other half precisions; it then decodes in fp32.
         """
-        with torch.cuda.stream(self._side_stream):
+        with torch.cuda.stream(self._side_stream), compilation.running(trajectory.conditioning.compiled):
             if not torch.isfinite(trajectory.latents).all():
                 raise NonFiniteImage(
                     "the latents are not finite; the prompt, the guidance scale or the precision overflowed"
@@ -772,12 +816,23 @@ def _loading_on(device: str) -> Iterator[None]:
         ) from error
 
 
-def _compiled(mode: str, sizes: Sequence[tuple[int, int]], multiple: int) -> str:
-    """What is compiled, as it is told. Raises CannotCompile where there can be no images of these sizes."""
-    told = [f"{width}x{height}" for width, height in sizes]
-    if wrong := [each for each, size in zip(told, sizes, strict=True) if any(side % multiple for side in size)]:
-        raise CannotCompile(f"sides must be multiples of {multiple}: --warm-up cannot have {', '.join(wrong)}")
-    return f"{mode} for {', '.join(told)}"
+def _check_sides(sizes: Sequence[tuple[int, int]], multiple: int) -> None:
+    if wrong := [size for size in sizes if any(side % multiple for side in size)]:
+        raise CannotCompile(f"sides must be multiples of {multiple}: --warm-up cannot have {_told(wrong)}")
+
+
+def _compiled(mode: str, sizes: Sequence[tuple[int, int]]) -> str:
+    """What is compiled, as it is told."""
+    return "off" if mode == "off" else f"{mode} for {_told(sizes)}"
+
+
+def _uncompiled(mode: str, device: str) -> str:
+    """What there is before anything is compiled, as it is told: on CUDA the layers are not those of "off"."""
+    return f"{mode} for no size" if mode != "off" and device == "cuda" else "off"
+
+
+def _told(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
 @contextlib.contextmanager

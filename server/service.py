@@ -6,16 +6,21 @@
 import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from server import auth, content_filter
+from server.checkpoint import CheckpointError
 from server.decoding import Decoding
-from server.domain import ModelCard, default_request
+from server.domain import ImageRequest, ModelCard, default_request
 from server.engine import Engine, Model
 from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
 from server.servicer import TextToImageServicer
@@ -52,6 +57,8 @@ class Service:
         gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
         self.interceptors: list[grpc.aio.ServerInterceptor] = [Calls(self.metrics, self._traces), *gates, Decoding()]
         """What calls go through. The first sees every call, those that the others turn away included."""
+        self._compiling: asyncio.Task[None] | None = None
+        self._compiler: threading.Thread | None = None
 
     def _observe(self, observation: Observation) -> None:
         self.metrics.observe(observation)
@@ -72,20 +79,52 @@ class Service:
         log.info("metrics on http://%s/metrics", address)
 
     async def open(self) -> ModelCard:
-        """Load the model, make one real image, and admit calls from then on.
+        """Load the model, make one real image, and admit calls from then on; compile meanwhile, if that is so set.
 
         Raises WarmUpFailed, or whatever loading the model raised.
         """
-        card = await asyncio.wrap_future(self.engine.start(self._load))
+        model = await asyncio.wrap_future(self.engine.start(self._load))
+        card = model.card
         self.metrics.serves(card)
         self.metrics.state("warming_up")
         log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
-        first = await self._warm_up(card)
+        first = await self._warm_up(_reference(card))
+        card = await self._serve(model, card, first)
+        if self._settings.compile_while_serving:
+            self._compiling = asyncio.create_task(self._compile(model))
+        return card
+
+    async def _serve(self, model: Model, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
+        """Have images made as the card says, of which this is the reference image; the card, which tells that, too."""
         reference = hashlib.sha256(first.tobytes()).hexdigest()
         card = replace(card, environment=replace(card.environment, reference=reference))
         card = await self._screened(card, first)
+        model.card = card
         self.servicer.open(card)
+        self.metrics.serves(card)
         return card
+
+    async def _compile(self, model: Model) -> None:
+        """Compile beside what is served. Where that fails, images are made as before."""
+        log.info("compiling; meanwhile images are made by calls that are not compiled")
+        self.metrics.compilation("compiling")
+        made: Future[tuple[ModelCard, NDArray[np.uint8]]] = Future()
+        made.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        compile_ = partial(model.compile, _reference(model.card))
+        # Not the event loop's own threads, since nobody may wait for this one: compiling can take minutes.
+        self._compiler = threading.Thread(target=_keep, args=(compile_, made), name="compiler", daemon=True)
+        self._compiler.start()
+        try:
+            card = await self._serve(model, *await asyncio.wrap_future(made))
+        except Exception as error:  # the wall between what would be faster and what is served
+            self.metrics.compilation("failed")
+            told = None if isinstance(error, CheckpointError | WarmUpFailed) else error
+            log.error("%s; images are still made by calls that are not compiled", error, exc_info=told)
+        else:
+            log.info(
+                "compiled %d calls in %.1f s; images that begin now are made by them",
+                card.compiled_calls, card.compile_seconds,
+            )  # fmt: skip
 
     async def _screened(self, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
         """The card with what judges images, which decides their bytes too; it has judged the first."""
@@ -100,7 +139,7 @@ class Service:
         environment = replace(card.environment, versions={**card.environment.versions, **told})
         return replace(card, content_filter=found, environment=environment)
 
-    async def _warm_up(self, card: ModelCard) -> NDArray[np.uint8]:
+    async def _warm_up(self, request: ImageRequest) -> NDArray[np.uint8]:
         """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
 
         It is the reference image: what this process computes, measured.
@@ -115,7 +154,7 @@ class Service:
             elif isinstance(event, Finished | Failed):
                 loop.call_soon_threadsafe(ended.put_nowait, event)
 
-        self.engine.submit("warm-up", default_request(card, "a photo of a cat"), deliver)
+        self.engine.submit("warm-up", request, deliver)
         terminal = await ended.get()
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
@@ -132,8 +171,13 @@ class Service:
         raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
 
     async def close(self, device_seconds: float) -> bool:
-        """Let go of the device, within so many seconds; whether it had ended its call. The engine is stopped before."""
+        """Let go of the device, within so many seconds, and of what compiles, at once; whether their calls had ended.
+
+        The engine is stopped before.
+        """
         let_go = await asyncio.to_thread(self.engine.join, device_seconds)
+        if self._compiler is not None:
+            let_go = let_go and not self._compiler.is_alive()
         done = self.engine.statistics()
         log.info(
             "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold to %.0f %% (median error)",
@@ -143,6 +187,18 @@ class Service:
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
         return let_go
+
+
+def _reference(card: ModelCard) -> ImageRequest:
+    """What shows how a process computes."""
+    return default_request(card, "a photo of a cat")
+
+
+def _keep(call: Callable[[], Any], result: "Future[Any]") -> None:
+    try:
+        result.set_result(call())
+    except Exception as error:  # noqa: BLE001  # whatever it is, who waits for it must know
+        result.set_exception(error)
 
 
 def load(settings: Settings) -> Model:
@@ -161,6 +217,7 @@ def load(settings: Settings) -> Model:
         overlap=settings.overlap,
         compile=settings.compile,
         compile_cache=settings.compile_cache,
+        compile_while_serving=settings.compile_while_serving,
         warm_up=settings.warm_up_sizes,
         preview_decoder=settings.preview_decoder,
         offload=settings.offload,

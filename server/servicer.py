@@ -53,7 +53,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._idle.set()
 
     def open(self, card: ModelCard) -> None:
-        """Admit calls from now on."""
+        """Admit calls from now on; again, to tell another card."""
         self._served = card, contract.limits_of(card, self._settings)
 
     @property

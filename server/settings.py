@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     overlap: bool | None = Field(
         None,
         description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
-        "default: on CUDA, with --compile off",
+        "default: on CUDA",
     )
     compile: Literal["off", "blocks", "full"] = Field(
         "off",
@@ -149,6 +149,11 @@ class Settings(BaseSettings):
     )
     compile_cache: Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"
+    )
+    compile_while_serving: bool = Field(
+        False,
+        description="serve as soon as the weights are loaded and compile meanwhile, which needs memory for both; until "
+        "then images are slower and can differ in their last bits, each made in one way from beginning to end",
     )
     warm_up: Annotated[str, AfterValidator(_sizes)] | None = Field(
         None,
@@ -208,8 +213,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _what_is_compiled_has_a_way(self) -> Self:
-        if self.compile == "off" and (self.compile_cache is not None or self.warm_up is not None):
-            raise ValueError("--compile-cache and --warm-up are for --compile blocks or full")
+        of_it = (self.compile_cache is not None, self.compile_while_serving, self.warm_up is not None)
+        if self.compile == "off" and any(of_it):
+            raise ValueError("--compile-cache, --compile-while-serving and --warm-up are for --compile blocks or full")
         return self
 
     @model_validator(mode="after")

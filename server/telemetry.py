@@ -165,11 +165,17 @@ class Metrics:
 
         self._compiled_calls = Gauge(
             "t2i_compiled_calls",
-            "Calls of a network, each for one shape, that were compiled before serving; afterwards none is.",
+            "Calls of a network, each for one shape, that are compiled.",
             registry=registry,
         )
         self._compile_seconds = Gauge(
             "t2i_compile_seconds", "How long compiling took, or taking it from --compile-cache.", registry=registry
+        )
+        self._compilation = Enum(
+            "t2i_compilation",
+            "Whether calls of the networks are compiled; compiling, failed: with --compile-while-serving they are not.",
+            states=["off", "compiling", "compiled", "failed"],
+            registry=registry,
         )
         self._device_memory = Gauge(
             "t2i_device_memory_bytes",
@@ -180,6 +186,9 @@ class Metrics:
 
     def state(self, state: str) -> None:
         self._state.state(state)
+
+    def compilation(self, state: str) -> None:
+        self._compilation.state(state)
 
     def serves(self, card: ModelCard) -> None:
         self._model.info(
@@ -193,6 +202,7 @@ class Metrics:
 
         self._compiled_calls.set(card.compiled_calls)
         self._compile_seconds.set(card.compile_seconds)
+        self.compilation("compiled" if card.compiled_calls else "off")
 
         if card.device == "cuda":
             from torch import cuda  # which the model has imported by now

@@ -24,11 +24,13 @@ class Path:
     seed: int
     stages: tuple[Stage, ...] = (Stage.BASE, Stage.BASE, Stage.REFINER)
     warnings: tuple[Warning, ...] = ()
+    batch_key: str = ""
 
 
 @dataclass
 class Prompt:
     warnings: tuple[Warning, ...] = (Warning(Notice.PROMPT_TRUNCATED, "data.prompt", "cut"),)
+    environment: Environment = ENVIRONMENT
 
 
 @dataclass

@@ -1,19 +1,24 @@
-"""Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were."""
+"""Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were, meanwhile too."""
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_ensemble
-from serving import ROOT
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving import PATIENCE, ROOT, ServerProcess, connect, digests, request
+from test_telemetry import scrape
 
 from server import model
 from server.checkpoint import CannotCompile
 from server.domain import default_request
 from server.telemetry import Metrics
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # a C++ compiler on a busy machine
 
@@ -21,9 +26,18 @@ SIDE = 64
 
 
 def drawn(ensemble: model.Ensemble, side: int = SIDE, **changes) -> np.ndarray:
+    return finished(ensemble, begun(ensemble, side, **changes))
+
+
+def begun(ensemble: model.Ensemble, side: int = SIDE, **changes) -> model.Trajectory:
     request = replace(default_request(ensemble.card, "cat", seed=1), steps=5, width=side, height=side, **changes)
     trajectory = ensemble.plan(request, ensemble.encode(request), 1)
-    for _ in trajectory.stages:
+    ensemble.step([trajectory])
+    return trajectory
+
+
+def finished(ensemble: model.Ensemble, trajectory: model.Trajectory) -> np.ndarray:
+    for _ in trajectory.stages[trajectory.position :]:
         ensemble.step([trajectory])
     return ensemble.decode(trajectory)
 
@@ -95,3 +109,92 @@ def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, tmp_path:
     assert server.returncode == CannotCompile.exit_code, server.stderr
     assert "the networks cannot be compiled here" in server.stderr
     assert "Traceback" not in server.stderr
+
+
+def test_what_is_begun_while_another_thread_compiles_is_drawn_to_its_end_as_if_nothing_were(plain, folders, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as thread:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        patch.setenv("TRITON_CACHE_DIR", "")
+        ensemble = model.load(
+            *folders, device="cpu", compile="full", compile_cache=tmp_path, compile_while_serving=True
+        )
+        expected = drawn(plain)
+        assert np.array_equal(drawn(ensemble), expected), "nothing is compiled at first"
+        begun_before = begun(ensemble)
+        compiling = thread.submit(ensemble.compile, default_request(ensemble.card, "a photo of a cat"))
+        while not compiling.done():
+            assert np.array_equal(drawn(ensemble), expected)
+        ensemble.card, _ = compiling.result()
+        begun_after = begun(ensemble)
+        assert begun_before.batch_key != begun_after.batch_key
+        assert np.array_equal(finished(ensemble, begun_before), expected)
+    assert (begun_before.conditioning.compiled, begun_after.conditioning.compiled) == (False, True)
+
+
+class TestWhileServing:
+    """--compile-while-serving, on a tiny ensemble."""
+
+    FLAGS = ("--compile", "blocks", "--compile-while-serving", "--metrics-listen", "127.0.0.1:0")
+
+    @pytest.fixture
+    def start(self, start_server, folders):
+        def start(*flags: object, **environment: str) -> ServerProcess:
+            base, refiner = folders
+            given = ("--device", "cpu", "--base", base, "--refiner", refiner, *flags)
+            return start_server(*map(str, given), **environment)
+
+        return start
+
+    def test_it_serves_at_once_and_compiled_later_and_each_answer_tells_how_it_was_made(self, start, tmp_path):
+        server = start(*self.FLAGS, "--compile-cache", tmp_path).wait_until_ready()
+        with connect(server) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
+        early = drawn_by(server)
+        assert model_of(server).environment == early.metadata.environment, "it still compiles"
+        assert scrape(server)("t2i_compilation", t2i_compilation="compiling") == 1
+        assert same(early, drawn_by(start().wait_until_ready())), "as a server that compiles nothing makes it"
+
+        server.patience = 1200
+        server.wait_for_log(r"compiled 3 calls in \d")
+        late = drawn_by(server)
+        assert late.metadata.environment.compiled == "blocks for 32x32"
+        assert model_of(server).environment == late.metadata.environment
+        assert scrape(server)("t2i_compilation", t2i_compilation="compiled") == 1
+        assert scrape(server)("t2i_compiled_calls") == 3
+        assert scrape(server)("t2i_compile_seconds") > 0
+        before = start("--compile", "blocks", "--compile-cache", tmp_path).wait_until_ready()
+        assert same(late, drawn_by(before)), "as a server that compiles before it serves makes it"
+
+    def test_where_it_cannot_compile_it_goes_on_without_and_says_what_to_do(self, start, tmp_path):
+        server = start(*self.FLAGS, "--compile-cache", tmp_path, PATH=str(tmp_path), CXX="no-such-compiler")
+        told = server.wait_for_log(r"the networks cannot be compiled here .*")[0]
+        assert "install a C++ compiler, or leave --compile off; images are still made by calls" in told
+        assert drawn_by(server).metadata.environment.compiled == "off"
+        assert scrape(server)("t2i_compilation", t2i_compilation="failed") == 1
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+
+    def test_a_signal_ends_it_in_the_middle(self, start, tmp_path):
+        server = start(*self.FLAGS, "--compile-cache", tmp_path)
+        server.wait_for_log("compiling; meanwhile")
+        assert server.stop() == 0
+        assert "compiled 3 calls" not in server.log
+        assert "Traceback" not in server.log
+
+
+def drawn_by(server: ServerProcess) -> pb.GenerateResponse:
+    with connect(server) as channel:
+        asked = request(parameter={"seed": 1}, sampling={"steps": 5})
+        return pb_grpc.TextToImageServiceStub(channel).Generate(asked, timeout=PATIENCE)
+
+
+def model_of(server: ServerProcess) -> pb.GetModelResponse:
+    with connect(server) as channel:
+        return pb_grpc.TextToImageServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=PATIENCE)
+
+
+def same(one: pb.GenerateResponse, other: pb.GenerateResponse) -> bool:
+    """Whether two answers have the same bytes and say that they were made by the same."""
+    images = [digests(list(each.data.choices)) for each in (one, other)]
+    return images[0] == images[1] and one.metadata.environment == other.metadata.environment

@@ -310,7 +310,9 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
         CARD,
         [metadata_of(task, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
         [contract.recoded_warning(task, coded, index) for index in range(8)],
-        events.Finished((Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6),
+        events.Finished(
+            (Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6, CARD.environment
+        ),
     )
     assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * contract.room_for_image(task)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stepped_model import REQUEST, Clock, Events, Path, SteppedModel, running
+from stepped_model import REQUEST, Clock, Events, Path, Prompt, SteppedModel, running
 
 from server.domain import ImageRequest, Notice, Stage
 from server.engine import Engine
@@ -315,6 +315,25 @@ def test_the_images_of_one_request_share_network_calls(model: SteppedModel, cloc
     assert base == [(i, step, 2) for step in (1, 2) for i in range(4)] + [(i, s, 2) for s in (1, 2) for i in (4, 5)]
 
 
+def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
+    class TwoWays(SteppedModel):
+        def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
+            return Path(seed, batch_key="compiled" if seed >= 20 else "not compiled")
+
+    model = TwoWays(max_batch=4)
+    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        blocker, *others = [Events() for _ in range(5)]
+        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        model.calls.get(timeout=60)
+        for seed, events in zip((10, 11, 20, 21), others, strict=True):
+            engine.submit("job", replace(REQUEST, seeds=(seed,)), events)
+        model.allow(1000)
+        for events in (blocker, *others):
+            assert isinstance(events.to_the_end()[-1], Finished)
+    assert all(len({seed >= 20 for seed in batch}) == 1 for batch in model.batches)
+    assert max(map(len, model.batches)) >= 2
+
+
 def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clock):
     model.max_batch, model.broken_seed = 4, 11
     with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
@@ -344,7 +363,7 @@ def test_what_does_not_fit_together_is_split_and_calls_stay_smaller_from_then_on
     assert isinstance(undisturbed, Finished)
     assert [each.notice for each in finished.warnings] == [Notice.PROMPT_TRUNCATED, Notice.BATCH_REDUCED]
     assert [each.notice for each in undisturbed.warnings] == [Notice.PROMPT_TRUNCATED]
-    assert (finished.max_batch, undisturbed.max_batch) == (2, 2)
+    assert (finished.environment.max_batch, undisturbed.environment.max_batch) == (2, 2)
 
 
 def test_a_job_too_large_for_the_memory_fails_alone_and_its_like_are_refused_for_a_while(

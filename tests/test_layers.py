@@ -180,9 +180,3 @@ def test_a_checkpoint_that_cannot_be_made_over_is_told_in_one_sentence(monkeypat
 def test_what_is_offloaded_neither_compiles_nor_overlaps(flags: dict):
     with pytest.raises(ValidationError, match="--offload moves networks about"):
         Settings(offload=True, **flags)
-
-
-def test_graphs_do_not_run_beside_one_another(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(model._DEVICES, "cuda", lambda: True)  # nothing is loaded before this is told
-    with pytest.raises(CannotCompile, match="leave --overlap or --compile out"):
-        model.load(EMBEDDED / "base", None, device="cuda", precision="bf16", compile="blocks", overlap=True)

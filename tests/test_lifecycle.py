@@ -105,6 +105,7 @@ def test_every_flag_is_an_environment_variable_too(start_server):
         (["--max-queue", "0"], "--max-queue: Input should be greater than or equal to 1"),
         (["--listen", "nowhere"], "--listen: Value error, give HOST:PORT"),
         (["--refiner", "somewhere"], "--refiner was given without --base"),
+        (["--compile-while-serving"], "--compile-while-serving and --warm-up are for --compile blocks or full"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
 )

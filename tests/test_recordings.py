@@ -35,7 +35,7 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
 ME = Caller("me")
-DONE = Finished((), 0.5, 1.5)
+DONE = Finished((), 0.5, 1.5, CARD.environment)
 
 
 def image(index: int, side: int = 64) -> ImageReady:

@@ -16,13 +16,17 @@ from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
+ENVIRONMENT = Environment({}, "none", "fp32", "none", 1, 1, "off")
+
 
 @dataclass
 class Nothing:
     """Conditioning and trajectory at once, of a single call."""
 
     warnings: tuple[Warning, ...] = ()
+    environment: Environment = ENVIRONMENT
     stages: tuple[Stage, ...] = (Stage.BASE,)
+    batch_key: str = ""
 
 
 class WrongPixels:
@@ -30,8 +34,7 @@ class WrongPixels:
 
     max_batch = 1
     overlaps = False
-    environment = Environment({}, "none", "fp32", "none", 1, 1, "off")
-    card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", environment)
+    card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", ENVIRONMENT)
 
     def encode(self, request: ImageRequest) -> Nothing:
         return Nothing()
@@ -57,7 +60,7 @@ async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_
 ):
     engine = Engine(Limits(jobs=1))
     servicer = TextToImageServicer(engine, Settings())
-    servicer.open(await asyncio.wrap_future(engine.start(WrongPixels)))
+    servicer.open((await asyncio.wrap_future(engine.start(WrongPixels))).card)
     server = grpc.aio.server()
     pb_grpc.add_TextToImageServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

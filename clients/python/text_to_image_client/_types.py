@@ -225,9 +225,11 @@ class Environment:
     max_batch: int
     """Images that can share a network call, whose shape that decides."""
     compiled: str
-    """How networks are compiled, and for images of which sizes: "off", or "blocks for 1024x1024"."""
+    """How networks are compiled, and for images of which sizes: "off", or "blocks for 1024x1024". A service that
+    compiles while it serves tells the one, and later the other."""
     reference: str
-    """SHA-256 in hex of an image that every server draws before it serves: measured, where the rest is told."""
+    """SHA-256 in hex of an image that every server draws before it serves, and anew when it has compiled since:
+    measured, where the rest is told."""
 
 
 @dataclass(frozen=True)

@@ -770,7 +770,8 @@ global___ImageMetadata = ImageMetadata
 @typing.final
 class Environment(google.protobuf.message.Message):
     """What decides an image's bytes beside its request and the weights, read off the process once the model is loaded. What
-    else the service is doing is no part of it.
+    else the service is doing is no part of it. It is one for all images of an answer; with `--compile-while-serving` it
+    changes once, between two answers, when all is compiled.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -816,8 +817,8 @@ class Environment(google.protobuf.message.Message):
     """Threads that share a computation on the CPU, and so decide the order of its sums. 0 on other devices."""
     reference: builtins.str
     """SHA-256 in hex of the pixels that the served weights make of "a photo of a cat", seed 0 and all defaults, which
-    every server draws before it serves. Measured, not told: it also differs by what the fields above do not see, such
-    as the instruction set that a library chose for itself.
+    every server draws before it serves, and anew when it has compiled since. Measured, not told: it also differs by
+    what the fields above do not see, such as the instruction set that a library chose for itself.
     """
     max_batch: builtins.int
     """Images that can share a network call, the server's `--max-batch`. It decides the shape of every call, whoever shares
@@ -825,7 +826,8 @@ class Environment(google.protobuf.message.Message):
     """
     compiled: builtins.str
     """How networks are compiled, and for images of which sizes: "blocks for 1024x1024, 1152x896"; "off" if they are not.
-    On the CPU images of other sizes have the bytes of "off".
+    On the CPU images of other sizes have the bytes of "off". With `--compile-while-serving` it is "off" until all is
+    compiled, and on a GPU, where other kernels run from the beginning, "blocks for no size".
     """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

@@ -8,7 +8,7 @@ IMAGE ?= text-to-image-service:latest
 VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-endurance \
+.PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-cpu bench-endurance \
 	bench-loadgen bench-scale run test test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
 	image instill-model weights evaluate clean
 
@@ -39,6 +39,9 @@ bench-batching: $(VENV)/.runtime ## images per second by the number of images th
 
 bench-overlap: $(VENV)/.runtime ## images per second with and without prompts and decodings beside the steps
 	$(BIN)/python -m bench.overlap $(ARGS)
+
+bench-cpu: $(VENV)/.runtime ## an image on a CPU by each --compile mode and by stock diffusers, in turn
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 bench-loadgen: $(VENV)/.dev ## MLCommons' LoadGen: one after the other, all at once, at random; ARGS="--ways service stock"
 	$(BIN)/python -m bench.loadgen $(ARGS)

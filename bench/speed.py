@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.stock import Stock
 from server import model
 from server.domain import ImageRequest, Stage, default_request
 
@@ -210,25 +210,10 @@ def _stock(options: argparse.Namespace, compiled: bool) -> Figures:
     """diffusers' own two pipelines, as its documentation runs and, if so, compiles them."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    dtype = model.PRECISIONS[options.precision]
-    files = {"torch_dtype": dtype, "variant": "fp16", "add_watermarker": False}
-    base = StableDiffusionXLPipeline.from_pretrained(options.base, **files).to("cuda")
-    refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
-        options.refiner, vae=base.vae, text_encoder_2=base.text_encoder_2, **files
-    ).to("cuda")
-    for pipeline in (base, refiner):
-        pipeline.set_progress_bar_config(disable=True)
-        if compiled:
-            pipeline.unet.to(memory_format=torch.channels_last)
-            pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
-    if compiled:
-        base.vae.decode = torch.compile(base.vae.decode, mode="reduce-overhead", fullgraph=True)
+    pipelines = Stock(options.base, options.refiner, "cuda", model.PRECISIONS[options.precision], compiled)
 
     def image() -> None:
-        with torch.inference_mode():
-            common = {"prompt": "cat napping", "num_inference_steps": options.steps}
-            latents = base(**common, denoising_end=0.8, output_type="latent").images
-            refiner(**common, denoising_start=0.8, image=latents, output_type="pil")
+        pipelines.image("cat napping", options.steps, seed=0)
 
     image()
     ready = time.perf_counter() - began

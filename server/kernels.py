@@ -9,6 +9,7 @@ one order, so that what it comes to depends neither on its neighbours nor on the
 from __future__ import annotations  # those of the kernels are read, and never evaluated, by Triton
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,18 @@ def _runs_kernels(tensor: torch.Tensor) -> bool:
 
 def _jit(function: Any) -> Any:
     return triton.jit(function) if triton is not None else function
+
+
+def by_row(function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
+    """What a function makes of values of shape (rows, ...), on the CPU of each row by itself.
+
+    torch shares the values of SiLU and GELU, and the places of a group norm, out to a CPU's threads without regard to
+    rows, and where the threads' shares end they round otherwise: a row's bytes would depend on its place among others.
+    Compiled code is not made of these functions, and has no such shares.
+    """
+    if len(values[0]) == 1 or values[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return function(*values)
+    return torch.cat([function(*row) for row in zip(*(each.split(1) for each in values), strict=True)])
 
 
 def quantised(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -113,7 +126,7 @@ def gated_gelu(values: torch.Tensor, scale: torch.Tensor | None = None) -> torch
     """The first half of every row of (..., 2 * width) times the GELU of the second: GEGLU (Shazeer, 2020)."""
     if not _runs_kernels(values):
         linear, gate = values.chunk(2, dim=-1)
-        gated = linear * F.gelu(gate)
+        gated = by_row(lambda linear, gate: linear * F.gelu(gate), linear, gate)
         return gated if scale is None else quantised(gated, scale)
     width = values.shape[-1] // 2
     result = values.new_empty((*values.shape[:-1], width), dtype=values.dtype if scale is None else FP8)
@@ -217,9 +230,14 @@ def group_norm(
     edge = 1 if border else 0
     if not _runs_kernels(images):
         shifted = images if shift is None else images + shift[:, :, None, None]
-        normed = F.group_norm(shifted, groups, weight, bias, eps)
-        normed = F.pad(F.silu(normed) if silu else normed, [edge] * 4)
-        return normed if scale is None else quantised(normed, scale)
+
+        def normed(rows: torch.Tensor) -> torch.Tensor:
+            result = F.group_norm(rows, groups, weight, bias, eps)
+            return F.silu(result, inplace=True) if silu else result
+
+        result = by_row(normed, shifted)
+        result = F.pad(result, [edge] * 4) if border else result
+        return result if scale is None else quantised(result, scale)
     images = _channels_last(images)
     places, per_group = height * width, channels // groups
     tiles = triton.cdiv(places, _ROWS)
@@ -608,7 +626,7 @@ def add(images: torch.Tensor, bias: torch.Tensor, more: torch.Tensor | None = No
     """Images, (batch, channels, height, width), and `bias`, (channels,), and `more` images where there are any."""
     if not _runs_kernels(images):
         summed = images + bias[:, None, None]
-        return summed if more is None else summed + more
+        return summed if more is None else summed.add_(more)
     images, more = _channels_last(images), None if more is None else _channels_last(more)
     result = torch.empty_like(images)
     grid = (triton.cdiv(images.numel(), _ELEMENTS),)

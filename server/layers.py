@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ class CannotFuse(Exception):
     """A network has layers of a kind that none here computes."""
 
 
-def fuse(network: UNet2DConditionModel | Decoder) -> None:
-    """Make over the layers of a U-Net or a decoder, in place. Raises CannotFuse, with the network as it was."""
+def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
+    """Make over the layers of a U-Net or a decoder, in place, for a kind of device.
+
+    Raises CannotFuse, with the network as it was.
+    """
     layers = list(network.modules())
     if odd := sorted({type(layer).__name__ for layer in layers if not _is_usual(layer)}):
         raise CannotFuse(f"{type(network).__name__} has an unusual {' and '.join(odd)}")
@@ -47,7 +51,8 @@ def fuse(network: UNet2DConditionModel | Decoder) -> None:
     transformers = [layer for layer in layers if isinstance(layer, Transformer2DModel)]
     made: dict[Any, nn.Module] = {}
     if isinstance(network, UNet2DConditionModel):
-        shifts = _Together([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], F.silu)
+        first = partial(kernels.by_row, F.silu)
+        shifts = _Together([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], first)
         made |= {each: Resnet(each, columns) for each, columns in zip(resnets, shifts.columns, strict=True)}
         crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
         texts = _Together([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
@@ -56,15 +61,16 @@ def fuse(network: UNet2DConditionModel | Decoder) -> None:
                  for each in transformers}  # fmt: skip
         # The network gives these what its layers would get, and gives its layers what comes of it.
         network.time_embed_act = shifts
-        network.encoder_hid_proj = texts
+        network.encoder_hid_proj = _Once(texts) if device == "cpu" else texts
         network.register_to_config(encoder_hid_dim_type="text_proj")
     else:
         made |= {each: Resnet(each, None) for each in resnets}
     made |= {each: Upsample(each) for each in layers if isinstance(each, Upsample2D)}
     made |= {network.conv_norm_out: GroupNorm(network.conv_norm_out, silu=True), network.conv_act: nn.Identity()}
     _replace(network, made)
-    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.bias is not None]
-    _replace(network, {each: Convolution(each) for each in convolutions})
+    if device != "cpu":  # where oneDNN adds a bias for nothing
+        convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.bias is not None]
+        _replace(network, {each: Convolution(each) for each in convolutions})
     network.to(memory_format=torch.channels_last)
 
 
@@ -115,6 +121,27 @@ class _Together(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return F.linear(values if self._first is None else self._first(values), self.weight, self.bias)
+
+
+class _Once(nn.Module):
+    """What a layer makes of the tensor that it is given, made anew when that is another: a text is that of all steps.
+
+    Not for a graph of CUDA, which would be recorded with what was made of an earlier text.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            made: torch.Tensor = self.layer(values)
+            return made
+        last = self._last  # which another thread, that compiles, may replace
+        if last is None or last[0] is not values:
+            last = self._last = values, self.layer(values)
+        return last[1]
 
 
 class GroupNorm(nn.Module):

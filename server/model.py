@@ -262,12 +262,14 @@ class Ensemble:
         on_streams = overlaps and self._device.type == "cuda"
         self._side_stream = torch.cuda.Stream(self._device) if on_streams else None  # type: ignore[no-untyped-call]
         self._dtype = _dtype(card.precision, card.device)
-        if card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda"):
+        on_cpu = self._device.type == "cpu"
+        if on_cpu or card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda"):
             for network in (*self._unets.values(), self._vae.decoder):
                 try:
-                    layers.fuse(network)
+                    layers.fuse(network, card.device)
                 except layers.CannotFuse as error:
-                    raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
+                    if not on_cpu or card.precision == "fp8":  # else diffusers' own layers serve, if slower
+                        raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
             # Where cuDNN would have to take image by image, and is not the faster. In fp8 `quantise` does this.
             if max_batch > 1 and card.precision != "fp8" and kernels.convolves(self._device, self._dtype):
                 for unet in self._unets.values():

@@ -45,20 +45,32 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 @pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])  # the last is enlarged to odd sizes on its way up
-def test_a_network_made_over_predicts_the_same_noise(expert: str, size: tuple[int, int]):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # made over for it: both compute on a CPU too
+def test_a_network_made_over_predicts_the_same_noise(device: str, expert: str, size: tuple[int, int]):
     plain = unet(expert)
     fused = copy.deepcopy(plain)
-    layers.fuse(fused)
+    layers.fuse(fused, device)
     assert error(predicted(fused, *size), predicted(plain, *size)) < 1e-5
 
 
-def test_a_decoder_made_over_decodes_the_same_pixels():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_decoder_made_over_decodes_the_same_pixels(device: str):
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
-    layers.fuse(fused.decoder)
+    layers.fuse(fused.decoder, device)
     latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+def test_what_was_made_of_a_text_is_not_taken_for_another():
+    layer = nn.Linear(4, 4)
+    once = layers._Once(layer)
+    texts = [torch.ones(2, 4), torch.zeros(2, 4)]
+    with torch.inference_mode():
+        for text in [*texts, *texts]:
+            assert torch.equal(once(text), layer(text))
+            assert once(text) is once(text)
 
 
 def test_in_fp8_a_network_predicts_nearly_the_same_noise():
@@ -167,13 +179,16 @@ def test_on_a_processor_fp8_is_for_one_image_to_a_call():
         load(precision="fp8", max_batch=2)
 
 
-def test_a_checkpoint_that_cannot_be_made_over_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    def odd(network: nn.Module) -> None:
+def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_drawn_as_it_is_where_not(
+    plain, monkeypatch: pytest.MonkeyPatch
+):
+    def odd(network: nn.Module, device: str) -> None:
         raise layers.CannotFuse("UNet2DConditionModel has an unusual Transformer2DModel")
 
     monkeypatch.setattr(layers, "fuse", odd)
     with pytest.raises(CannotCompile, match="unusual Transformer2DModel; leave --compile off, and --precision auto"):
         load(precision="fp8")
+    assert np.abs(drawn(load()).astype(int) - plain).max() <= 2, "by diffusers' own layers, but for rounding"
 
 
 @pytest.mark.parametrize("flags", [{"compile": "blocks"}, {"overlap": True}])

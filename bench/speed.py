@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps what is compiled")
     parser.add_argument("--json", type=Path, help="file to write the figures to as well")
     options = parser.parse_args()
+    if options.ways[0] != "off":
+        parser.error("--ways has to begin with off, whose operations are counted and whose image is compared with")
 
     rate = _matrix_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s of bf16 products")
@@ -90,7 +92,7 @@ def main() -> None:
             figures[way] = _stock(options, compiled=way == "stock-compiled")
         else:
             figures[way], drawn = _ours(options, way, operations)
-            first = drawn if first is None else first
+            first = first or drawn
             drawn.compare(figures[way], first)
         print(way, figures[way], flush=True)
         gc.collect()

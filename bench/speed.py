@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.cpu import decibels
 from bench.stock import Stock
 from server import model
 from server.domain import ImageRequest, Stage, default_request
@@ -64,8 +65,7 @@ class Drawn:
         figures.error = float((self.moved - first.moved).norm() / first.moved.norm())
         figures.latents = float((self.latents - first.latents).norm() / first.latents.norm())
         if self.pixels is not None and first.pixels is not None:
-            squared = np.square(self.pixels.astype(float) - first.pixels).mean()
-            figures.psnr = float(10 * np.log10(255**2 / squared)) if squared else math.inf
+            figures.psnr = decibels(self.pixels, first.pixels)
 
 
 def main() -> None:

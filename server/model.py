@@ -177,11 +177,11 @@ def load(
     alone. `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one.
     Previews are drawn by a TAESD from the folder `preview_decoder`, or else by a linear map. With `overlap`, by default
     on CUDA, prompts are encoded and images decoded beside steps: small calls fill what steps leave idle there; the
-    cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes
-    `warm_up`, pairs of width and height, by default the one that the base was trained on, with guidance as by default;
-    that takes from seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process
-    compiled, and with fp8 what it observed. With `compile_while_serving` nothing is compiled before `Ensemble.compile`.
-    With `offload` only the network that works is on the device, nothing overlaps, and `compile` has to be off.
+    cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of
+    width and height, by default the one that the base was trained on, with guidance as by default; that takes from
+    seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled, and with
+    fp8 what it observed. With `compile_while_serving` nothing is compiled before `Ensemble.compile`. With `offload`
+    only the network that works is on the device, nothing overlaps, and `compile` has to be off.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()

@@ -2,10 +2,11 @@
 
 One thread, here called the device thread, makes the calls of the model. A job is a script of such calls; between any
 two of them the thread asks the schedule anew whose call is next, so a cancelled, expired or abandoned job costs the
-device no more than the call in flight, and a short one need not wait for a long one. Where the device has room for two
-calls at once, prompts are encoded and images decoded by a second thread, beside the steps of other jobs; prompts also
-ahead of their turn, as many as a step has room for. Nothing here knows of torch or gRPC: the model is a protocol of a
-few calls, and events leave through a callback.
+device no more than the call in flight, and a short one need not wait for a long one; a GPU may have begun one more call
+of those whose call was the last, not to wait for the answer. Where the device has room for two calls at once, prompts
+are encoded and images decoded by a second thread, beside the steps of other jobs; prompts also ahead of their turn, as
+many as a step has room for. Nothing here knows of torch or gRPC: the model is a protocol of a few calls, and events
+leave through a callback.
 """
 
 import contextvars

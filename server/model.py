@@ -156,6 +156,22 @@ class Trajectory:
         self.position += 1
 
 
+class _Ahead:
+    """What an expert predicts for the next call of trajectories, asked for before anybody wanted it."""
+
+    def __init__(self, trajectories: list[Trajectory], max_batch: int, predicted: list[torch.Tensor]) -> None:
+        self.predicted = predicted
+        self._of = max_batch, [(each, each.position) for each in trajectories]
+
+    def is_of(self, trajectories: list[Trajectory], max_batch: int) -> bool:
+        """Whether it is what a call of these would predict."""
+        images, of = self._of
+        alike = max_batch == images and len(trajectories) == len(of)
+        return alike and all(
+            one is other and one.position == position for one, (other, position) in zip(trajectories, of, strict=True)
+        )
+
+
 def load(
     base: Path,
     refiner: Path | None,
@@ -288,6 +304,9 @@ class Ensemble:
         else:
             channels = self._unets[Stage.BASE].config.in_channels
             self._preview = preview.load(preview_decoder, channels, self._device, self._dtype)
+        self._runs_ahead = self._device.type == "cuda"
+        self._moved: list[int] = []  # the ids of the trajectories that the last call moved
+        self._ahead: _Ahead | None = None
         self._compile = compile
         self._networks = {stage: self._fast(unet, partial(_called, unet)) for stage, unet in self._unets.items()}
         self._decoders: dict[torch.dtype, compilation.Call] = {}
@@ -470,6 +489,9 @@ class Ensemble:
         `batch_key` must be equal; timesteps, guidance scales and schedulers may differ. A trajectory's bytes do not
         depend on its place in the list, nor on its neighbours.
 
+        A GPU does not wait for whoever calls this: of trajectories that come for the second time in a row it predicts
+        the next call of the same expert at once. If others come then, they wait for that too.
+
         Raises StepFailed when some failed and the others have moved on. Whatever else it raises, OutOfMemory for one,
         none has moved, and each can be stepped again.
         """
@@ -483,19 +505,43 @@ class Ensemble:
             with _contained(failures, place):
                 trajectory.move_to(self._device)
                 inputs[place] = trajectory.network_input()
+        moved: Any = None
         if inputs:
             with_input = [trajectories[place] for place in inputs]
-            predicted = _within_memory(self._device, partial(self._predicted, with_input, list(inputs.values())))
-            for place, rows in zip(inputs, predicted, strict=True):
+            for place, rows in zip(inputs, self._foreseen(with_input, list(inputs.values())), strict=True):
                 with _contained(failures, place):
                     trajectories[place].advance(rows)
                     with contextlib.suppress(Exception):  # which the next call raises again, if there is one
                         trajectories[place].network_input()  # so that the device need not wait for it before that
+            if self._runs_ahead and not failures:
+                if self._device.type == "cuda":
+                    moved = torch.cuda.current_stream(self._device).record_event()
+                self._run_ahead(with_input)
         if self._device.type != "cpu":
             meanwhile()
-        self._finish()
+        if moved is not None:
+            moved.synchronize()
+        else:
+            self._finish()
         if failures:
             raise StepFailed(failures) from next(iter(failures.values()))
+
+    def _run_ahead(self, trajectories: list[Trajectory]) -> None:
+        """Predict the next call of trajectories that have just moved, if it is likely to be the next one."""
+        before, self._moved = self._moved, [id(each) for each in trajectories]
+        stages = {stage for each in trajectories for stage in each.stages[each.position - 1 : each.position + 1]}
+        is_last = any(each.position == len(each.stages) for each in trajectories)
+        if before == self._moved and len(stages) == 1 and not is_last:
+            with contextlib.suppress(Exception):  # which the next call raises again, if there is one
+                inputs = [each.network_input() for each in trajectories]
+                self._ahead = _Ahead(trajectories, self.max_batch, self._predicted(trajectories, inputs))
+
+    def _foreseen(self, trajectories: list[Trajectory], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `_predicted` says, and perhaps predicted ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_of(trajectories, self.max_batch):
+            return ahead.predicted
+        return _within_memory(self._device, partial(self._predicted, trajectories, inputs))
 
     def _predicted(self, trajectories: list[Trajectory], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the expert predicts for each trajectory's rows, in fp32.

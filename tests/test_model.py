@@ -203,6 +203,33 @@ def test_two_images_can_take_turns_without_touching_each_other(ensemble):
     assert all(torch.equal(one.latents, other) for one, other in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "euler_ancestral", "heun"])
+def test_running_ahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
+    request = replace(REQUEST, scheduler=scheduler)
+    expected = [finished(ensemble, request, seed) for seed in (1, 2)]
+    monkeypatch.setattr(ensemble, "_runs_ahead", True)
+    calls: list[Stage] = []
+    for stage, network in ensemble._networks.items():
+        monkeypatch.setitem(
+            ensemble._networks, stage, lambda *inputs, its=network, of=stage: calls.append(of) or its(*inputs)
+        )
+    one, other = (ensemble.plan(request, ensemble.encode(request), seed) for seed in (1, 2))
+    in_a_row = 5
+    for _ in range(in_a_row):
+        ensemble.step([one])
+    assert len(calls) == in_a_row + 1
+    ensemble.step([other])  # in vain was the sixth predicted
+    ensemble.step([one])
+    assert len(calls) == in_a_row + 3
+    for trajectory in (one, other):
+        while trajectory.position < len(trajectory.stages):
+            ensemble.step([trajectory])
+    assert len(calls) == 1 + len(one.stages) + len(other.stages), "only that of both experts was not wanted"
+    for trajectory, once in zip((one, other), expected, strict=True):
+        assert torch.equal(trajectory.latents, once.latents)
+        assert torch.equal(trajectory.denoised, once.denoised)
+
+
 def test_guidance_of_one_or_less_runs_one_row(ensemble):
     assert ensemble.encode(replace(REQUEST, guidance_scale=1.0)).hidden[Stage.BASE].shape[0] == 1
     assert ensemble.encode(REQUEST).hidden[Stage.BASE].shape[0] == 2

@@ -12,6 +12,7 @@ python -m bench.speed --base FOLDER/base --refiner FOLDER/refiner --ways off blo
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -137,8 +138,7 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
     before = trajectory.latents
     ensemble.step([trajectory])
     moved = trajectory.latents.cpu() - before
-    for _ in trajectory.stages[1:]:
-        ensemble.step([trajectory])
+    _finish(ensemble, trajectory)
     try:
         pixels = ensemble.decode(trajectory)
     except model.NonFiniteImage:  # as random weights may make
@@ -150,13 +150,11 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
     for _ in range(options.images):
         with _timed() as whole:
             trajectory = _planned(ensemble, request)
-            for stage in trajectory.stages:
-                with _timed() as took:
-                    ensemble.step([trajectory])
-                times["base" if stage is Stage.BASE else "refiner"].append(took())
-            with _timed() as took:
+            for stage, took in zip(trajectory.stages, _finish(ensemble, trajectory), strict=True):
+                times["base" if stage is Stage.BASE else "refiner"].append(took)
+            with _timed() as decoding:
                 _decoded(ensemble, trajectory)
-            times["decode"].append(took())
+            times["decode"].append(decoding())
         seconds.append(whole())
     memory = torch.cuda.max_memory_allocated()
     few = _few_steps(ensemble, options.images)
@@ -175,8 +173,7 @@ def _few_steps(ensemble: model.Ensemble, images: int) -> float:
     for _ in range(images):
         with _timed() as took:
             trajectory = _planned(ensemble, request)
-            for _ in trajectory.stages:
-                ensemble.step([trajectory])
+            _finish(ensemble, trajectory)
             _decoded(ensemble, trajectory)
         seconds.append(took())
     return statistics.median(seconds)
@@ -184,6 +181,18 @@ def _few_steps(ensemble: model.Ensemble, images: int) -> float:
 
 def _planned(ensemble: model.Ensemble, request: ImageRequest) -> model.Trajectory:
     return ensemble.plan(request, ensemble.encode(request), request.seeds[0])
+
+
+def _finish(ensemble: model.Ensemble, trajectory: model.Trajectory) -> list[float]:
+    """Make all steps that are left, and tell the seconds from the end of each, or the begin of the first, to the next.
+
+    A device that runs ahead is in the next one when a step has ended: to wait for that would be to stop it.
+    """
+    ends = [time.perf_counter()]
+    while trajectory.position < len(trajectory.stages):
+        ensemble.step([trajectory])
+        ends.append(time.perf_counter())
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 def _decoded(ensemble: model.Ensemble, trajectory: model.Trajectory) -> None:
@@ -195,8 +204,8 @@ def _decoded(ensemble: model.Ensemble, trajectory: model.Trajectory) -> None:
 def _operations(ensemble: model.Ensemble, request: ImageRequest) -> dict[str, float]:
     """Floating-point operations of each call, from the shapes that it multiplies."""
     counted = {}
-    trajectory = _planned(ensemble, request)
     for name, stage in (("base", Stage.BASE), ("refiner", Stage.REFINER)):
+        trajectory = _planned(ensemble, request)  # one that was stepped before would be stepped ahead
         trajectory.position = trajectory.stages.index(stage)
         counted[name] = _counted(partial(ensemble.step, [trajectory]))
     return counted | {"decode": _counted(partial(_decoded, ensemble, trajectory))}

@@ -434,7 +434,7 @@ class Tile(NamedTuple):
 _MULTIPROCESSORS = 132  # of an H100 and an H200, and as if of every card: sums are to be split up alike on all
 _SPLITS = (1, 2, 3, 4)
 
-# What was the fastest on an H200 for the widths of SDXL, with lines of 64 or 128 bytes for the depth.
+# What was the fastest on an H200 for 3 x 3 weights of the widths of SDXL, with lines of 64 or 128 bytes for the depth.
 _TILES_IN_FP8 = (
     Tile(128, (256, 64), 64, group=8, split=1, warps=8, stages=6),
     Tile(64, (256, 64), 128, group=8, split=1, warps=4, stages=4),

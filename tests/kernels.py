@@ -192,6 +192,13 @@ def test_a_convolution_of_sdxl_is_cut_up_as_was_fast(
 
 
 @pytest.mark.parametrize("in_fp8", [True, False])
+@pytest.mark.parametrize(("rows", "channels"), [(2 * 32 * 32, 1280), (2 * 16 * 16, 1536)])
+def test_phases_are_cut_up_as_so_many_more_pixels(rows: int, channels: int, in_fp8: bool):
+    by_phases, whole = (kernels._tile(n, channels, channels, k, in_fp8) for n, k in ((rows, 2), (4 * rows, 3)))
+    assert by_phases == whole != kernels._tile(rows, channels, channels, 3, in_fp8)
+
+
+@pytest.mark.parametrize("in_fp8", [True, False])
 def test_a_tile_is_as_deep_as_what_hoppers_multiprocessors_share(in_fp8: bool):
     for tile in kernels._TILES_IN_FP8 if in_fp8 else kernels._TILES:
         assert tile.stages * (tile.rows + sum(tile.columns)) * tile.depth * (1 if in_fp8 else 2) <= 227 * 1024

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 WAYS = ("stock", "stock-compiled", "off", "blocks", "full")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-PROMPT = "cat napping"
+PROMPT = "cat napping"  # and the seed, for a text that was just encoded is not encoded again
 
 Draw = Callable[[int], NDArray[np.uint8]]  # the picture of a seed
 
@@ -92,7 +92,9 @@ def stock(options: argparse.Namespace, compiled: bool) -> Draw:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipelines = Stock(options.base, options.refiner, "cpu", torch.float32, compiled)
-    return lambda seed: np.asarray(pipelines.image(PROMPT, options.steps, seed, guidance_scale=options.guidance))
+    return lambda seed: np.asarray(
+        pipelines.image(f"{PROMPT} {seed}", options.steps, seed, guidance_scale=options.guidance)
+    )
 
 
 def ours(options: argparse.Namespace, mode: str) -> Draw:
@@ -104,10 +106,10 @@ def ours(options: argparse.Namespace, mode: str) -> Draw:
     ensemble = model.load(
         options.base, options.refiner, "cpu", compile=mode, compile_cache=None if mode == "off" else options.cache
     )
-    plain = default_request(ensemble.card, PROMPT, seed=0)
-    request = replace(plain, steps=options.steps, guidance_scale=options.guidance, high_noise_frac=0.8)
 
     def draw(seed: int) -> NDArray[np.uint8]:
+        plain = default_request(ensemble.card, f"{PROMPT} {seed}", seed)
+        request = replace(plain, steps=options.steps, guidance_scale=options.guidance, high_noise_frac=0.8)
         trajectory = ensemble.plan(request, ensemble.encode(request), seed)
         for _ in trajectory.stages:
             ensemble.step([trajectory])

@@ -128,14 +128,14 @@ def record_text_encoder(encoder: nn.Module, device: torch.device) -> Compiled:
 
     compiled = Compiled(encoder, states, "blocks", device)
 
-    def forward(ids: torch.Tensor, output_hidden_states: bool = True) -> _Encoded:
-        return _Encoded(*compiled(ids))
+    def forward(ids: torch.Tensor, output_hidden_states: bool = True) -> Encoded:
+        return Encoded(*compiled(ids))
 
     encoder.forward = forward
     return compiled
 
 
-class _Encoded:
+class Encoded:
     """What pipelines read of a text encoder's output: its first value, and the states before the last layer."""
 
     def __init__(self, first: torch.Tensor, penultimate: torch.Tensor) -> None:
@@ -149,6 +149,11 @@ class _Encoded:
 # Of each thread its own: one can compile while another makes images.
 _compiled: ContextVar[bool] = ContextVar("compiled", default=False)
 _warming: ContextVar[bool] = ContextVar("warming", default=False)
+
+
+def runs() -> bool:
+    """Whether this thread makes the compiled calls, where there are any."""
+    return _compiled.get()
 
 
 @contextlib.contextmanager

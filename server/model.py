@@ -11,6 +11,7 @@ import inspect
 import itertools
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,6 +70,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Images that show how large what is multiplied in fp8 becomes: prompts of several kinds, few steps through all noise.
 _SHOWN = ("a photograph of an astronaut riding a horse", "a watercolour of a lighthouse at night", "a bowl of fruit")
 _SHOWN_STEPS = 10
+_TEXTS = 2  # that a text encoder keeps what it made of: those of one request
 _FP8_BYTES = 1.2  # of a U-Net's weight, on average: a sixth of them stay in bf16
 
 # What the refiner is told about beauty: the values it was published with, for the prompt and for the negative one.
@@ -314,6 +316,8 @@ class Ensemble:
         if compile != "off" and self._device.type == "cuda":
             record = compilation.record_text_encoder
             self._recorded_encoders = [record(each, self._device) for each in self._text_encoders]
+        for each in self._text_encoders:
+            _remember_texts(each)
         self._finish()
 
     def end_turns(self) -> None:
@@ -679,6 +683,27 @@ def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_Imag
                 by_image = _ImageByImage(layer)
                 setattr(module, name, by_image)
                 yield by_image
+
+
+def _remember_texts(encoder: Any) -> None:
+    """Let a CLIP text encoder keep what it made of the last two texts.
+
+    The experts share one and read the same prompt, and many requests have the same negative prompt, or none.
+    """
+    plain = encoder.forward
+    kept: OrderedDict[Hashable, compilation.Encoded] = OrderedDict()
+
+    def forward(ids: torch.Tensor, output_hidden_states: bool = True) -> compilation.Encoded:
+        text = compilation.runs(), ids.cpu().numpy().tobytes()
+        if text not in kept:
+            encoded = plain(ids, output_hidden_states=True)
+            kept[text] = compilation.Encoded(encoded[0], encoded.hidden_states[-2])
+        kept.move_to_end(text)
+        while len(kept) > _TEXTS:
+            kept.popitem(last=False)
+        return kept[text]
+
+    encoder.forward = forward
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -230,6 +230,20 @@ def test_running_ahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
         assert torch.equal(trajectory.denoised, once.denoised)
 
 
+def test_no_text_is_encoded_twice_in_a_row(ensemble):
+    read: list[torch.nn.Module] = []
+    for encoder in ensemble._text_encoders:
+        layer = next(each for each in encoder.modules() if isinstance(each, torch.nn.Embedding))
+        layer.register_forward_hook(lambda layer, *_: read.append(layer))
+    first = ensemble.encode(replace(REQUEST, prompt="a hen"))
+    assert len(read) == 2 * len(ensemble._text_encoders), "once for each text, whoever of the experts reads it"
+    again = ensemble.encode(replace(REQUEST, prompt="a hat"))
+    assert len(read) == 3 * len(ensemble._text_encoders), "the negative prompt is the same"
+    for stage in (Stage.BASE, Stage.REFINER):
+        assert torch.equal(first.hidden[stage][0], again.hidden[stage][0])
+        assert not torch.equal(first.hidden[stage][1], again.hidden[stage][1])
+
+
 def test_guidance_of_one_or_less_runs_one_row(ensemble):
     assert ensemble.encode(replace(REQUEST, guidance_scale=1.0)).hidden[Stage.BASE].shape[0] == 1
     assert ensemble.encode(REQUEST).hidden[Stage.BASE].shape[0] == 2

@@ -322,27 +322,37 @@ def _affine(
 
     total = 0.0
     for first in range(0, PARTS, AT_ONCE):
-        part = first + tl.arange(0, AT_ONCE)
-        inside = (part < PARTS)[:, None] & is_channel[None, :]
-        weights = tl.minimum(places - part * SPAN, SPAN).to(tl.float32)[:, None]
-        at = (batch * PARTS + part[:, None]) * CHANNELS + channel[None, :]
-        mean = tl.load(means + at, mask=inside, other=0.0) + moved[None, :]
-        total += tl.sum(tl.where(inside, mean * weights, 0.0))
+        at, inside, mean, counts = _parts(
+            means, first, moved, batch, channel, is_channel, places, CHANNELS, PARTS, AT_ONCE, SPAN
+        )  # fmt: skip
+        total += tl.sum(tl.where(inside, mean * counts, 0.0))
     count = places * PER_GROUP
     middle = total / count
 
     spread = 0.0
     for first in range(0, PARTS, AT_ONCE):
-        part = first + tl.arange(0, AT_ONCE)
-        inside = (part < PARTS)[:, None] & is_channel[None, :]
-        weights = tl.minimum(places - part * SPAN, SPAN).to(tl.float32)[:, None]
-        at = (batch * PARTS + part[:, None]) * CHANNELS + channel[None, :]
-        away = tl.load(means + at, mask=inside, other=0.0) + moved[None, :] - middle
-        spread += tl.sum(tl.where(inside, tl.load(spreads + at, mask=inside, other=0.0) + away * away * weights, 0.0))
+        at, inside, mean, counts = _parts(
+            means, first, moved, batch, channel, is_channel, places, CHANNELS, PARTS, AT_ONCE, SPAN
+        )  # fmt: skip
+        away = mean - middle
+        spread += tl.sum(tl.where(inside, tl.load(spreads + at, mask=inside, other=0.0) + away * away * counts, 0.0))
     factor = tl.rsqrt(spread / count + eps) * tl.load(weight + channel, mask=is_channel, other=0.0).to(tl.float32)
     addend = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32) + (moved - middle) * factor
     tl.store(factors + batch * CHANNELS + channel, factor, mask=is_channel)
     tl.store(addends + batch * CHANNELS + channel, addend, mask=is_channel)
+
+
+@_jit
+def _parts(
+    means, first, moved, batch, channel, is_channel, places,
+    CHANNELS: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Where the moments of some parts of an image are, which of those there are, their means and numbers of places."""
+    part = first + tl.arange(0, AT_ONCE)
+    inside = (part < PARTS)[:, None] & is_channel[None, :]
+    at = (batch * PARTS + part[:, None]) * CHANNELS + channel[None, :]
+    mean = tl.load(means + at, mask=inside, other=0.0) + moved[None, :]
+    return at, inside, mean, tl.minimum(places - part * SPAN, SPAN).to(tl.float32)[:, None]
 
 
 @_jit
@@ -358,9 +368,8 @@ def _normalise(
     inside = (place < places)[:, None] & is_channel[None, :]
     source, within = batch * places + place, inside
     if EDGE:
-        down, right = place // (width + 2) - 1, place % (width + 2) - 1
-        within = inside & ((down >= 0) & (down < height) & (right >= 0) & (right < width))[:, None]
-        source = (batch * height + down) * width + right
+        source, is_inner = _without_border(place, batch, height, width)
+        within = inside & is_inner[:, None]
     factor = tl.load(factors + batch * CHANNELS + channel, mask=is_channel, other=0.0)
     addend = tl.load(addends + batch * CHANNELS + channel, mask=is_channel, other=0.0)
     values = tl.load(images + source[:, None] * CHANNELS + channel[None, :], mask=within, other=0.0).to(tl.float32)
@@ -371,6 +380,47 @@ def _normalise(
         normed = tl.where(within, normed, 0.0)
     at = (batch * places + place[:, None]) * CHANNELS + channel[None, :]
     _store(result + at, normed, scale, inside, IN_FP8)
+
+
+@_jit
+def _without_border(place, batch, height, width):
+    """Where a place of an image with a border is among those of all images without, and whether it is there at all."""
+    down, right = place // (width + 2) - 1, place % (width + 2) - 1
+    is_inner = (down >= 0) & (down < height) & (right >= 0) & (right < width)
+    return (batch * height + down) * width + right, is_inner
+
+
+def bordered(images: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Images, (batch, channels, height, width), with a border of zeros around each, for `convolution`."""
+    if not _runs_kernels(images):
+        result = F.pad(images, [1] * 4)
+        return result if scale is None else quantised(result, scale)
+    images = _channels_last(images)
+    batch, channels, height, width = images.shape
+    result = torch.empty(
+        (batch, channels, height + 2, width + 2), dtype=images.dtype if scale is None else FP8,
+        device=images.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    _border[(triton.cdiv(result[0, 0].numel(), _ROWS), triton.cdiv(channels, _CHANNELS), batch)](
+        images, result, images if scale is None else scale, height, width,
+        CHANNELS=channels, ROWS=_ROWS, WIDE=_CHANNELS, IN_FP8=scale is not None,
+    )  # fmt: skip
+    return result
+
+
+@_jit
+def _border(
+    images, result, scale, height, width,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, IN_FP8: tl.constexpr,
+):  # fmt: skip
+    place, batch = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    places = (height + 2) * (width + 2)
+    inside = (place < places)[:, None] & (channel < CHANNELS)[None, :]
+    source, is_inner = _without_border(place, batch, height, width)
+    at = source[:, None] * CHANNELS + channel[None, :]
+    values = tl.load(images + at, mask=inside & is_inner[:, None], other=0.0).to(tl.float32)
+    _store(result + (batch * places + place[:, None]) * CHANNELS + channel[None, :], values, scale, inside, IN_FP8)
 
 
 class Tile(NamedTuple):
@@ -410,7 +460,12 @@ _TILES = (
 )
 
 
-def _tile(rows: int, channels: int, outputs: int, in_fp8: bool) -> Tile:
+def phases(kernel: int) -> int:
+    """How many convolutions a `convolution` by weights of kernel x kernel is: one, or those of an enlarged image."""
+    return 4 if kernel == 2 else 1
+
+
+def _tile(rows: int, channels: int, outputs: int, kernel: int, in_fp8: bool) -> Tile:
     """What is fast for so many pixels and channels: the tile that leaves the busiest multiprocessor the least to do.
 
     All of those above take about as long for an output, so what counts is how well they fill the outputs and the
@@ -418,18 +473,18 @@ def _tile(rows: int, channels: int, outputs: int, in_fp8: bool) -> Tile:
     """
 
     def work(tile: Tile) -> float:
-        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * tile.split
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * phases(kernel) * tile.split
         in_turn: int = triton.cdiv(programs, _MULTIPROCESSORS)
         adding_up = 1 + 0.1 * (tile.split - 1)
         return in_turn * tile.rows * sum(tile.columns) / tile.split * adding_up
 
     tiles = (tile._replace(split=split) for tile in (_TILES_IN_FP8 if in_fp8 else _TILES) for split in _SPLITS)
-    return min((tile for tile in tiles if _steps(tile, channels) % tile.split == 0), key=work)
+    return min((tile for tile in tiles if _steps(tile, channels, kernel) % tile.split == 0), key=work)
 
 
-def _steps(tile: Tile, channels: int) -> int:
-    """In how many steps the sums of a tile are added up. Each is in one of the three lines of the weight."""
-    steps: int = 3 * triton.cdiv(3 * channels, tile.depth)
+def _steps(tile: Tile, channels: int, kernel: int) -> int:
+    """In how many steps the sums of a tile are added up. Each is in one of the lines of the weight."""
+    steps: int = kernel * triton.cdiv(kernel * channels, tile.depth)
     return steps
 
 
@@ -454,13 +509,20 @@ def convolution(
 ) -> torch.Tensor:
     """The 3 x 3 convolution of images with a border, (batch, channels, height + 2, width + 2), plus what is `kept`.
 
-    The weight is (outputs, channels, 3, 3), `kept` and the result are (batch, outputs, height, width). In fp8 the sums
-    are multiplied by `scale`, of shape (), and `weight_scale`, (outputs,). The kernel is for tensors in channels-last
-    order and multiplies matrices: the pixels under a line of the weight lie in a row, as it does, and under its next
-    line the same distance further for every pixel. An image's bytes depend neither on the others nor on its place.
+    The weight is (outputs, channels, 3, 3), `kept` and the result are (batch, outputs, height, width). Or the weight is
+    (4 * outputs, channels, 2, 2), for the phases of images enlarged to twice their sides as of `interleaved`, and both
+    are (batch, outputs, 2 * height, 2 * width). In fp8 the sums are multiplied by `scale`, of shape (), and
+    `weight_scale`, (outputs,).
+
+    The kernel is for tensors in channels-last order and multiplies matrices: the pixels under a line of the weight lie
+    in a row, as it does, and under its next line the same distance further for every pixel. An image's bytes depend
+    neither on the others nor on its place.
     """
+    kernel = weight.shape[-1]
     if not _runs_kernels(images):
         summed = F.conv2d(images.float(), weight.float())
+        if phases(kernel) > 1:
+            summed = _interleaved(summed)
         if scale is not None and weight_scale is not None:
             summed = summed * (scale * weight_scale)[:, None, None]
         if bias is not None:
@@ -468,10 +530,11 @@ def convolution(
         return (summed if kept is None else summed + kept).to(dtype)
     images, weight = _channels_last(images), _channels_last(weight)
     kept = None if kept is None else _channels_last(kept)
-    batch, _, height, width = images.shape
-    shape = (batch, len(weight), height - 2, width - 2)
+    batch, channels, height, width = images.shape
+    outputs, side = len(weight) // phases(kernel), 2 if phases(kernel) > 1 else 1
+    shape = (batch, outputs, side * (height - 2), side * (width - 2))
     result = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
-    tile = _tile(result[:, 0].numel(), images.shape[1], len(weight), scale is not None)
+    tile = _tile(batch * (height - 2) * (width - 2), channels, outputs, kernel, scale is not None)
     convolve(tile, images, weight, bias, kept, scale, weight_scale, result)
     return result
 
@@ -487,16 +550,16 @@ def convolve(
     result: torch.Tensor,
 ) -> None:
     """Write into `result` what a convolution makes, all in channels-last order, by tiles of this kind."""
-    batch, outputs, height, width = result.shape
-    rows, channels = batch * height * width, images.shape[1]
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns))
+    batch, channels, height, width = images.shape[0], images.shape[1], images.shape[2] - 2, images.shape[3] - 2
+    outputs, kernel, rows = result.shape[1], weight.shape[-1], batch * height * width
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * phases(kernel)
     finishing = (
         images if scale is None else scale, images if weight_scale is None else weight_scale,
         images if bias is None else bias, images if kept is None else kept, result,
     )  # fmt: skip
     which = {"SCALES": scale is not None, "SHIFTS": bias is not None, "ADDS": kept is not None}
     split = tile.split
-    steps, left = divmod(_steps(tile, channels), split)
+    steps, left = divmod(_steps(tile, channels, kernel), split)
     if left:
         raise ValueError(f"{channels} channels cannot be added up in {split} equal parts")
     stages = tile.stages
@@ -507,15 +570,16 @@ def convolve(
         device = torch.cuda.get_device_properties(images.device)
         room = device.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch does not tell mypy of it
         stages = min(stages, room // stage)
-    sums = images if split == 1 else torch.empty((split, rows, outputs), dtype=torch.float32, device=images.device)
+    places = phases(kernel) * rows  # of the result
+    sums = images if split == 1 else torch.empty((split, places, outputs), dtype=torch.float32, device=images.device)
     _convolve[(programs, split)](
         images, weight, *finishing, sums, rows, height, width, channels, outputs, steps,
         ROWS=tile.rows, COLUMNS=tile.columns[0], MORE=tile.columns[1], DEPTH=tile.depth, GROUP=tile.group, SPLIT=split,
-        WHOLE=3 * channels % tile.depth == 0, **which, num_warps=tile.warps, num_stages=stages,
+        KERNEL=kernel, WHOLE=kernel * channels % tile.depth == 0, **which, num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     if split > 1:
-        _add_up[(triton.cdiv(rows * outputs, _ELEMENTS),)](
-            sums, *finishing, rows, outputs, SPLIT=split, BLOCK=_ELEMENTS, **which
+        _add_up[(triton.cdiv(places * outputs, _ELEMENTS),)](
+            sums, *finishing, places, outputs, SPLIT=split, BLOCK=_ELEMENTS, **which
         )
 
 
@@ -523,41 +587,51 @@ def convolve(
 def _convolve(
     images, weight, scale, weight_scale, bias, kept, result, sums, rows, height, width, channels, outputs, steps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
+    SPLIT: tl.constexpr, KERNEL: tl.constexpr, WHOLE: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):  # fmt: skip
-    # Programs go down through a group of tiles, then to the next columns.
+    # Programs go down through a group of tiles, then to the next columns, and last to those of the next phase.
     across = tl.cdiv(outputs, COLUMNS + MORE)
-    first = tl.program_id(0) // (GROUP * across) * GROUP
+    tiles = across * 4 if KERNEL == 2 else across
+    first = tl.program_id(0) // (GROUP * tiles) * GROUP
     tall = tl.minimum(tl.cdiv(rows, ROWS) - first, GROUP)
-    in_group = tl.program_id(0) % (GROUP * across)
+    in_group = tl.program_id(0) % (GROUP * tiles)
     row = (first + in_group % tall) * ROWS + tl.arange(0, ROWS)
-    left = in_group // tall * (COLUMNS + MORE)
+    left = in_group // tall
+    if KERNEL == 2:
+        phase, left = left // across, left % across
+    left *= COLUMNS + MORE
     column, another = left + tl.arange(0, COLUMNS), left + COLUMNS + tl.arange(0, MORE if MORE else COLUMNS)
 
     # Beyond the last row and column the last is read again: what comes of it is not stored.
     place = tl.minimum(row, rows - 1)
     line = place // width
     corner = (line + line // height * 2).to(tl.int64) * (width + 2) + place % width
+    if KERNEL == 2:
+        corner += phase // 2 * (width + 2) + phase % 2
+        weight += phase * outputs * (4 * channels)
     deep = tl.arange(0, DEPTH)
     pixels = images + corner[:, None] * channels + deep[None, :]
-    weights = weight + tl.minimum(column, outputs - 1)[None, :] * (9 * channels) + deep[:, None]
-    others = weight + tl.minimum(another, outputs - 1)[None, :] * (9 * channels) + deep[:, None]
+    weights = weight + tl.minimum(column, outputs - 1)[None, :] * (KERNEL * KERNEL * channels) + deep[:, None]
+    others = weight + tl.minimum(another, outputs - 1)[None, :] * (KERNEL * KERNEL * channels) + deep[:, None]
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     more = tl.zeros((ROWS, MORE if MORE else 1), tl.float32)
-    turns = tl.cdiv(3 * channels, DEPTH)  # of a line of the weight, of which there are three
+    turns = tl.cdiv(KERNEL * channels, DEPTH)  # of a line of the weight
     for step in range(steps):
         turn = tl.program_id(1) * steps + step
-        down = (turn >= turns).to(tl.int32) + (turn >= 2 * turns).to(tl.int32)
+        down = (turn >= turns).to(tl.int32)
+        if KERNEL == 3:
+            down += (turn >= 2 * turns).to(tl.int32)
         within = (turn - down * turns) * DEPTH
-        pixel_at, weight_at = down * ((width + 2) * channels) + within, down * (3 * channels) + within
+        pixel_at, weight_at = down * ((width + 2) * channels) + within, down * (KERNEL * channels) + within
         if WHOLE:
             values = tl.load(pixels + pixel_at)
             total = tl.dot(values, tl.load(weights + weight_at), total, input_precision="ieee")
             if MORE:
                 more = tl.dot(values, tl.load(others + weight_at), more, input_precision="ieee")
         else:
-            inside = within + deep < 3 * channels
+            inside = within + deep < KERNEL * channels
             values = tl.load(pixels + pixel_at, mask=inside[None, :], other=0.0)
             factors = tl.load(weights + weight_at, mask=inside[:, None], other=0.0)
             total = tl.dot(values, factors, total, input_precision="ieee")
@@ -565,6 +639,10 @@ def _convolve(
                 factors = tl.load(others + weight_at, mask=inside[:, None], other=0.0)
                 more = tl.dot(values, factors, more, input_precision="ieee")
 
+    if KERNEL == 2:  # where those of the phase are in the result, and beyond its end those beyond the last
+        above = row // width * 2 + phase // 2
+        row = tl.where(row < rows, above * (2 * width) + row % width * 2 + phase % 2, 4 * rows)
+        rows = 4 * rows
     row = row.to(tl.int64)
     if SPLIT > 1:
         _keep(total, sums, row + tl.program_id(1).to(tl.int64) * rows, column, row < rows, outputs)
@@ -660,30 +738,47 @@ def _add(
     tl.store(result + at, summed.to(result.dtype.element_ty), mask=inside)
 
 
-def doubled(images: torch.Tensor) -> torch.Tensor:
-    """Images, (batch, channels, height, width), of twice the height and width: every pixel four times."""
+def interleaved(images: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Images that were convolved phase by phase, (batch, outputs, 2 * height, 2 * width), and a bias, (outputs,).
+
+    Phase 2 * a + b is that of the pixels at (2 * i + a, 2 * j + b). The given images have it at (i + a, j + b) in a
+    quarter of their channels: they are (batch, 4 * outputs, height + 1, width + 1), as with a padding of 1.
+    """
     if not _runs_kernels(images):
-        return F.interpolate(images, scale_factor=2.0, mode="nearest")
+        return _interleaved(images) + bias[:, None, None]
     images = _channels_last(images)
-    batch, channels, height, width = images.shape
-    shape = (batch, channels, 2 * height, 2 * width)
+    batch, _, lines, line = images.shape
+    shape = (batch, len(bias), 2 * (lines - 1), 2 * (line - 1))
     result = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
-    grid = (height * width, triton.cdiv(channels, 512), batch)
-    _double[grid](images, result, height * width, width, CHANNELS=channels, WIDE=512, num_warps=1)
+    _interleave[(triton.cdiv(result[0, 0].numel(), _ROWS), triton.cdiv(len(bias), _CHANNELS), batch)](
+        images, bias, result, lines - 1, line - 1, CHANNELS=len(bias), ROWS=_ROWS, WIDE=_CHANNELS
+    )
     return result
 
 
+def _interleaved(images: torch.Tensor) -> torch.Tensor:
+    outputs, height, width = images.shape[1] // 4, images.shape[2] - 1, images.shape[3] - 1
+    each = images.unflatten(1, (2, 2, outputs))
+    cut = [each[:, down, right, :, down:, right:][..., :height, :width] for down in range(2) for right in range(2)]
+    return F.pixel_shuffle(torch.stack(cut, dim=2).flatten(1, 2), 2)
+
+
 @_jit
-def _double(images, result, places, width, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
-    place, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+def _interleave(
+    images, bias, result, height, width, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    place, batch = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    inside = channel < CHANNELS
-    values = tl.load(images + (batch * places + place) * CHANNELS + channel, mask=inside)
-    corner = batch * 4 * places + (place // width) * 4 * width + (place % width) * 2
-    for down in tl.static_range(2):
-        for right in tl.static_range(2):
-            at = (corner + down * 2 * width + right) * CHANNELS + channel
-            tl.store(result + at, values, mask=inside)
+    is_channel = channel < CHANNELS
+    places = 4 * height * width
+    inside = (place < places)[:, None] & is_channel[None, :]
+    down, right = place // (2 * width), place % (2 * width)
+    source = (batch * (height + 1) + down // 2 + down % 2) * (width + 1) + right // 2 + right % 2
+    at = (source * 4 + down % 2 * 2 + right % 2)[:, None] * CHANNELS + channel[None, :]
+    values = tl.load(images + at, mask=inside, other=0.0).to(tl.float32)
+    values += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    at = (batch * places + place[:, None]) * CHANNELS + channel[None, :]
+    tl.store(result + at, values.to(result.dtype.element_ty), mask=inside)
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:

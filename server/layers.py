@@ -1,15 +1,15 @@
 """Layers of the U-Nets and of the decoder that compute what diffusers' do, made over for few passes over few bytes.
 
-Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks where they are
-told to. Projections that all read the same are one: queries, keys and values of a self-attention; keys and values of
-the whole network, which the text alone decides; and what the timestep adds in each residual network. The networks' own
-forward is diffusers', over images in channels-last order.
+Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks and of
+upsampling where they are told to. Projections that all read the same are one: queries, keys and values of a
+self-attention; keys and values of the whole network, which the text alone decides; and what the timestep adds in each
+residual network. The networks' own forward is diffusers', over images in channels-last order.
 
-The linear layers of a U-Net's transformers and the convolutions of its residual networks can multiply in fp8
-(Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each channel that a
-convolution makes, and one for each input, which is the largest that `observing` has seen. All else stays as it is:
-embeddings, the first and the last convolution, shortcuts, and the projections into and out of a transformer are few,
-and lose more.
+The linear layers of a U-Net's transformers and the convolutions of its residual networks and of its upsampling can
+multiply in fp8 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each
+channel that a convolution makes, and one for each input, which is the largest that `observing` has seen. All else stays
+as it is: embeddings, the first and the last convolution, those of downsampling, shortcuts, and the projections into and
+out of a transformer are few, and lose more.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
         network.register_to_config(encoder_hid_dim_type="text_proj")
     else:
         made |= {each: Resnet(each, None) for each in resnets}
-    made |= {each: Upsample(each) for each in layers if isinstance(each, Upsample2D)}
+    made |= {each: Upsample(each, device) for each in layers if isinstance(each, Upsample2D)}
     made |= {network.conv_norm_out: GroupNorm(network.conv_norm_out, silu=True), network.conv_act: nn.Identity()}
     _replace(network, made)
     if device != "cpu":  # where oneDNN adds a bias for nothing
@@ -85,9 +85,9 @@ def convolve_by_winograd(network: nn.Module) -> None:
 
 
 def convolve_by_kernel(unet: nn.Module) -> None:
-    """Let the residual networks of a U-Net that was made over convolve by a kernel of `kernels`, in place of cuDNN."""
+    """Let the residual networks and the upsampling of a U-Net that was made over convolve by a kernel of `kernels`."""
     for each in unet.modules():
-        if isinstance(each, ResnetConvolution):
+        if isinstance(each, Convolving):
             each.become_kernel()
 
 
@@ -109,7 +109,9 @@ def _is_usual(layer: Any) -> bool:
     if isinstance(layer, BasicTransformerBlock):
         return bool(layer.norm_type == "layer_norm" and layer.pos_embed is None and not layer.only_cross_attention)
     if isinstance(layer, Upsample2D):
-        return bool(layer.use_conv and not layer.use_conv_transpose and layer.norm is None and layer.name == "conv")
+        convolves = layer.use_conv and not layer.use_conv_transpose and layer.name == "conv"
+        usual = convolves and layer.conv.kernel_size == (3, 3) and layer.conv.padding == (1, 1)
+        return bool(usual and layer.interpolate and layer.norm is None)
     if isinstance(layer, UNet2DConditionModel):
         return layer.encoder_hid_proj is None and layer.time_embed_act is None
     return True
@@ -195,22 +197,6 @@ class Convolution(nn.Module):
         return kernels.add(self.layer(images), self.bias)  # type: ignore[arg-type]  # only what has one is made over
 
 
-class Upsample(nn.Module):
-    """A convolution of images that are enlarged to twice their sides, or to `output_size`."""
-
-    def __init__(self, layer: Upsample2D) -> None:
-        super().__init__()
-        self.conv = layer.conv
-
-    def forward(self, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
-        if output_size is None or tuple(output_size) == tuple(2 * side for side in hidden_states.shape[2:]):
-            larger = kernels.doubled(hidden_states)
-        else:
-            larger = F.interpolate(hidden_states, size=output_size, mode="nearest")
-        result: torch.Tensor = self.conv(larger)
-        return result
-
-
 class Quantisable(nn.Module):
     """A layer that multiplies by a weight. Once it is `quantise`d its input is to come in fp8, divided by `scale`."""
 
@@ -245,23 +231,47 @@ class Quantisable(nn.Module):
         self.scale = scale.to(weight.device)
 
 
-class ResnetConvolution(Quantisable):
-    """A 3 x 3 convolution of a residual network, without a bias of its own: PyTorch's `layer`, or a kernel.
+class Convolving(Quantisable):
+    """A layer that convolves: by PyTorch's `layer`, or by a kernel, which reads images with a border.
 
-    Once it is quantised it is a kernel, which reads images with a border, and has no `layer` any more. It
-    can be one of fewer products, which reads images with a border too, but for whoever compiles.
+    Once it is quantised it is a kernel. A kernel has no `layer` any more.
     """
 
     layer: nn.Module | None
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self._winograd: Winograd | None = None
 
     @property
     def is_kernel(self) -> bool:
         return self.layer is None
+
+    def become_kernel(self) -> None:
+        """From now on convolve by a kernel. The weight stays where it is, in the channels-last order of `fuse`."""
+        if self.layer is not None:
+            self.weight = self.layer.get_parameter("weight")
+            self._dtype = self.weight.dtype
+            self.layer = None
+
+    def quantise(self, scale: torch.Tensor) -> None:
+        self.become_kernel()
+        weight, phases = self.weight.detach(), kernels.phases(self.weight.shape[-1])
+        largest = weight.abs().amax(dim=(1, 2, 3)).float().view(phases, -1).amax(dim=0)  # by channel of the result
+        scales = (largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        self._quantise(scale, weight, scales.repeat(phases)[:, None, None, None])
+        self.weight_scale = scales
+
+
+class ResnetConvolution(Convolving):
+    """A 3 x 3 convolution of a residual network, without a bias of its own.
+
+    It can be one of fewer products, which reads images with a border too, but for whoever compiles.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        self._winograd: Winograd | None = None
 
     @property
     def reads_border(self) -> bool:
@@ -291,18 +301,66 @@ class ResnetConvolution(Quantisable):
         if isinstance(self.layer, nn.Conv2d) and winograd.gains(self.layer):
             self._winograd = Winograd(self.layer)
 
-    def become_kernel(self) -> None:
-        """From now on convolve by a kernel. The weight stays where it is, in the channels-last order of `fuse`."""
-        if self.layer is not None:
-            self.weight = self.layer.get_parameter("weight")
-            self._dtype = self.weight.dtype
-            self.layer = None
 
-    def quantise(self, scale: torch.Tensor) -> None:
-        self.become_kernel()
-        weight = self.weight.detach()
-        largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).float()
-        self._quantise(scale, weight, (largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
+class Upsample(Convolving):
+    """A convolution of images that are enlarged to twice their sides, or to `output_size`.
+
+    An enlarged image has four pixels for every one that it was made of, and only 2 x 2 of the 3 x 3 around each of them
+    differ. So it is convolved phase by phase: the small image by 2 x 2 weights for each of the four, which are sums of
+    the 3 x 3, in 16 of 36 multiplications. Where a size is odd the last pixels have zeros beside them, and not their
+    like: for that the 3 x 3 convolution is kept as it is.
+    """
+
+    def __init__(self, layer: Upsample2D, device: str) -> None:
+        super().__init__(_transposed(layer.conv) if device == "cpu" else _by_phases(layer.conv))
+        self.conv, self.bias = layer.conv, layer.conv.bias
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
+        if self.scale is None:
+            self._observe(hidden_states)
+        result: torch.Tensor
+        if output_size is not None and tuple(output_size) != tuple(2 * side for side in hidden_states.shape[2:]):
+            result = self.conv(F.interpolate(hidden_states, size=output_size, mode="nearest"))
+        elif self.layer is None:
+            images = kernels.bordered(hidden_states, self.scale)
+            result = kernels.convolution(
+                images, self.weight, self.bias, self._dtype, None, self.scale, self.weight_scale
+            )  # fmt: skip
+        else:
+            result = self.layer(hidden_states)
+            if not isinstance(self.layer, nn.ConvTranspose2d):
+                result = kernels.interleaved(result, self.bias)
+        return result
+
+    def become_kernel(self) -> None:
+        if isinstance(self.layer, nn.ConvTranspose2d):
+            self.layer = _by_phases(self.conv)
+        super().become_kernel()
+
+
+def _by_phases(layer: nn.Conv2d) -> nn.Conv2d:
+    """The 3 x 3 convolution of an enlarged image, as of `kernels.interleaved`. Weights are summed in fp32."""
+
+    def pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, middle, last = weight.unbind(dim)
+        return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+    weight = layer.weight.detach()
+    phases = [phase for lines in pairs(weight.float(), 2) for phase in pairs(lines, 3)]
+    made = nn.Conv2d(weight.shape[1], 4 * len(weight), 2, padding=1, bias=False, device="meta")
+    last = torch.cat(phases).to(weight.dtype, memory_format=torch.channels_last)
+    made.weight = nn.Parameter(last, requires_grad=False)
+    return made
+
+
+def _transposed(layer: nn.Conv2d) -> nn.ConvTranspose2d:
+    """The same as a transposed convolution with its bias: oneDNN goes phase by phase too, in one pass."""
+    outputs, channels, _, _ = layer.weight.shape
+    phases = _by_phases(layer).weight.view(2, 2, outputs, channels, 2, 2)
+    made = nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1, device="meta")
+    weight = phases.permute(3, 2, 4, 0, 5, 1).reshape(channels, outputs, 4, 4).flip(2, 3)
+    made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    return made
 
 
 class Resnet(nn.Module):

@@ -120,9 +120,26 @@ def test_group_norm_of_many_tiles_to_a_program(dtype: torch.dtype, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize(("channels", "height", "width"), [(320, 15, 30), (96, 16, 16), (640, 1, 7)])
+def test_bordered(dtype: torch.dtype, channels: int, height: int, width: int, scale: torch.Tensor | None, monkeypatch):
+    images = random(2, channels, height, width, dtype=dtype)
+    compare(lambda images: kernels.bordered(images, scale), images, monkeypatch=monkeypatch)
+
+
 def bordered(batch: int, channels: int, height: int, width: int, in_fp8: bool) -> torch.Tensor:
     images = F.pad(random(batch, channels, height, width, dtype=NETWORK), [1] * 4)
     return kernels.quantised(images, SCALE) if in_fp8 else images
+
+
+def weights(outputs: int, channels: int, kernel: int, in_fp8: bool) -> torch.Tensor:
+    weight = random(kernels.phases(kernel) * outputs, channels, kernel, kernel, dtype=NETWORK)
+    return kernels.quantised(weight, SCALE) if in_fp8 else weight
+
+
+def what_is_kept(batch: int, outputs: int, height: int, width: int, kernel: int) -> torch.Tensor:
+    side = 2 if kernel == 2 else 1
+    return random(batch, outputs, side * height, side * width, dtype=NETWORK)
 
 
 def convolution(in_fp8: bool, outputs: int) -> Callable[..., torch.Tensor]:
@@ -130,6 +147,7 @@ def convolution(in_fp8: bool, outputs: int) -> Callable[..., torch.Tensor]:
     return lambda images, weight, bias, kept: kernels.convolution(images, weight, bias, NETWORK, kept, *scales)
 
 
+@pytest.mark.parametrize("kernel", [3, 2])
 @pytest.mark.parametrize("in_fp8", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize(
@@ -137,23 +155,21 @@ def convolution(in_fp8: bool, outputs: int) -> Callable[..., torch.Tensor]:
     [(2, 96, 160, 7, 9), (1, 160, 192, 16, 16), (3, 320, 96, 5, 4), (1, 64, 40, 1, 3)],
 )
 def test_convolution(
-    batch: int, channels: int, outputs: int, height: int, width: int, adds: bool, in_fp8: bool, monkeypatch
+    batch: int, channels: int, outputs: int, height: int, width: int, adds: bool, in_fp8: bool, kernel: int, monkeypatch
 ):
-    images, weight = bordered(batch, channels, height, width, in_fp8), random(outputs, channels, 3, 3, dtype=NETWORK)
-    if in_fp8:
-        weight = kernels.quantised(weight, SCALE)
-    bias, kept = random(outputs, dtype=NETWORK), random(batch, outputs, height, width, dtype=NETWORK)
+    images, weight = bordered(batch, channels, height, width, in_fp8), weights(outputs, channels, kernel, in_fp8)
+    bias, kept = random(outputs, dtype=NETWORK), what_is_kept(batch, outputs, height, width, kernel)
     added = (bias, kept) if adds else (None, None)
     compare(convolution(in_fp8, outputs), images, weight, *added, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("columns", [(64, 0), (64, 16)])
-@pytest.mark.parametrize("split", [1, 3])
-def test_convolution_by_other_tiles(columns: tuple[int, int], split: int, monkeypatch):
+@pytest.mark.parametrize(("kernel", "split"), [(3, 1), (3, 3), (2, 1), (2, 2)])
+def test_convolution_by_other_tiles(columns: tuple[int, int], kernel: int, split: int, monkeypatch):
     tile = kernels.Tile(64, columns, 32, group=2, split=split, warps=4, stages=3)
     monkeypatch.setattr(kernels, "_tile", lambda *shape: tile)
-    images, weight = bordered(2, 48, 9, 15, in_fp8=False), random(200, 48, 3, 3, dtype=NETWORK)
-    bias, kept = random(200, dtype=NETWORK), random(2, 200, 9, 15, dtype=NETWORK)
+    images, weight = bordered(2, 48, 9, 15, in_fp8=False), weights(200, 48, kernel, in_fp8=False)
+    bias, kept = random(200, dtype=NETWORK), what_is_kept(2, 200, 9, 15, kernel)
     compare(convolution(False, 200), images, weight, bias, kept, monkeypatch=monkeypatch)
 
 
@@ -171,7 +187,7 @@ def test_convolution_by_other_tiles(columns: tuple[int, int], split: int, monkey
 def test_a_convolution_of_sdxl_is_cut_up_as_was_fast(
     rows: int, channels: int, in_fp8: bool, rows_of_tile: int, columns: int, split: int
 ):
-    tile = kernels._tile(rows, channels, channels, in_fp8)
+    tile = kernels._tile(rows, channels, channels, 3, in_fp8)
     assert (tile.rows, sum(tile.columns), tile.split) == (rows_of_tile, columns, split)
 
 
@@ -187,12 +203,11 @@ def test_processors_and_fp32_keep_the_convolution_of_pytorch(device: str, dtype:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a processor's products of matrices depend on the place of a row")
+@pytest.mark.parametrize("kernel", [3, 2])
 @pytest.mark.parametrize("in_fp8", [True, False])
-def test_an_image_is_convolved_alike_at_any_place(in_fp8: bool):
-    images, weight = bordered(5, 320, 9, 15, in_fp8), random(320, 320, 3, 3, dtype=NETWORK)
+def test_an_image_is_convolved_alike_at_any_place(in_fp8: bool, kernel: int):
+    images, weight = bordered(5, 320, 9, 15, in_fp8), weights(320, 320, kernel, in_fp8)
     convolve = convolution(in_fp8, 320)
-    if in_fp8:
-        weight = kernels.quantised(weight, SCALE)
     bits = images.view(torch.uint8) if in_fp8 else images  # in fp8 PyTorch moves nothing about
     turned = convolve(bits.roll(2, 0).view(images.dtype), weight, None, None)
     assert torch.equal(turned, convolve(images, weight, None, None).roll(2, 0))
@@ -204,5 +219,7 @@ def test_add(dtype: torch.dtype, adds: bool, monkeypatch):
     compare(kernels.add, images, random(96, dtype=dtype), more, monkeypatch=monkeypatch)
 
 
-def test_doubled(dtype: torch.dtype, monkeypatch):
-    compare(kernels.doubled, random(2, 640, 3, 5, dtype=dtype), monkeypatch=monkeypatch)
+@pytest.mark.parametrize(("outputs", "height", "width"), [(320, 8, 15), (96, 16, 16), (40, 1, 3)])
+def test_interleaved(dtype: torch.dtype, outputs: int, height: int, width: int, monkeypatch):
+    images = random(2, 4 * outputs, height + 1, width + 1, dtype=dtype)
+    compare(kernels.interleaved, images, random(outputs, dtype=dtype), monkeypatch=monkeypatch)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from pydantic import ValidationError
 from torch import nn
 
@@ -63,6 +64,59 @@ def test_a_decoder_made_over_decodes_the_same_pixels(device: str):
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
 
 
+def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, layers.Upsample]:
+    """diffusers' layer and the one made over for a device, as `fuse` leaves it."""
+    torch.manual_seed(0)
+    plain = Upsample2D(channels, use_conv=True).requires_grad_(False)
+    return plain, layers.Upsample(copy.deepcopy(plain), device).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "by a kernel"])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 6)])
+@pytest.mark.parametrize("cut", [None, (0, 0), (1, 0), (0, 1), (1, 1)])  # of twice the size
+def test_an_enlarged_image_is_convolved_to_its_edges(device: str, size: tuple[int, int], cut: tuple[int, int] | None):
+    plain, made_over = enlarging("cpu" if device == "cpu" else "cuda")
+    if device == "by a kernel":
+        made_over.become_kernel()
+    images = torch.randn(2, 48, *size)
+    output_size = None if cut is None else tuple(2 * side - less for side, less in zip(size, cut, strict=True))
+    made, expected = made_over(images, output_size), plain(images, output_size)
+    assert made.shape == expected.shape
+    assert error(made, expected) < 1e-6
+
+
+def test_weights_are_summed_before_they_are_rounded():
+    plain, _ = enlarging("cuda")
+    rounded = layers._by_phases(plain.conv.bfloat16()).weight
+    assert torch.equal(rounded, layers._by_phases(plain.conv.float()).weight.bfloat16())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_an_enlarged_image_has_the_same_bytes_at_any_place(threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for channels, height, width in [(160, 7, 10), (192, 8, 8), (96, 5, 11)]:
+            _, made_over = enlarging("cpu", channels)
+            images = torch.randn(6, channels, height, width).to(memory_format=torch.channels_last)
+            made = made_over(images)
+            for turn in range(1, 6):
+                assert torch.equal(made_over(images.roll(turn, 0)), made.roll(turn, 0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_in_fp8_an_enlarged_image_is_nearly_the_same():
+    plain, made_over = enlarging("cuda")
+    images = torch.randn(2, 48, 8, 8)
+    with layers.observing():
+        made_over(images)
+    made_over.quantise(made_over.observed())
+    assert 1e-3 < error(made_over(images), plain(images)) < 0.05
+    assert made_over.weight.dtype == torch.float8_e4m3fn
+    assert error(made_over(images, (15, 16)), plain(images, (15, 16))) < 1e-6, "odd sizes are not in fp8"
+
+
 def test_what_was_made_of_a_text_is_not_taken_for_another():
     layer = nn.Linear(4, 4)
     once = layers._Once(layer)
@@ -84,8 +138,8 @@ def test_in_fp8_a_network_predicts_nearly_the_same_noise():
     assert 1e-4 < error(predicted(fused), predicted(plain)) < 0.05
 
 
-def convolutions(network: nn.Module) -> list[layers.ResnetConvolution]:
-    return [each for each in network.modules() if isinstance(each, layers.ResnetConvolution)]
+def convolutions(network: nn.Module) -> list[layers.Convolving]:
+    return [each for each in network.modules() if isinstance(each, layers.Convolving)]
 
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])

@@ -2,8 +2,8 @@
 Convolutional Neural Networks", 2015.
 
 Tiles of 6 x 6 pixels become 36 numbers, each of which is multiplied by a matrix of its own, and what comes of that
-becomes 4 x 4 pixels. A few lines of tiles are made at once, so that all of that happens in the cache. The sums are those
-of the convolution but for rounding, of which there is five times as much: 2e-6 of their size in fp32.
+becomes 4 x 4 pixels. A few lines of tiles are made at once, so that all of that happens in the cache. The sums are
+those of the convolution but for rounding, of which there is five times as much: 2e-6 of their size in fp32.
 """
 
 import torch
@@ -27,9 +27,7 @@ _BACK = torch.tensor([
 _ONES = 1 * 6 + 1  # of the 36 products of a tile, the one that comes back as itself in every pixel
 
 _SIDE = 4  # of a tile's pixels that come back
-_AT_ONCE = 64  # tiles: with fewer, products of matrices are slow
-_VALUES = 6144  # tiles times channels at once, where those are more tiles: 0.9 MB of them, which stay in the cache
-_TOO_FEW = 16  # tiles, for which weights are read that would do for many
+_AT_ONCE = 96  # tiles: enough for products of matrices to be fast, and few enough for a cache of some megabytes
 _FEWEST = 64  # channels, of which the transforms are small beside the products
 _MOST = 1 << 17  # weights of a kernel's place: transformed, four times as large as they were, they are 19 MB
 
@@ -38,7 +36,7 @@ class Winograd:
     """A 3 x 3 convolution of images with a border of one pixel."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        self._plain = weight = layer.weight.detach()
+        weight = layer.weight.detach()
         outputs, channels = weight.shape[:2]
         transformed = torch.einsum("ij,ocjk,lk->ilco", _WEIGHTS, weight.double(), _WEIGHTS)
         self._weight = transformed.reshape(36, channels, outputs).to(weight.dtype).contiguous()
@@ -51,24 +49,12 @@ class Winograd:
         The bias is (outputs,), or of each image another, (batch, outputs); `kept` and the result are (batch, outputs,
         height, width).
         """
-        batch, _, height, width = images.shape
-        height, width = height - 2, width - 2
-        if batch * -(-height // _SIDE) * -(-width // _SIDE) < _TOO_FEW:
-            return self._directly(images, bias, kept)
+        height, width = images.shape[2] - 2, images.shape[3] - 2
         if height % _SIDE == width % _SIDE == 0:
             return self._of_whole_tiles(images, bias, kept)
         larger = F.pad(images, (0, -width % _SIDE, 0, -height % _SIDE))
         result = self._of_whole_tiles(larger, bias, None)[:, :, :height, :width]
         return result.contiguous(memory_format=torch.channels_last) if kept is None else kept + result
-
-    def _directly(
-        self, images: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        """As a call, by all the products."""
-        result = F.conv2d(images, self._plain, bias if bias is None or bias.ndim == 1 else None)
-        if bias is not None and bias.ndim == 2:
-            result.add_(bias[:, :, None, None])
-        return result if kept is None else result.add_(kept)
 
     def _of_whole_tiles(
         self, images: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor | None
@@ -90,7 +76,7 @@ class Winograd:
         if bias is not None and bias.ndim == 2:
             bias = bias[:, None]
 
-        lines = min(down, max(1, max(_AT_ONCE, _VALUES // channels) // (batch * across)))  # of tiles, at once
+        lines = min(down, max(1, _AT_ONCE // (batch * across)))  # of tiles, at once
         most = batch * lines * across
         one, other = images.new_empty(2, 36 * most * channels).unbind()
         products, half, whole = (images.new_empty(count * most * outputs) for count in (36, 24, 16))
@@ -129,7 +115,7 @@ def gains(layer: nn.Conv2d) -> bool:
 
     That was measured on AVX2 with MKL. With AVX-512 a processor multiplies twice as fast and reads no faster.
     """
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     fits = min(layer.in_channels, layer.out_channels) >= _FEWEST and layer.in_channels * layer.out_channels <= _MOST
     shaped = layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.stride == (1, 1)
     usual = layer.dilation == (1, 1) and layer.groups == 1 and layer.weight.dtype == torch.float32

@@ -76,7 +76,8 @@ class Winograd:
         if bias is not None and bias.ndim == 2:
             bias = bias[:, None]
 
-        lines = min(down, max(1, _AT_ONCE // (batch * across)))  # of tiles, at once
+        parts = min(down, -(-batch * down * across // _AT_ONCE))
+        lines = -(-down // parts)  # of tiles, at once
         most = batch * lines * across
         one, other = images.new_empty(2, 36 * most * channels).unbind()
         products, half, whole = (images.new_empty(count * most * outputs) for count in (36, 24, 16))

@@ -153,6 +153,18 @@ def test_a_decoder_that_convolves_by_fewer_products_decodes_the_same_pixels():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
 
 
+@pytest.mark.usefixtures("with_fewer_products")
+def test_what_is_compiled_convolves_as_pytorch_does():
+    network = unet("refiner")
+    layers.fuse(network, "cpu")
+    layers.convolve_by_winograd(network)
+    resnet = next(each for each in network.modules() if isinstance(each, layers.Resnet))
+    images, shifts = torch.randn(2, resnet.norm1.weight.numel(), 16, 16), torch.randn(2, 10000)
+    with torch.inference_mode():
+        compiled = torch.compile(resnet, fullgraph=True, dynamic=False)(images, shifts)
+        assert error(compiled, resnet(images, shifts)) < 1e-5
+
+
 def test_what_multiplies_in_fp8_is_left_at_that():
     network = unet("base")
     layers.fuse(network, "cpu")

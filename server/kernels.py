@@ -40,16 +40,16 @@ def _jit(function: Any) -> Any:
     return triton.jit(function) if triton is not None else function
 
 
-def by_row(function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
-    """What a function makes of values of shape (rows, ...), on the CPU of each row by itself.
+def by_image(images: int, function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
+    """What a function makes of the rows of so many images, (rows, ...), on the CPU of those of each by themselves.
 
     torch shares the values of SiLU and GELU, and the places of a group norm, out to a CPU's threads without regard to
-    rows, and where the threads' shares end they round otherwise: a row's bytes would depend on its place among others.
-    Compiled code is not made of these functions, and has no such shares.
+    rows, and where the threads' shares end they round otherwise: an image's bytes would depend on its place among
+    others. Compiled code is not made of these functions, and has no such shares.
     """
-    if len(values[0]) == 1 or values[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if images == 1 or values[0].device.type != "cpu" or torch.compiler.is_compiling():
         return function(*values)
-    return torch.cat([function(*row) for row in zip(*(each.split(1) for each in values), strict=True)])
+    return torch.cat([function(*rows) for rows in zip(*(each.chunk(images) for each in values), strict=True)])
 
 
 def quantised(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -122,11 +122,14 @@ def _layer_norm(
     _store(normed + at, result, scale, inside, IN_FP8)
 
 
-def gated_gelu(values: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """The first half of every row of (..., 2 * width) times the GELU of the second: GEGLU (Shazeer, 2020)."""
+def gated_gelu(values: torch.Tensor, scale: torch.Tensor | None = None, images: int = 1) -> torch.Tensor:
+    """The first half of every row of (..., 2 * width) times the GELU of the second: GEGLU (Shazeer, 2020).
+
+    On a CPU those of each of so many images by themselves.
+    """
     if not _runs_kernels(values):
         linear, gate = values.chunk(2, dim=-1)
-        gated = by_row(lambda linear, gate: linear * F.gelu(gate), linear, gate)
+        gated = by_image(images, lambda linear, gate: F.gelu(gate).mul_(linear), linear, gate)
         return gated if scale is None else quantised(gated, scale)
     width = values.shape[-1] // 2
     result = values.new_empty((*values.shape[:-1], width), dtype=values.dtype if scale is None else FP8)
@@ -219,10 +222,12 @@ def group_norm(
     silu: bool,
     scale: torch.Tensor | None = None,
     border: bool = False,
+    together: int = 1,
 ) -> torch.Tensor:
     """Group norm of `images + shift`, and its SiLU if so; (batch, channels, height, width) and (batch, channels).
 
-    With a `border` of zeros around each image, for `convolution`, it is (batch, channels, height + 2, width + 2).
+    With a `border` of zeros around each image, for `convolution`, it is (batch, channels, height + 2, width + 2). On a
+    CPU the rows of each of so many as there are `together` are taken by themselves.
     The kernel is for channels-last images. One program finds the mean and the spread of each channel in a tile, another
     those of a group, by the formula of Chan, Golub and LeVeque (1979), which cancels nothing; the last normalises.
     """
@@ -233,10 +238,14 @@ def group_norm(
 
         def normed(rows: torch.Tensor) -> torch.Tensor:
             result = F.group_norm(rows, groups, weight, bias, eps)
-            return F.silu(result, inplace=True) if silu else result
+            if not (silu and border) or torch.compiler.is_compiling():
+                result = F.silu(result, inplace=True) if silu else result
+                return F.pad(result, [edge] * 4) if border else result
+            framed = result.new_zeros(len(rows), height + 2, width + 2, channels).permute(0, 3, 1, 2)
+            torch.ops.aten.silu.out(result, out=framed[:, :, 1:-1, 1:-1])  # which is one pass less
+            return framed
 
-        result = by_row(normed, shifted)
-        result = F.pad(result, [edge] * 4) if border else result
+        result = by_image(together, normed, shifted)
         return result if scale is None else quantised(result, scale)
     images = _channels_last(images)
     places, per_group = height * width, channels // groups

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from server import kernels
+from server import kernels, winograd
+from server.winograd import Winograd
 
 
 class CannotFuse(Exception):
@@ -51,8 +51,7 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
     transformers = [layer for layer in layers if isinstance(layer, Transformer2DModel)]
     made: dict[Any, nn.Module] = {}
     if isinstance(network, UNet2DConditionModel):
-        first = partial(kernels.by_row, F.silu)
-        shifts = _Together([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], first)
+        shifts = _Together([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], F.silu)
         made |= {each: Resnet(each, columns) for each, columns in zip(resnets, shifts.columns, strict=True)}
         crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
         texts = _Together([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
@@ -72,6 +71,16 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
         convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.bias is not None]
         _replace(network, {each: Convolution(each) for each in convolutions})
     network.to(memory_format=torch.channels_last)
+
+
+def convolve_by_winograd(network: nn.Module) -> None:
+    """Let the residual networks of a network that was made over for a CPU convolve by fewer products where that gains.
+
+    From now on it must not change its device or precision.
+    """
+    for each in network.modules():
+        if isinstance(each, ResnetConvolution):
+            each.become_winograd()
 
 
 def convolve_by_kernel(unet: nn.Module) -> None:
@@ -107,7 +116,13 @@ def _is_usual(layer: Any) -> bool:
     return True
 
 
-class _Together(nn.Module):
+class OfImages(nn.Module):
+    """A layer that is given the rows of `images` images, and on a CPU takes those of each by themselves."""
+
+    images = 1
+
+
+class _Together(OfImages):
     """Linear layers that read the same, as one; `columns` says where in its output those of each are."""
 
     def __init__(self, layers: Sequence[nn.Linear], more: Sequence[torch.Tensor] = (), first: Any = None) -> None:
@@ -122,7 +137,9 @@ class _Together(nn.Module):
         self.columns = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return F.linear(values if self._first is None else self._first(values), self.weight, self.bias)
+        if self._first is not None:
+            values = kernels.by_image(self.images, self._first, values)
+        return F.linear(values, self.weight, self.bias)
 
 
 class _Once(nn.Module):
@@ -146,7 +163,7 @@ class _Once(nn.Module):
         return last[1]
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(OfImages):
     """A group norm, with the SiLU behind it if so, of images or of images and a shift of each channel."""
 
     def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
@@ -161,9 +178,9 @@ class GroupNorm(nn.Module):
         reader: "ResnetConvolution | None" = None,
     ) -> torch.Tensor:
         """With a reader, in the form in which this convolution reads it."""
-        scale, border = (None, False) if reader is None else (reader.scale, reader.is_kernel)
+        scale, border = (None, False) if reader is None else (reader.scale, reader.reads_border)
         return kernels.group_norm(
-            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border
+            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border, self.images
         )
 
 
@@ -246,17 +263,42 @@ class Convolving(Quantisable):
 
 
 class ResnetConvolution(Convolving):
-    """A 3 x 3 convolution of a residual network, without a bias of its own."""
+    """A 3 x 3 convolution of a residual network, without a bias of its own.
+
+    It can be one of fewer products, which reads images with a border too, but for whoever compiles.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        self._winograd: Winograd | None = None
+
+    @property
+    def reads_border(self) -> bool:
+        return self.is_kernel or self.has_fewer_products
+
+    @property
+    def has_fewer_products(self) -> bool:
+        return self._winograd is not None and not torch.compiler.is_compiling()
 
     def forward(
         self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.scale is None:
             self._observe(images)
+        if self._winograd is not None and self.has_fewer_products:
+            return self._winograd(images, bias, kept)
         if self.layer is None:
             return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
-        changed: torch.Tensor = self.layer(images)
+        if images.device.type == "cpu":  # where oneDNN adds a bias for nothing
+            changed: torch.Tensor = F.conv2d(images, self.layer.get_parameter("weight"), bias, padding=1)
+            return changed if kept is None else changed.add_(kept)
+        changed = self.layer(images)
         return changed if bias is None else kernels.add(changed, bias, kept)
+
+    def become_winograd(self) -> None:
+        """From now on convolve by fewer products where that gains."""
+        if isinstance(self.layer, nn.Conv2d) and winograd.gains(self.layer):
+            self._winograd = Winograd(self.layer)
 
 
 class Upsample(Convolving):
@@ -339,7 +381,11 @@ class Resnet(nn.Module):
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         shift = self.shift.expand(len(input_tensor), -1) if temb is None else temb[:, self._columns]
-        changed = self.conv1(self.norm1(input_tensor, reader=self.conv1))
+        normed = self.norm1(input_tensor, reader=self.conv1)
+        if self.conv1.has_fewer_products:  # to which a shift is next to nothing
+            changed, shift = self.conv1(normed, shift), None
+        else:
+            changed = self.conv1(normed)
         kept = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         result: torch.Tensor = self.conv2(self.norm2(changed, shift, self.conv2), self.bias, kept)
         return result
@@ -368,7 +414,7 @@ class Transformer(nn.Module):
         return (changed.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states,)
 
 
-class _Block(nn.Module):
+class _Block(OfImages):
     """Self-attention, attention to the text, and a gated feed-forward network.
 
     It takes and gives values in two parts that are still to be added: the next norm does that in its one pass.
@@ -395,7 +441,7 @@ class _Block(nn.Module):
         keys, said = texts[..., self._keys], texts[..., self._values]
         taken = kernels.cross_attention(self.queries(normed), keys, said, self._heads, self.other_out.scale)
         values, normed = self._normed(2, values, self.other_out(taken), self.widen)
-        return values, self.narrow(kernels.gated_gelu(self.widen(normed), self.narrow.scale))
+        return values, self.narrow(kernels.gated_gelu(self.widen(normed), self.narrow.scale, self.images))
 
     def _normed(
         self, which: int, values: torch.Tensor, more: torch.Tensor | None, reader: "Linear"

@@ -238,6 +238,7 @@ def load(
         if precision == "fp8":
             ensemble.quantise(compile_cache)
         ensemble.make_place_irrelevant()
+        ensemble.lessen_products()
         if not offload:
             ensemble.end_turns()
         if compile != "off" and not compile_while_serving:
@@ -281,10 +282,12 @@ class Ensemble:
         self._side_stream = torch.cuda.Stream(self._device) if on_streams else None  # type: ignore[no-untyped-call]
         self._dtype = _dtype(card.precision, card.device)
         on_cpu = self._device.type == "cpu"
+        self._made_over: list[torch.nn.Module] = []
         if on_cpu or card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda"):
             for network in (*self._unets.values(), self._vae.decoder):
                 try:
                     layers.fuse(network, card.device)
+                    self._made_over.append(network)
                 except layers.CannotFuse as error:
                     if not on_cpu or card.precision == "fp8":  # else diffusers' own layers serve, if slower
                         raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
@@ -297,7 +300,7 @@ class Ensemble:
         self._text_encoders = [each for each in encoders if each is not None]
         networks = (*self._text_encoders, *self._unets.values(), self._vae)
         self._residency = Residency(networks, self._device, turns)
-        self._by_image: list[_ImageByImage] = []
+        self._by_image: list[_ImageByImage | layers.OfImages] = []
         self.max_batch = max_batch
         # Here and not at the first preview: what torch does on the CPU belongs to the thread that runs the networks.
         self._preview: preview.LinearPreview | preview.TinyDecoder
@@ -348,6 +351,12 @@ class Ensemble:
             for unet in self._unets.values():
                 self._by_image += _make_place_irrelevant(unet, self._device.type)
         self.limit_batch(self.max_batch)
+
+    def lessen_products(self) -> None:
+        """Let a CPU convolve by fewer products. From now on no network changes its device or precision."""
+        if self._device.type == "cpu":
+            for network in self._made_over:
+                layers.convolve_by_winograd(network)
 
     def _observed(self, every: Mapping[str, layers.Quantisable]) -> dict[str, torch.Tensor]:
         """The scales of layers by name, on the CPU, of images of several prompts through both experts."""
@@ -676,8 +685,10 @@ _PLACE_MATTERS: dict[str, tuple[type[torch.nn.Module], ...]] = {
 }
 
 
-def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_ImageByImage]:
+def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_ImageByImage | layers.OfImages]:
     for module in list(unet.modules()):
+        if isinstance(module, layers.OfImages) and device == "cpu":
+            yield module
         for name, layer in list(module.named_children()):
             if isinstance(layer, _PLACE_MATTERS.get(device, ())):
                 by_image = _ImageByImage(layer)

@@ -117,6 +117,62 @@ def test_in_fp8_an_enlarged_image_is_nearly_the_same():
     assert error(made_over(images, (15, 16)), plain(images, (15, 16))) < 1e-6, "odd sizes are not in fp8"
 
 
+def fewer_products(network: nn.Module) -> list[bool]:
+    """Of each convolution of a residual network whether it is by fewer products."""
+    return [each.has_fewer_products for each in network.modules() if isinstance(each, layers.ResnetConvolution)]
+
+
+@pytest.fixture
+def with_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AVX2, whatever is here."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
+@pytest.mark.usefixtures("with_fewer_products")
+def test_a_network_that_convolves_by_fewer_products_predicts_the_same_noise(expert: str, size: tuple[int, int]):
+    plain = unet(expert)
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused, "cpu")
+    layers.convolve_by_winograd(fused)
+    assert any(fewer_products(fused))
+    assert error(predicted(fused, *size), predicted(plain, *size)) < 1e-5
+
+
+@pytest.mark.usefixtures("with_fewer_products")
+def test_a_decoder_that_convolves_by_fewer_products_decodes_the_same_pixels():
+    plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused.decoder, "cpu")
+    layers.convolve_by_winograd(fused.decoder)
+    assert set(fewer_products(fused.decoder)) == {True, False}
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+@pytest.mark.usefixtures("with_fewer_products")
+def test_what_is_compiled_convolves_as_pytorch_does():
+    network = unet("refiner")
+    layers.fuse(network, "cpu")
+    layers.convolve_by_winograd(network)
+    resnet = next(each for each in network.modules() if isinstance(each, layers.Resnet))
+    images, shifts = torch.randn(2, resnet.norm1.weight.numel(), 16, 16), torch.randn(2, 10000)
+    with torch.inference_mode():
+        compiled = torch.compile(resnet, fullgraph=True, dynamic=False)(images, shifts)
+        assert error(compiled, resnet(images, shifts)) < 1e-5
+
+
+def test_what_multiplies_in_fp8_is_left_at_that():
+    network = unet("base")
+    layers.fuse(network, "cpu")
+    quantise(network)
+    layers.convolve_by_winograd(network)
+    assert not any(fewer_products(network))
+
+
 def test_what_was_made_of_a_text_is_not_taken_for_another():
     layer = nn.Linear(4, 4)
     once = layers._Once(layer)
@@ -199,8 +255,8 @@ def load(**options) -> model.Ensemble:
 
 
 def drawn(ensemble: model.Ensemble) -> np.ndarray:
-    request = replace(default_request(ensemble.card, "pizza", seed=2), steps=8)
-    trajectory = ensemble.plan(request, ensemble.encode(request), 2)
+    request = replace(default_request(ensemble.card, "cat", seed=1), steps=8)
+    trajectory = ensemble.plan(request, ensemble.encode(request), 1)
     for _ in trajectory.stages:
         ensemble.step([trajectory])
     return ensemble.decode(trajectory)

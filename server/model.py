@@ -503,7 +503,8 @@ class Ensemble:
         depend on its place in the list, nor on its neighbours.
 
         A GPU does not wait for whoever calls this: of trajectories that come for the second time in a row it predicts
-        the next call of the same expert at once. If others come then, they wait for that too.
+        the next call of the same expert at once, where that is a recorded one. If others come then, they wait for that
+        too. Calls that are not recorded take longer to ask for than to make.
 
         Raises StepFailed when some failed and the others have moved on. Whatever else it raises, OutOfMemory for one,
         none has moved, and each can be stepped again.
@@ -544,7 +545,8 @@ class Ensemble:
         before, self._moved = self._moved, [id(each) for each in trajectories]
         stages = {stage for each in trajectories for stage in each.stages[each.position - 1 : each.position + 1]}
         is_last = any(each.position == len(each.stages) for each in trajectories)
-        if before == self._moved and len(stages) == 1 and not is_last:
+        recorded = all(each.conditioning.compiled for each in trajectories)
+        if recorded and before == self._moved and len(stages) == 1 and not is_last:
             with contextlib.suppress(Exception):  # which the next call raises again, if there is one
                 inputs = [each.network_input() for each in trajectories]
                 self._ahead = _Ahead(trajectories, self.max_batch, self._predicted(trajectories, inputs))

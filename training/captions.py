@@ -34,7 +34,8 @@ _BACKGROUNDS = ("{} on a {} background", "{} on {}", "{} in front of a {} backgr
 _STYLED = 0.35  # share of captions that name the style; outlines always do, or every picture might become one
 _SMALL = ("small", "tiny", "little")
 _SOMEONE = ("someone", "somebody", "a person")
-_PEOPLE = ("smileys-emotion", "people-body")
+_PEOPLE = {"smileys-emotion": 0.3, "people-body": 0.15}  # share of captions that tell what someone is or does
+_FACE = ("{}", "{} face")  # what else is said of a smiley by what it does
 _SHARED = 8  # concepts that a keyword may have for "someone laughing" to mean any of them
 
 
@@ -57,7 +58,8 @@ class Captioner:
         self._art = art
         self._random = random.Random(seed)
         self._telling = telling(art.concepts)
-        self._doing = [_doing(some) for some in telling(art.concepts, _SHARED)]
+        keywords = zip(telling(art.concepts, _SHARED), art.concepts, strict=True)
+        self._doing = [_doing(some) if it.group in _PEOPLE else () for some, it in keywords]
         self._synonyms, self._common = synonyms, common
 
     def caption(self, concept: int, style: str, colour: str = "") -> str:
@@ -124,7 +126,7 @@ class Captioner:
         frames = ["{}", choose.choice(_OPENINGS)]
         kind = choose.random()
         if it.group in _PEOPLE and kind < 0.3:
-            return f"{choose.choice(_SOMEONE)} {word or it.name}", it.name
+            return self._of_someone(concept) or f"{choose.choice(_SOMEONE)} {word or it.name}", it.name
         said = word or it.name
         if kind < 0.45:
             said = f"{said} {choose.choice(_ACTIONS)}"
@@ -140,11 +142,15 @@ class Captioner:
         frame = choose.choice(frames)
         return frame.format(said), frame.format(it.name)
 
+    def is_of_someone(self, text: str) -> bool:
+        """Whether a text is what someone is or does, alone or among other words."""
+        return any(some in text for some in _SOMEONE) or any(text in doing for doing in self._doing)
+
     def _subject(self, concept: int) -> str:
         choose, it = self._random, self._art.concepts[concept]
+        if choose.random() < _PEOPLE.get(it.group, 0) and (of_someone := self._of_someone(concept)):
+            return of_someone
         kind = choose.random()
-        if it.group in _PEOPLE and kind < 0.15 and (doing := self._doing[concept]):
-            return f"{choose.choice(_SOMEONE)} {choose.choice(doing)}"
         if kind < 0.4 and (other := self._other_name(concept)):
             return other
         if kind < 0.52 and it.keywords:
@@ -153,6 +159,15 @@ class Captioner:
         if kind < 0.58 and it.keywords:
             return f"{it.name} {choose.choice(it.keywords)}"
         return it.name
+
+    def _of_someone(self, concept: int) -> str:
+        """What a person or a smiley is or does: "someone laughing"; empty where no keyword tells it."""
+        choose = self._random
+        if not (doing := self._doing[concept]):
+            return ""
+        frames = [f"{some} {{}}" for some in _SOMEONE]
+        frames += _FACE if self._art.concepts[concept].group == "smileys-emotion" else ()
+        return choose.choice(frames).format(choose.choice(doing))
 
     def _other_name(self, concept: int) -> str:
         """A keyword that tells the concept, a synonym or a common word, one as often as another; empty if none is."""

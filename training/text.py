@@ -89,11 +89,14 @@ def spoken(
 def meant(
     art: Art, synonyms: Sequence[Sequence[str]], common: Sequence[Sequence[str]], count: int = 60_000
 ) -> tuple[list[str], list[str]]:
-    """Sentences and what each is to mean: itself, but another word for a concept what its name means."""
+    """Sentences and what each is to mean: itself, but another word for a concept what its name means.
+
+    What someone is or does is not held at what it meant: which pictures show it, the base has yet to teach.
+    """
     taught = {word for some in common for word in some}
     said, _ = spoken(art, Captioner(art, synonyms, [()] * len(art.concepts), seed=0))
-    held = [text for text in said if text not in taught]
     captioner = Captioner(art, synonyms, common, seed=0)
+    held = [text for text in said if text not in taught and not captioner.is_of_someone(text)]
     reworded = [captioner.reworded() for _ in range(count)]
     return [*held, *(text for text, _ in reworded)], [*held, *(text for _, text in reworded)]
 

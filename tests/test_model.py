@@ -236,9 +236,10 @@ def test_no_text_is_encoded_twice_in_a_row(ensemble):
     for encoder in ensemble._text_encoders:
         layer = next(each for each in encoder.modules() if isinstance(each, torch.nn.Embedding))
         layer.register_forward_hook(lambda layer, *_: read.append(layer))
-    first = ensemble.encode(replace(REQUEST, prompt="a hen"))
+    request = replace(REQUEST, negative_prompt="a hog")  # of which no other test has spoken
+    first = ensemble.encode(replace(request, prompt="a hen"))
     assert len(read) == 2 * len(ensemble._text_encoders), "once for each text, whoever of the experts reads it"
-    again = ensemble.encode(replace(REQUEST, prompt="a hat"))
+    again = ensemble.encode(replace(request, prompt="a hat"))
     assert len(read) == 3 * len(ensemble._text_encoders), "the negative prompt is the same"
     for stage in (Stage.BASE, Stage.REFINER):
         assert torch.equal(first.hidden[stage][0], again.hidden[stage][0])

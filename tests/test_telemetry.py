@@ -324,6 +324,7 @@ class TestLog:
             pb_grpc.TextToImageServiceStub(channel).Generate(
                 request("broken", requestId="broken-job", **SHORT), metadata=(("x-request-id", "faulty"), TRACEPARENT)
             )
+        server.wait_for_log("broken on purpose")  # the answer can be here before the line is
         (fault,) = (line for line in map(json.loads, server.lines) if line["level"] == "error")
         assert (fault["request_id"], fault["job"], fault["trace_id"]) == ("faulty", "broken-job", TRACE)
         assert "RuntimeError: broken on purpose" in fault["exception"]

@@ -206,8 +206,8 @@ def _decoded(ensemble: model.Ensemble, trajectory: model.Trajectory) -> None:
 def _operations(ensemble: model.Ensemble, request: ImageRequest) -> dict[str, float]:
     """Floating-point operations of each call, from the shapes that it multiplies."""
     counted = {}
+    trajectory = _planned(ensemble, request)
     for name, stage in (("base", Stage.BASE), ("refiner", Stage.REFINER)):
-        trajectory = _planned(ensemble, request)  # one that was stepped before would be stepped ahead
         trajectory.position = trajectory.stages.index(stage)
         counted[name] = _counted(partial(ensemble.step, [trajectory]))
     return counted | {"decode": _counted(partial(_decoded, ensemble, trajectory))}

@@ -118,34 +118,6 @@ class Compiled:
         return replayed
 
 
-def record_text_encoder(encoder: nn.Module, device: torch.device) -> Compiled:
-    """Let a CLIP text encoder, which pipelines of diffusers call, answer them by a recorded call on CUDA."""
-    plain = encoder.forward
-
-    def states(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = plain(ids, output_hidden_states=True)
-        return encoded[0], encoded.hidden_states[-2]
-
-    compiled = Compiled(encoder, states, "blocks", device)
-
-    def forward(ids: torch.Tensor, output_hidden_states: bool = True) -> Encoded:
-        return Encoded(*compiled(ids))
-
-    encoder.forward = forward
-    return compiled
-
-
-class Encoded:
-    """What pipelines read of a text encoder's output: its first value, and the states before the last layer."""
-
-    def __init__(self, first: torch.Tensor, penultimate: torch.Tensor) -> None:
-        self._first = first
-        self.hidden_states = {-2: penultimate}
-
-    def __getitem__(self, at: Literal[0]) -> torch.Tensor:
-        return self._first
-
-
 # Of each thread its own: one can compile while another makes images.
 _compiled: ContextVar[bool] = ContextVar("compiled", default=False)
 _warming: ContextVar[bool] = ContextVar("warming", default=False)

@@ -7,11 +7,11 @@ same latent space. One step here is one network call, so that whoever calls can 
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +51,7 @@ from server.domain import (
     default_request,
 )
 from server.residency import Residency
+from server.text_encoder import TextEncoder
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -70,7 +71,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Images that show how large what is multiplied in fp8 becomes: prompts of several kinds, few steps through all noise.
 _SHOWN = ("a photograph of an astronaut riding a horse", "a watercolour of a lighthouse at night", "a bowl of fruit")
 _SHOWN_STEPS = 10
-_TEXTS = 2  # that a text encoder keeps what it made of: those of one request
+_SCHEDULES = 16  # kept, of kinds and numbers of steps
 _FP8_BYTES = 1.2  # of a U-Net's weight, on average: a sixth of them stay in bf16
 
 # What the refiner is told about beauty: the values it was published with, for the prompt and for the negative one.
@@ -275,7 +276,7 @@ class Ensemble:
         self._unets = {stage: pipeline.unet for stage, pipeline in self._pipelines.items()}
         self._vae = base.vae
         self._tokenizer = base.tokenizer
-        self._scheduler_config = base.scheduler.config
+        self._scheduler = _schedulers(base.scheduler.config)
         self._device = torch.device(card.device)
         self.overlaps = overlaps
         on_streams = overlaps and self._device.type == "cuda"
@@ -295,9 +296,14 @@ class Ensemble:
             if max_batch > 1 and card.precision != "fp8" and kernels.convolves(self._device, self._dtype):
                 for unet in self._unets.values():
                     layers.convolve_by_kernel(unet)
-        named = itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2"))
-        encoders = dict.fromkeys(getattr(pipeline, name, None) for pipeline, name in named)  # the experts share some
-        self._text_encoders = [each for each in encoders if each is not None]
+        records = compile != "off" and self._device.type == "cuda"
+        self._text_encoders: dict[torch.nn.Module, TextEncoder] = {}  # the experts share some
+        for pipeline, name in itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2")):
+            encoder = getattr(pipeline, name, None)
+            if encoder is not None:
+                if encoder not in self._text_encoders:
+                    self._text_encoders[encoder] = TextEncoder(encoder, self._device, records)
+                setattr(pipeline, name, self._text_encoders[encoder])
         networks = (*self._text_encoders, *self._unets.values(), self._vae)
         self._residency = Residency(networks, self._device, turns)
         self._by_image: list[_ImageByImage | layers.OfImages] = []
@@ -315,12 +321,6 @@ class Ensemble:
         self._compile = compile
         self._networks = {stage: self._fast(unet, partial(_called, unet)) for stage, unet in self._unets.items()}
         self._decoders: dict[torch.dtype, compilation.Call] = {}
-        self._recorded_encoders = []
-        if compile != "off" and self._device.type == "cuda":
-            record = compilation.record_text_encoder
-            self._recorded_encoders = [record(each, self._device) for each in self._text_encoders]
-        for each in self._text_encoders:
-            _remember_texts(each)
         self._finish()
 
     def end_turns(self) -> None:
@@ -387,11 +387,11 @@ class Ensemble:
                     trajectory.position = trajectory.stages.index(stage)
                     self.step([trajectory])
                 self.decode(trajectory)
-        calls = (*self._networks.values(), *self._decoders.values(), *self._recorded_encoders)
+        calls = (*self._networks.values(), *self._decoders.values(), *self._text_encoders.values())
         return replace(
             self.card,
             environment=environment,
-            compiled_calls=sum(each.shapes for each in calls if isinstance(each, Compiled)),
+            compiled_calls=sum(each.shapes for each in calls if isinstance(each, Compiled | TextEncoder)),
             compile_seconds=time.monotonic() - began,
         )
 
@@ -464,7 +464,7 @@ class Ensemble:
         multistep history, as the stock two-pipeline recipe does. A second-order step is never cut in two: both its
         calls belong to the expert that began it.
         """
-        scheduler = self._scheduler(request, begin=0)
+        scheduler = self._scheduler(request.scheduler, request.steps, begin=0)
         starts = scheduler.timesteps[:: scheduler.order]
         trained = scheduler.config.num_train_timesteps
         cutoff = round(trained - request.high_noise_frac * trained)
@@ -475,7 +475,7 @@ class Ensemble:
 
         schedulers = {Stage.BASE: scheduler}
         if split < calls:
-            schedulers[Stage.REFINER] = self._scheduler(request, begin=split)
+            schedulers[Stage.REFINER] = self._scheduler(request.scheduler, request.steps, begin=split)
         generator = torch.Generator("cpu").manual_seed(seed)
         shrink = self.card.side_multiple
         shape = (1, self._unets[Stage.BASE].config.in_channels, request.height // shrink, request.width // shrink)
@@ -641,14 +641,6 @@ class Ensemble:
         )
         return mean, deviation
 
-    def _scheduler(self, request: ImageRequest, begin: int) -> Any:
-        """A scheduler of the request's kind, about to make call number `begin`; its tables stay on the CPU."""
-        scheduler = SCHEDULERS[request.scheduler](self._scheduler_config)
-        scheduler.set_timesteps(request.steps, device="cpu")
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        return scheduler
-
     def _tail(self, prompt: str) -> str:
         """What the text encoders do not see of a prompt: all from the first token beyond their window on."""
         window = self._tokenizer.model_max_length - 2  # the start and end tokens
@@ -698,25 +690,25 @@ def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_Imag
                 yield by_image
 
 
-def _remember_texts(encoder: Any) -> None:
-    """Let a CLIP text encoder keep what it made of the last two texts.
+def _schedulers(config: Any) -> Callable[..., Any]:
+    """What makes a scheduler of a kind, of so many steps, about to make call number `begin`; its tables are on the CPU.
 
-    The experts share one and read the same prompt, and many requests have the same negative prompt, or none.
+    The tables are computed once, which can take 60 ms, and copied.
     """
-    plain = encoder.forward
-    kept: OrderedDict[Hashable, compilation.Encoded] = OrderedDict()
 
-    def forward(ids: torch.Tensor, output_hidden_states: bool = True) -> compilation.Encoded:
-        text = compilation.runs(), ids.cpu().numpy().tobytes()
-        if text not in kept:
-            encoded = plain(ids, output_hidden_states=True)
-            kept[text] = compilation.Encoded(encoded[0], encoded.hidden_states[-2])
-        kept.move_to_end(text)
-        while len(kept) > _TEXTS:
-            kept.popitem(last=False)
-        return kept[text]
+    @functools.lru_cache(_SCHEDULES)
+    def untouched(kind: str, steps: int) -> Any:
+        scheduler = SCHEDULERS[kind](config)
+        scheduler.set_timesteps(steps, device="cpu")
+        return scheduler
 
-    encoder.forward = forward
+    def scheduler(kind: str, steps: int, begin: int) -> Any:
+        made = copy.deepcopy(untouched(kind, steps))
+        if hasattr(made, "set_begin_index"):
+            made.set_begin_index(begin)
+        return made
+
+    return scheduler
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -56,7 +56,7 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
         crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
         texts = _Together([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
         columns = iter(texts.columns)
-        made |= {each: Transformer(each, [(next(columns), next(columns)) for _ in each.transformer_blocks])
+        made |= {each: Transformer(each, [(next(columns), next(columns)) for _ in each.transformer_blocks], device)
                  for each in transformers}  # fmt: skip
         # The network gives these what its layers would get, and gives its layers what comes of it.
         network.time_embed_act = shifts
@@ -209,7 +209,7 @@ class Quantisable(nn.Module):
         self._largest: torch.Tensor | None = None
 
     def _observe(self, values: torch.Tensor) -> None:
-        if Quantisable.observes:
+        if Quantisable.observes and self.scale is None:
             largest = values.abs().amax().float()
             self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
@@ -283,8 +283,7 @@ class ResnetConvolution(Convolving):
     def forward(
         self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self.scale is None:
-            self._observe(images)
+        self._observe(images)
         if self._winograd is not None and self.has_fewer_products:
             return self._winograd(images, bias, kept)
         if self.layer is None:
@@ -315,8 +314,7 @@ class Upsample(Convolving):
         self.conv, self.bias = layer.conv, layer.conv.bias
 
     def forward(self, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
-        if self.scale is None:
-            self._observe(hidden_states)
+        self._observe(hidden_states)
         result: torch.Tensor
         if output_size is not None and tuple(output_size) != tuple(2 * side for side in hidden_states.shape[2:]):
             result = self.conv(F.interpolate(hidden_states, size=output_size, mode="nearest"))
@@ -394,12 +392,12 @@ class Resnet(nn.Module):
 class Transformer(nn.Module):
     """The blocks of attention at one place of a U-Net, and the projections into and out of them."""
 
-    def __init__(self, layer: Transformer2DModel, texts: Sequence[tuple[slice, slice]]) -> None:
+    def __init__(self, layer: Transformer2DModel, texts: Sequence[tuple[slice, slice]], device: str) -> None:
         super().__init__()
         self.norm = GroupNorm(layer.norm, silu=False)
         self.proj_in, self.proj_out = layer.proj_in, layer.proj_out
         pairs = zip(layer.transformer_blocks, texts, strict=True)
-        self.blocks = nn.ModuleList([_Block(block, *columns) for block, columns in pairs])
+        self.blocks = nn.ModuleList([_Block(block, *columns, device) for block, columns in pairs])
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
@@ -420,7 +418,7 @@ class _Block(OfImages):
     It takes and gives values in two parts that are still to be added: the next norm does that in its one pass.
     """
 
-    def __init__(self, block: BasicTransformerBlock, keys: slice, values: slice) -> None:
+    def __init__(self, block: BasicTransformerBlock, keys: slice, values: slice, device: str) -> None:
         super().__init__()
         own, other = block.attn1, block.attn2
         self._heads = own.heads
@@ -430,7 +428,7 @@ class _Block(OfImages):
         self.own_out = Linear.of(own.to_out[0])
         self.queries = Linear.of(other.to_q)
         self.other_out = Linear.of(other.to_out[0])
-        self.widen, self.narrow = Linear.of(block.ff.net[0].proj), Linear.of(block.ff.net[2])
+        self.widen, self.narrow = GatedLinear(block.ff.net[0].proj, device), Linear.of(block.ff.net[2])
 
     def forward(
         self, values: torch.Tensor, more: torch.Tensor | None, texts: torch.Tensor
@@ -441,7 +439,7 @@ class _Block(OfImages):
         keys, said = texts[..., self._keys], texts[..., self._values]
         taken = kernels.cross_attention(self.queries(normed), keys, said, self._heads, self.other_out.scale)
         values, normed = self._normed(2, values, self.other_out(taken), self.widen)
-        return values, self.narrow(kernels.gated_gelu(self.widen(normed), self.narrow.scale, self.images))
+        return values, self.narrow(self.widen(normed, self.narrow.scale, self.images))
 
     def _normed(
         self, which: int, values: torch.Tensor, more: torch.Tensor | None, reader: "Linear"
@@ -469,8 +467,8 @@ class Linear(Quantisable):
         return cls(layer.weight, layer.bias)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self._observe(values)
         if self.scale is None:
-            self._observe(values)
             return F.linear(values, self.weight, self.bias)
         rows = torch._scaled_mm(
             values.reshape(-1, values.shape[-1]), self.weight.t(), scale_a=self.scale, scale_b=self.weight_scale,
@@ -481,6 +479,27 @@ class Linear(Quantisable):
     def quantise(self, scale: torch.Tensor) -> None:
         weight = self.weight.detach()
         self._quantise(scale, weight, weight.abs().amax().float() / kernels.LARGEST)
+
+
+class GatedLinear(Linear):
+    """A linear layer and its GEGLU: in one on a device that has a kernel for it, from when the layer is made."""
+
+    def __init__(self, layer: nn.Linear, device: str) -> None:
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+        is_kernel = kernels.gates(torch.device(device), weight.dtype)
+        if is_kernel:
+            weight, bias = kernels.with_gates_between(weight), kernels.with_gates_between(bias)
+        super().__init__(weight, bias)
+        self._is_kernel, self._dtype = is_kernel, weight.dtype
+
+    def forward(self, values: torch.Tensor, result_scale: torch.Tensor | None = None, images: int = 1) -> torch.Tensor:
+        """(..., width), in fp8 where there is a scale for that; on a CPU GEGLU of so many images one by one."""
+        if not self._is_kernel or self.bias is None:
+            return kernels.gated_gelu(super().forward(values), result_scale, images)
+        self._observe(values)
+        return kernels.gated_linear(
+            values, self.weight, self.bias, self._dtype, self.scale, self.weight_scale, result_scale
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -61,6 +61,35 @@ def test_gated_gelu(dtype: torch.dtype, width: int, scale: torch.Tensor | None, 
     compare(lambda given: kernels.gated_gelu(given, scale), values, monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize("in_fp8", [True, False])
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize(("rows", "channels", "width"), [(300, 192, 320), (128, 128, 1024), (5, 80, 200)])
+def test_gated_linear(rows: int, channels: int, width: int, scale: torch.Tensor | None, in_fp8: bool, monkeypatch):
+    values, weight = random(2, rows, channels, dtype=NETWORK), random(2 * width, channels, dtype=NETWORK) / 10
+    if in_fp8:
+        values, weight = kernels.quantised(values, SCALE), kernels.quantised(weight, SCALE)
+    scales = (SCALE, SCALE) if in_fp8 else (None, None)
+    compare(
+        lambda values, weight, bias: kernels.gated_linear(values, weight, bias, NETWORK, *scales, scale),
+        values, weight, random(2 * width, dtype=NETWORK), monkeypatch=monkeypatch,
+    )  # fmt: skip
+
+
+def test_gates_between_are_those_of_a_linear_layer_and_its_geglu(dtype: torch.dtype):
+    values, weight, bias = (random(*shape, dtype=dtype) for shape in ((2, 5, 48), (2 * 64, 48), (2 * 64,)))
+    between = kernels.with_gates_between(weight), kernels.with_gates_between(bias)
+    expected = kernels.gated_gelu(F.linear(values, weight, bias))
+    made = kernels.gated_linear(values, *between, dtype)
+    assert (made.float() - expected.float()).norm() < 1e-2 * expected.float().norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a processor's products of matrices depend on the place of a row")
+def test_a_row_is_gated_alike_at_any_place():
+    values, weight, bias = (random(*shape, dtype=NETWORK) for shape in ((700, 640), (2560, 640), (2560,)))
+    turned = kernels.gated_linear(values.roll(300, 0), weight, bias, NETWORK)
+    assert torch.equal(turned, kernels.gated_linear(values, weight, bias, NETWORK).roll(300, 0))
+
+
 def test_quantised(dtype: torch.dtype, monkeypatch):
     values = torch.cat([random(100, 33, dtype=dtype), random(1, 33, dtype=dtype) * 1e4])  # beyond what fp8 holds
     compare(lambda given: kernels.quantised(given, SCALE), values, monkeypatch=monkeypatch)

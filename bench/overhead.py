@@ -84,7 +84,8 @@ async def main() -> None:
     engine.join(10)
 
     ratios = [b / a for a, b in zip(bare, served, strict=True)]
-    print(f"{card.name} on {card.device} in {card.precision}, {card.default_steps} steps, {runs} pairs")
+    size = len(through_grpc) / 1e6
+    print(f"{card.name} on {card.device} in {card.precision}, {card.default_steps} steps, {runs} pairs, {size:.2f} MB")
     for name, seconds in (("bare loop", bare), ("through gRPC", served)):
         print(f"{name:14} median {statistics.median(seconds):.3f} s   min {min(seconds):.3f}   max {max(seconds):.3f}")
     print(

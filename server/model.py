@@ -503,7 +503,7 @@ class Ensemble:
         depend on its place in the list, nor on its neighbours.
 
         A GPU does not wait for whoever calls this: of trajectories that come for the second time in a row it predicts
-        the next call of the same expert at once, where that is a recorded one. If others come then, they wait for that
+        the next call at once, where that is a recorded one of one expert. If others come then, they wait for that
         too. Calls that are not recorded take longer to ask for than to make.
 
         Raises StepFailed when some failed and the others have moved on. Whatever else it raises, OutOfMemory for one,
@@ -543,10 +543,9 @@ class Ensemble:
     def _run_ahead(self, trajectories: list[Trajectory]) -> None:
         """Predict the next call of trajectories that have just moved, if it is likely to be the next one."""
         before, self._moved = self._moved, [id(each) for each in trajectories]
-        stages = {stage for each in trajectories for stage in each.stages[each.position - 1 : each.position + 1]}
-        is_last = any(each.position == len(each.stages) for each in trajectories)
+        stages = {each.stages[each.position] if each.position < len(each.stages) else None for each in trajectories}
         recorded = all(each.conditioning.compiled for each in trajectories)
-        if recorded and before == self._moved and len(stages) == 1 and not is_last:
+        if recorded and before == self._moved and len(stages) == 1 and None not in stages:
             with contextlib.suppress(Exception):  # which the next call raises again, if there is one
                 inputs = [each.network_input() for each in trajectories]
                 self._ahead = _Ahead(trajectories, self.max_batch, self._predicted(trajectories, inputs))

@@ -96,7 +96,7 @@ def test_quantised(dtype: torch.dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [None, SCALE])
-@pytest.mark.parametrize(("heads", "width", "tokens"), [(10, 64, 77), (3, 32, 77), (2, 64, 5)])
+@pytest.mark.parametrize(("heads", "width", "tokens"), [(10, 64, 77), (3, 32, 77), (2, 64, 5), (1, 32, 100)])
 def test_cross_attention(
     dtype: torch.dtype, heads: int, width: int, tokens: int, scale: torch.Tensor | None, monkeypatch
 ):

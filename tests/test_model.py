@@ -225,7 +225,7 @@ def test_running_ahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
     for trajectory in (one, other):
         while trajectory.position < len(trajectory.stages):
             ensemble.step([trajectory])
-    assert len(calls) == 1 + len(one.stages) + len(other.stages), "only that of both experts was not wanted"
+    assert len(calls) == 1 + len(one.stages) + len(other.stages), "only one was not wanted"
     for trajectory, once in zip((one, other), expected, strict=True):
         assert torch.equal(trajectory.latents, once.latents)
         assert torch.equal(trajectory.denoised, once.denoised)

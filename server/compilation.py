@@ -1,9 +1,10 @@
 """Networks at the speed of their device: layers are compiled or made over, and on CUDA a whole call is one graph.
 
-What is compiled are the layers that a network repeats, or the whole of it, which takes far longer. On CUDA the layers
-that repeat are not compiled but those of layers.py, which is faster both ways; and a call of the shapes seen while
-`warming` is recorded once and replayed from then on, since Python is slower at launching kernels than such a device at
-running them. Calls of other shapes are made as if nothing had been compiled, and so is every call where that is wanted.
+What is compiled are the layers that a network repeats, or the whole of it, which takes far longer. On CUDA, and on a
+CPU that has `cpu_kernels`, the layers that repeat are not compiled but those of layers.py, by kernels of their own,
+which is faster both ways. On CUDA a call of the shapes seen while `warming` is recorded once and replayed from then on,
+since Python is slower at launching kernels than such a device at running them. Calls of other shapes are made as if
+nothing had been compiled, and so is every call where that is wanted.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from server import layers
+from server import cpu_kernels, layers
 
 Mode = Literal["off", "blocks", "full"]
 Call = Callable[..., Any]
@@ -51,6 +52,7 @@ def keep_in(folder: Path) -> None:
     """Let what is compiled from now on be kept in a folder, and taken from there by later processes."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    cpu_kernels.keep_in(folder)
 
 
 class Compiled:
@@ -74,6 +76,8 @@ class Compiled:
         self._compiled = call
         if mode == "full":
             self._compiled = torch.compile(call, fullgraph=True, dynamic=False)
+        elif layers.run_cpu_kernels(network):
+            self._compiled = _by_cpu_kernels(call)
         elif device.type != "cuda":
             _compile_blocks(network)
 
@@ -206,6 +210,14 @@ class _Block(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         return self._ways[_compiled.get()](*inputs, **named)
+
+
+def _by_cpu_kernels(call: Call) -> Call:
+    def made(*inputs: torch.Tensor) -> Any:
+        with cpu_kernels.running():
+            return call(*inputs)
+
+    return made
 
 
 def _compile_blocks(network: nn.Module) -> None:

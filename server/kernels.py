@@ -1,9 +1,10 @@
 """What a step of a U-Net does between its matrix products, each in one pass over its bytes.
 
 Every function is a plain PyTorch reference and, for CUDA, a kernel in Triton that computes the same in fp32 and rounds
-once; tests compare the two. Where a function takes `scale`, what it makes is for a product in fp8: divided by it, kept
-within what e4m3 can hold, 448 at most, and rounded to that. A row, an image or a group is summed up by one program in
-one order, so that what it comes to depends neither on its neighbours nor on the run.
+once; tests compare the two. Where a CPU runs `cpu_kernels`, in fp32 and without a `scale`, most are one of those. Where
+a function takes `scale`, what it makes is for a product in fp8: divided by it, kept within what e4m3 can hold, 448 at
+most, and rounded to that. A row, an image or a group is summed up by one program in one order, so that what it comes to
+depends neither on its neighbours nor on the run.
 """
 
 from __future__ import annotations  # those of the kernels are read, and never evaluated, by Triton
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from server import cpu_kernels
 
 try:
     import triton
@@ -89,6 +92,8 @@ def layer_norm(
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`values + more`, of shape (..., width), and that sum with every row normalised, weighted and shifted."""
+    if scale is None and cpu_kernels.compute(values, values.shape[-1]):
+        return cpu_kernels.layer_norm(values, more, weight, bias, eps)
     if not _runs_kernels(values):
         total = values if more is None else values + more
         normed = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
@@ -128,6 +133,8 @@ def gated_gelu(values: torch.Tensor, scale: torch.Tensor | None = None, images: 
 
     On a CPU those of each of so many images by themselves.
     """
+    if scale is None and cpu_kernels.compute(values, values.shape[-1] // 2):
+        return cpu_kernels.gated_gelu(values)
     if not _runs_kernels(values):
         linear, gate = values.chunk(2, dim=-1)
         gated = by_image(images, lambda linear, gate: F.gelu(gate).mul_(linear), linear, gate)
@@ -262,6 +269,8 @@ def cross_attention(
     """
     (batch, places, inner), tokens = queries.shape, keys.shape[1]
     width = inner // heads
+    if scale is None and cpu_kernels.attend(width) and cpu_kernels.compute(queries, width):
+        return cpu_kernels.attention(queries, keys, values, heads)
     if not _runs_kernels(queries) or tokens > 128 or width & (width - 1) or width < 16:
         split = (each.unflatten(-1, (heads, width)).transpose(1, 2) for each in (queries, keys, values))
         taken = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(batch, places, inner)
@@ -340,6 +349,8 @@ def group_norm(
     """
     batch, channels, height, width = images.shape
     edge = 1 if border else 0
+    if scale is None and not border and cpu_kernels.compute(images, channels):
+        return cpu_kernels.group_norm(images, shift, groups, weight, bias, eps, silu)
     if not _runs_kernels(images):
         shifted = images if shift is None else images + shift[:, :, None, None]
 

@@ -1,9 +1,10 @@
 """Layers of the U-Nets and of the decoder that compute what diffusers' do, made over for few passes over few bytes.
 
 Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks and of
-upsampling where they are told to. Projections that all read the same are one: queries, keys and values of a
-self-attention; keys and values of the whole network, which the text alone decides; and what the timestep adds in each
-residual network. The networks' own forward is diffusers', over images in channels-last order.
+upsampling where they are told to. While `cpu_kernels` run, residual networks convolve and linear layers multiply by
+those. Projections that all read the same are one: queries, keys and values of a self-attention; keys and values of the
+whole network, which the text alone decides; and what the timestep adds in each residual network. The networks' own
+forward is diffusers', over images in channels-last order.
 
 The linear layers of a U-Net's transformers and the convolutions of its residual networks and of its upsampling can
 multiply in fp8 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from server import kernels, winograd
+from server import cpu_kernels, kernels, winograd
 from server.winograd import Winograd
 
 
@@ -81,6 +82,23 @@ def convolve_by_winograd(network: nn.Module) -> None:
     for each in network.modules():
         if isinstance(each, ResnetConvolution):
             each.become_winograd()
+
+
+def run_cpu_kernels(network: nn.Module) -> bool:
+    """Whether a network was made over, and `cpu_kernels` can compute what is between its products."""
+    made_over = (each for each in network.modules() if isinstance(each, Resnet))
+    weights = (each.norm1.weight for each in made_over)
+    return cpu_kernels.suit() and any(each.device.type == "cpu" and each.dtype == torch.float32 for each in weights)
+
+
+def multiply_by_cpu_kernels(network: nn.Module) -> None:
+    """Let a network that was made over for a CPU multiply by `cpu_kernels` while these run, where that gains.
+
+    From now on it must not change its device or precision.
+    """
+    for each in network.modules():
+        if isinstance(each, ResnetConvolution | Linear | Projection):
+            each.become_cpu_kernel()
 
 
 def convolve_by_kernel(unet: nn.Module) -> None:
@@ -265,25 +283,34 @@ class Convolving(Quantisable):
 class ResnetConvolution(Convolving):
     """A 3 x 3 convolution of a residual network, without a bias of its own.
 
-    It can be one of fewer products, which reads images with a border too, but for whoever compiles.
+    It can be one of fewer products, but for whoever compiles: by a kernel of `cpu_kernels` while these run, or by
+    PyTorch's products, which read images with a border too.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
         self._winograd: Winograd | None = None
+        self._cpu_kernel: cpu_kernels.Winograd | None = None
 
     @property
     def reads_border(self) -> bool:
-        return self.is_kernel or self.has_fewer_products
+        return self.is_kernel or (self.has_fewer_products and not self._runs_cpu_kernel)
 
     @property
     def has_fewer_products(self) -> bool:
-        return self._winograd is not None and not torch.compiler.is_compiling()
+        by_products = self._winograd is not None and not torch.compiler.is_compiling()
+        return by_products or self._runs_cpu_kernel
+
+    @property
+    def _runs_cpu_kernel(self) -> bool:
+        return self._cpu_kernel is not None and cpu_kernels.run()
 
     def forward(
         self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
         self._observe(images)
+        if self._cpu_kernel is not None and self._runs_cpu_kernel:
+            return self._cpu_kernel(images, bias, kept)
         if self._winograd is not None and self.has_fewer_products:
             return self._winograd(images, bias, kept)
         if self.layer is None:
@@ -298,6 +325,11 @@ class ResnetConvolution(Convolving):
         """From now on convolve by fewer products where that gains."""
         if isinstance(self.layer, nn.Conv2d) and winograd.gains(self.layer):
             self._winograd = Winograd(self.layer)
+
+    def become_cpu_kernel(self) -> None:
+        """From now on convolve by fewer products where that gains and `cpu_kernels` run."""
+        if isinstance(self.layer, nn.Conv2d) and cpu_kernels.Winograd.computes(self.layer):
+            self._cpu_kernel = cpu_kernels.Winograd(self.layer)
 
 
 class Upsample(Convolving):
@@ -368,7 +400,7 @@ class Resnet(nn.Module):
         self._columns = columns  # of what the timestep adds, the first convolution's bias included
         self.norm1, self.norm2 = GroupNorm(layer.norm1, silu=True), GroupNorm(layer.norm2, silu=True)
         self.conv1, self.conv2 = ResnetConvolution(layer.conv1), ResnetConvolution(layer.conv2)
-        self.conv_shortcut = layer.conv_shortcut
+        self.conv_shortcut = None if layer.conv_shortcut is None else Projection(layer.conv_shortcut)
         self.shift = layer.conv1.bias  # where there is no timestep to add to it
         bias = layer.conv2.bias
         if layer.conv_shortcut is not None:
@@ -395,7 +427,7 @@ class Transformer(nn.Module):
     def __init__(self, layer: Transformer2DModel, texts: Sequence[tuple[slice, slice]], device: str) -> None:
         super().__init__()
         self.norm = GroupNorm(layer.norm, silu=False)
-        self.proj_in, self.proj_out = layer.proj_in, layer.proj_out
+        self.proj_in, self.proj_out = Projection(layer.proj_in), Projection(layer.proj_out)
         pairs = zip(layer.transformer_blocks, texts, strict=True)
         self.blocks = nn.ModuleList([_Block(block, *columns, device) for block, columns in pairs])
 
@@ -448,17 +480,45 @@ class _Block(OfImages):
         return kernels.layer_norm(values, more, norm.weight, norm.bias, norm.eps, reader.scale)
 
     def _self_attention(self, projected: torch.Tensor) -> torch.Tensor:
-        batch, places, _ = projected.shape
+        batch, places, wide = projected.shape
+        width = wide // 3 // self._heads
+        if self.own_out.scale is None and cpu_kernels.attend(width) and cpu_kernels.compute(projected, width):
+            queries, keys, said = projected.chunk(3, dim=-1)
+            return cpu_kernels.attention(queries, keys, said, self._heads)
         split = projected.view(batch, places, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
         taken = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(batch, places, -1)
         return taken if self.own_out.scale is None else kernels.quantised(taken, self.own_out.scale)
 
 
+class Projection(nn.Module):
+    """A linear layer, or a convolution of 1 x 1, that is never in fp8. It can be a kernel while `cpu_kernels` run."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self._cpu_kernel: cpu_kernels.Linear | None = None
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self._cpu_kernel is not None and cpu_kernels.run():
+            if isinstance(self.layer, nn.Linear):
+                return self._cpu_kernel(values)
+            return self._cpu_kernel(values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        result: torch.Tensor = self.layer(values)
+        return result
+
+    def become_cpu_kernel(self) -> None:
+        """From now on multiply by a kernel where that gains and `cpu_kernels` run."""
+        weight = self.layer.weight.flatten(1)
+        if cpu_kernels.Linear.computes(weight):
+            self._cpu_kernel = cpu_kernels.Linear(weight, self.layer.bias)
+
+
 class Linear(Quantisable):
-    """A linear layer."""
+    """A linear layer. It can be a kernel of `cpu_kernels` while these run."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
+        self._cpu_kernel: cpu_kernels.Linear | None = None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -467,6 +527,8 @@ class Linear(Quantisable):
         return cls(layer.weight, layer.bias)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self._cpu_kernel is not None and cpu_kernels.run():
+            return self._cpu_kernel(values)
         self._observe(values)
         if self.scale is None:
             return F.linear(values, self.weight, self.bias)
@@ -475,6 +537,11 @@ class Linear(Quantisable):
             bias=self.bias, out_dtype=self._dtype, use_fast_accum=values.is_cuda,
         )  # fmt: skip
         return rows.view(*values.shape[:-1], -1)
+
+    def become_cpu_kernel(self) -> None:
+        """From now on multiply by a kernel where that gains and `cpu_kernels` run."""
+        if self.scale is None and cpu_kernels.Linear.computes(self.weight):
+            self._cpu_kernel = cpu_kernels.Linear(self.weight, self.bias)
 
     def quantise(self, scale: torch.Tensor) -> None:
         weight = self.weight.detach()
@@ -494,6 +561,8 @@ class GatedLinear(Linear):
 
     def forward(self, values: torch.Tensor, result_scale: torch.Tensor | None = None, images: int = 1) -> torch.Tensor:
         """(..., width), in fp8 where there is a scale for that; on a CPU GEGLU of so many images one by one."""
+        if self._cpu_kernel is not None and cpu_kernels.run():
+            return self._cpu_kernel.gated(values)
         if not self._is_kernel or self.bias is None:
             return kernels.gated_gelu(super().forward(values), result_scale, images)
         self._observe(values)

@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from server import checkpoint, compilation, kernels, layers, preview, provenance
 from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
 from server.compilation import Compiled
+from server.cpu_kernels import CannotBuild
 from server.domain import (
     Environment,
     ImageRequest,
@@ -357,6 +358,8 @@ class Ensemble:
         if self._device.type == "cpu":
             for network in self._made_over:
                 layers.convolve_by_winograd(network)
+                if self._compile == "blocks" and layers.run_cpu_kernels(network):
+                    layers.multiply_by_cpu_kernels(network)
 
     def _observed(self, every: Mapping[str, layers.Quantisable]) -> dict[str, torch.Tensor]:
         """The scales of layers by name, on the CPU, of images of several prompts through both experts."""
@@ -916,7 +919,7 @@ def _told(sizes: Sequence[tuple[int, int]]) -> str:
 def _compiling() -> Iterator[None]:
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, CannotBuild) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CannotCompile(
             f"the networks cannot be compiled here ({reason}); install a C++ compiler, or leave --compile off"

@@ -144,8 +144,9 @@ class Settings(BaseSettings):
     )
     compile: Literal["off", "blocks", "full"] = Field(
         "off",
-        description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA by kernels of "
-        "our own, or full, each compiled as a whole, for minutes; on CUDA every call is then one graph",
+        description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA and on a CPU "
+        "with AVX2 by kernels of our own, or full, each compiled as a whole, for minutes; on CUDA every call is then "
+        "one graph",
     )
     compile_cache: Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"

@@ -36,10 +36,7 @@ class Winograd:
     """A 3 x 3 convolution of images with a border of one pixel."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        weight = layer.weight.detach()
-        outputs, channels = weight.shape[:2]
-        transformed = torch.einsum("ij,ocjk,lk->ilco", _WEIGHTS, weight.double(), _WEIGHTS)
-        self._weight = transformed.reshape(36, channels, outputs).to(weight.dtype).contiguous()
+        self._weight = transformed(layer.weight.detach())
 
     def __call__(
         self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
@@ -111,13 +108,25 @@ def _by_tile(images: torch.Tensor, down: int, across: int) -> torch.Tensor:
     return images.view(batch, down, _SIDE, across, _SIDE, channels).permute(2, 4, 0, 1, 3, 5)
 
 
+def transformed(weight: torch.Tensor) -> torch.Tensor:
+    """Weights (outputs, channels, 3, 3) as (36, channels, outputs)."""
+    outputs, channels = weight.shape[:2]
+    places = torch.einsum("ij,ocjk,lk->ilco", _WEIGHTS, weight.double(), _WEIGHTS)
+    return places.reshape(36, channels, outputs).to(weight.dtype).contiguous()
+
+
 def gains(layer: nn.Conv2d) -> bool:
     """Whether fewer products, but more passes, are the faster for a 3 x 3 convolution.
 
     That was measured on AVX2 with MKL. With AVX-512 a processor multiplies twice as fast and reads no faster.
     """
     fast = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    fits = min(layer.in_channels, layer.out_channels) >= _FEWEST and layer.in_channels * layer.out_channels <= _MOST
+    return fast and fits(layer, _FEWEST)
+
+
+def fits(layer: nn.Conv2d, fewest: int) -> bool:
+    """Whether a layer is a 3 x 3 convolution on a CPU of at least so many channels, and of not too many weights."""
+    fits = min(layer.in_channels, layer.out_channels) >= fewest and layer.in_channels * layer.out_channels <= _MOST
     shaped = layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.stride == (1, 1)
     usual = layer.dilation == (1, 1) and layer.groups == 1 and layer.weight.dtype == torch.float32
-    return fast and fits and shaped and usual and layer.weight.device.type == "cpu"
+    return fits and shaped and usual and layer.weight.device.type == "cpu"

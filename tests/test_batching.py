@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from server import model
+from server import cpu_kernels, model
 from server.domain import ImageRequest, OutOfMemory, Stage, StepFailed
 from server.settings import EMBEDDED
 
@@ -122,9 +122,16 @@ def test_the_place_in_the_batch_does_not_matter_for_any_number_of_threads(
     assert all(torch.equal(each, latents[0]) for each in latents)
 
 
-def test_an_embedded_image_has_the_same_bytes_in_any_company():
-    ensemble = model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu", max_batch=4)
+BY_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are for AVX2")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"compile": "blocks", "warm_up": [(192, 168)]}, marks=BY_KERNELS)]
+)
+def test_an_embedded_image_has_the_same_bytes_in_any_company(options: dict):
+    ensemble = model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu", max_batch=4, **options)
     request = replace(REQUEST, width=192, height=168, steps=5)
+    assert ensemble.encode(request).compiled == bool(options)
     alone = image(ensemble, request)
     for company in (1, 3):
         assert np.array_equal(image_in_company(ensemble, request, company, random.Random(company)), alone)

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import PATIENCE, ROOT, ServerProcess, connect, digests, request
 from test_telemetry import scrape
 
-from server import model
+from server import cpu_kernels, model
 from server.checkpoint import CannotCompile
 from server.domain import default_request
 from server.telemetry import Metrics
@@ -52,13 +52,16 @@ def plain(folders) -> model.Ensemble:
     return model.load(*folders, device="cpu")
 
 
-@pytest.fixture(scope="module", params=["blocks", "full"])
+@pytest.fixture(scope="module", params=["blocks", "blocks where no kernels suit", "full"])
 def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> model.Ensemble:
     cache = tmp_path_factory.mktemp("cache")
+    mode, _, without_kernels = request.param.partition(" ")
     with pytest.MonkeyPatch.context() as patch:
+        if without_kernels:
+            patch.setattr(cpu_kernels, "suit", lambda: False)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which loading sets, for this process: it is put back
         patch.setenv("TRITON_CACHE_DIR", "")
-        loaded = model.load(*folders, device="cpu", compile=request.param, compile_cache=cache, warm_up=[(SIDE, SIDE)])
+        loaded = model.load(*folders, device="cpu", compile=mode, compile_cache=cache, warm_up=[(SIDE, SIDE)])
         assert any(cache.rglob("*.so")), "what is compiled is kept"
     return loaded
 

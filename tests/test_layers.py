@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from pydantic import ValidationError
 from torch import nn
 
-from server import layers, model
+from server import cpu_kernels, layers, model
 from server.checkpoint import CannotCompile, NoDevice
 from server.domain import default_request
 from server.settings import EMBEDDED, Settings
@@ -163,6 +163,42 @@ def test_what_is_compiled_convolves_as_pytorch_does():
     with torch.inference_mode():
         compiled = torch.compile(resnet, fullgraph=True, dynamic=False)(images, shifts)
         assert error(compiled, resnet(images, shifts)) < 1e-5
+
+
+@pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are for AVX2")
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
+def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_run(expert: str, size: tuple[int, int]):
+    plain = unet(expert)
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused, "cpu")
+    before = predicted(fused, *size)
+    assert layers.run_cpu_kernels(fused)
+    layers.multiply_by_cpu_kernels(fused)
+    assert torch.equal(predicted(fused, *size), before), "they do not run yet"
+    with cpu_kernels.running():
+        assert all(fewer_products(fused))
+        by_kernels = predicted(fused, *size)
+    assert error(by_kernels, before) > 0
+    assert error(by_kernels, predicted(plain, *size)) < 1e-5
+
+
+@pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are for AVX2")
+def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
+    plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused.decoder, "cpu")
+    layers.multiply_by_cpu_kernels(fused.decoder)
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), cpu_kernels.running():
+        assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+def test_a_network_that_was_not_made_over_or_is_not_in_fp32_is_not_for_the_kernels_of_a_cpu():
+    network = unet("refiner")
+    assert not layers.run_cpu_kernels(network)
+    layers.fuse(network, "cpu")
+    assert not layers.run_cpu_kernels(network.bfloat16())
 
 
 def test_what_multiplies_in_fp8_is_left_at_that():

@@ -1,4 +1,4 @@
-"""What a step of a U-Net does between its matrix products, each in one pass over its bytes.
+"""What a step of a U-Net does beside and between PyTorch's matrix products, each in one pass over its bytes.
 
 Every function is a plain PyTorch reference and, for CUDA, a kernel in Triton that computes the same in fp32 and rounds
 once; tests compare the two. Where a CPU runs `cpu_kernels`, in fp32 and without a `scale`, most are one of those. Where

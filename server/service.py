@@ -179,10 +179,11 @@ class Service:
         if self._compiler is not None:
             let_go = let_go and not self._compiler.is_alive()
         done = self.engine.statistics()
+        foretold = f", times foretold to {100 * done.eta_error:.0f} % (median error)" if done.eta_error >= 0 else ""
         log.info(
-            "stopped; %s, %.1f s of the device, %.3f s of them for nobody, times foretold to %.0f %% (median error)",
+            "stopped; %s, %.1f s of the device, %.3f s of them for nobody%s",
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
-            done.device, done.wasted, 100 * done.eta_error,
+            done.device, done.wasted, foretold,
         )  # fmt: skip
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)

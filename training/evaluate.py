@@ -146,8 +146,7 @@ def reconstruction(it: Subject) -> Iterator[Row]:
 def things(it: Subject) -> Iterator[Row]:
     """Concepts drawn by their names: how often they are found again, and how often real held-out renderings are."""
     asked = it.asked(it.prompts)
-    features = reading.features(it.drawn(it.names(asked)))
-    drawn = it.gallery.ranks(features, [[each] for each in asked])
+    drawn = _ranks(it, it.drawn(it.names(asked)), asked)
     real = it.gallery.reference
     usual = it.gallery.ranks(it.gallery.features[real], it.gallery.concepts[real, None].tolist())
     for top, bar in ((1, 0.8), (5, 0.9)):
@@ -269,7 +268,6 @@ def aspect_ratios(it: Subject) -> Iterator[Row]:
     Squares are all those that are drawn by name: the bar is a share of what they come to.
     """
     asked, squares = it.asked(it.part(0.1)), it.asked(it.prompts)
-    accepted = [[each] for each in asked]
     choose = random.Random(_REAL)
     rows = [choose.choice(_renderings(it, concept)) for concept in asked]
     right: dict[str, float] = {}
@@ -279,13 +277,12 @@ def aspect_ratios(it: Subject) -> Iterator[Row]:
         if ratio == "1:1":
             continue
         drawn = it.drawn(it.names(asked), ratio=ratio)
-        right[ratio] = _share(it.gallery.ranks(reading.features(reading.squares(drawn)), accepted) < 5)
+        right[ratio] = _share(_ranks(it, reading.squares(drawn), asked) < 5)
         height, width = drawn.shape[-2:]
         placed = [(Thing(row, width / 2, height / 2, min(width, height)),) for row in rows]
-        doubled += _doubled(it, drawn, accepted)
-        usual += _doubled(it, _staged(it.gallery, (height, width), placed), accepted)
-    features = reading.features(it.drawn(it.names(squares)))
-    square = _share(it.gallery.ranks(features, [[each] for each in squares]) < 5)
+        doubled += _doubled(it, drawn, asked)
+        usual += _doubled(it, _staged(it.gallery, (height, width), placed), asked)
+    square = _share(_ranks(it, it.drawn(it.names(squares)), squares) < 5)
     mean, worst = _mean(right.values()), min(right, key=lambda ratio: right[ratio])
     measured = (
         f"{mean:.0%} of {len(asked)} each (least: {worst} {right[worst]:.0%}), 1:1 {square:.0%} of {len(squares)}"
@@ -315,8 +312,7 @@ def guidance(it: Subject) -> Iterator[Row]:
     default = it.ensemble.card.default_guidance_scale
     named, painted = {}, {}
     for scale in (1.0, default, 2 * default):
-        features = reading.features(it.drawn(it.names(asked), guidance_scale=scale))
-        named[scale] = _share(it.gallery.ranks(features, [[each] for each in asked]) < 5)
+        named[scale] = _share(_ranks(it, it.drawn(it.names(asked), guidance_scale=scale), asked) < 5)
         painted[scale] = _in_colour(it, coloured, guidance_scale=scale)
     for what, shares in (("top-5", named), ("colour words", painted)):
         measured = ", ".join(f"{share:.0%} at {scale:g}" for scale, share in shares.items())
@@ -378,9 +374,15 @@ def _halves(pictures: torch.Tensor, across: bool) -> list[torch.Tensor]:
     return [reading.features(reading.squares(part)) for part in parts]
 
 
-def _doubled(it: Subject, pictures: torch.Tensor, accepted: Sequence[Sequence[int]]) -> list[bool]:
+def _ranks(it: Subject, pictures: torch.Tensor, asked: Sequence[int]) -> torch.Tensor:
+    """How many concepts are nearer to each picture than the one that was asked for, (n,)."""
+    return it.gallery.ranks(reading.features(pictures), [[each] for each in asked])
+
+
+def _doubled(it: Subject, pictures: torch.Tensor, asked: Sequence[int]) -> list[bool]:
     """Whether both halves of an oblong picture show what the whole is to show."""
     height, width = pictures.shape[-2:]
+    accepted = [[each] for each in asked]
     one, other = (it.gallery.ranks(half, accepted) for half in _halves(pictures, width > height))
     return (torch.maximum(one, other) < 5).tolist()
 

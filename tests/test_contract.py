@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server import contract, events, images
@@ -232,6 +232,7 @@ def test_the_nine_sizes_of_sdxl_are_the_published_ones():
     }
 
 
+@settings(deadline=None)  # how long one takes says how busy the machine is
 @given(st.binary(max_size=300))
 def test_no_bytes_that_decode_as_a_request_make_parsing_fail_otherwise_than_by_violations(data: bytes):
     message = pb.GenerateRequest()
@@ -241,6 +242,7 @@ def test_no_bytes_that_decode_as_a_request_make_parsing_fail_otherwise_than_by_v
             check(message)
 
 
+@settings(deadline=None)  # how long one takes says how busy the machine is
 @given(st.text(min_size=1, max_size=200))
 def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
     message = pb.GenerateRequest(data=pb.TaskData(prompt=prompt))
@@ -263,6 +265,7 @@ RATIOS = st.fixed_dictionaries({"aspect-ratio": st.sampled_from(sorted(ASPECT_RA
 CODINGS = [images.JPEG, images.JPEG_SUBSAMPLED, images.PNG, images.WEBP, images.WEBP_LOSSLESS]
 
 
+@settings(deadline=None)  # how long one takes says how busy the machine is
 @given(
     data=st.fixed_dictionaries({"prompt": PROMPTS}, optional={"model": st.just("mini")}),
     parameter=st.fixed_dictionaries(

@@ -2,7 +2,7 @@
 
 The configurations are those of stable-diffusion-xl-base-1.0 and -refiner-1.0, the vocabulary is the embedded one. Some
 10 GB in fp16. Coding and sending an image does care: what random weights draw is noise, 2 MB of JPEG where a picture
-has less than one. With `--contrast 0.1` it has 0.7. Run: python -m bench.full_size FOLDER
+has less than one. With `--contrast 0.1` it has 0.6. Run: python -m bench.full_size FOLDER
 """
 
 import argparse

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_winograd import convolution, convolved, images
 from torch import nn
 
 from server import cpu_kernels, kernels
@@ -26,16 +27,8 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def images(batch: int, channels: int, height: int, width: int) -> torch.Tensor:
-    return torch.randn(batch, channels, height, width).to(memory_format=torch.channels_last)
-
-
 def error(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm())
-
-
-def convolution(channels: int, outputs: int, **options) -> nn.Conv2d:
-    return nn.Conv2d(channels, outputs, 3, **({"padding": 1, "bias": False} | options))
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -49,11 +42,7 @@ def test_a_convolution_computes_what_pytorch_does(batch, channels, outputs, heig
     columns = torch.randn(batch, 2 * outputs)[:, outputs:]  # as those of one layer are among those of all
     added = None if bias is None else torch.randn(outputs) if bias == (1,) else columns
     kept = images(batch, outputs, height, width) if keeps else None
-    expected = F.conv2d(given.double(), layer.weight.double(), padding=1)
-    if added is not None:
-        expected += added.double().expand(batch, -1)[:, :, None, None]
-    if kept is not None:
-        expected += kept
+    expected = convolved(layer, given, added, kept)
     made = cpu_kernels.Winograd(layer)(given, added, kept)
     assert made.shape == expected.shape
     assert made.is_contiguous(memory_format=torch.channels_last)

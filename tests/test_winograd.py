@@ -30,6 +30,16 @@ def bordered(images: torch.Tensor) -> torch.Tensor:
     return F.pad(images, [1] * 4)
 
 
+def convolved(
+    layer: nn.Conv2d, given: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor | None
+) -> torch.Tensor:
+    """What PyTorch makes of images in fp64, plus a bias, perhaps of each image another, and what is kept."""
+    made = F.conv2d(given.double(), layer.weight.double(), padding=1)
+    if bias is not None:
+        made += bias.double().expand(len(given), -1)[:, :, None, None]
+    return made if kept is None else made + kept
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("bias", [None, (1,), (2,)], ids=["without a bias", "with one", "of each image another"])
 @pytest.mark.parametrize(
@@ -40,11 +50,7 @@ def test_it_computes_what_pytorch_does(batch, channels, outputs, height, width, 
     layer, given = convolution(channels, outputs), images(batch, channels, height, width)
     added = None if bias is None else torch.randn(outputs) if bias == (1,) else torch.randn(batch, outputs)
     kept = images(batch, outputs, height, width) if keeps else None
-    expected = F.conv2d(given.double(), layer.weight.double(), padding=1)
-    if added is not None:
-        expected += added.double().expand(batch, -1)[:, :, None, None]
-    if kept is not None:
-        expected += kept
+    expected = convolved(layer, given, added, kept)
     made = Winograd(layer)(bordered(given), added, kept)
     assert made.shape == expected.shape
     assert made.is_contiguous(memory_format=torch.channels_last)

@@ -90,28 +90,34 @@ def layer_norm(
     bias: torch.Tensor,
     eps: float,
     scale: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values + more`, of shape (..., width), and that sum with every row normalised, weighted and shifted."""
+    """`values + more`, of shape (..., width), and that sum with every row normalised, weighted and shifted.
+
+    An `offset`, (width,), is added to what is normalised, and not to the sum.
+    """
     if scale is None and cpu_kernels.compute(values, values.shape[-1]):
         return cpu_kernels.layer_norm(values, more, weight, bias, eps)
     if not _runs_kernels(values):
         total = values if more is None else values + more
-        normed = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+        row = total if offset is None else (total + offset).to(total.dtype)
+        normed = F.layer_norm(row, row.shape[-1:], weight, bias, eps)
         return total, normed if scale is None else quantised(normed, scale)
     width = values.shape[-1]
     total = values if more is None else torch.empty_like(values)
     normed = torch.empty_like(values, dtype=values.dtype if scale is None else FP8)
     _layer_norm[(values.numel() // width,)](
-        values, values if more is None else more, total, normed, weight, bias, weight if scale is None else scale, eps,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), ADDS=more is not None, IN_FP8=scale is not None, num_warps=1,
+        values, values if more is None else more, weight if offset is None else offset, total, normed, weight, bias,
+        weight if scale is None else scale, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width),
+        ADDS=more is not None, OFFSETS=offset is not None, IN_FP8=scale is not None, num_warps=1,
     )  # fmt: skip
     return total, normed
 
 
 @_jit
 def _layer_norm(
-    values, more, total, normed, weight, bias, scale, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, IN_FP8: tl.constexpr,
+    values, more, offset, total, normed, weight, bias, scale, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, OFFSETS: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -121,6 +127,8 @@ def _layer_norm(
         summed = (row + tl.load(more + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + at, summed, mask=inside)
         row = summed.to(tl.float32)
+    if OFFSETS:
+        row += tl.load(offset + column, mask=inside, other=0.0)
     centred = tl.where(inside, row - tl.sum(row) / WIDTH, 0.0)
     result = centred * tl.rsqrt(tl.sum(centred * centred) / WIDTH + eps)
     result = result * tl.load(weight + column, mask=inside).to(tl.float32)
@@ -328,6 +336,48 @@ def _likeness(query, keys, values, token, tokens, channel, key_token, value_toke
     return tl.where((token < tokens)[None, :], likeness, float("-inf")), value
 
 
+_SCORES = 2**25  # of some queries with all keys, 128 MiB in fp32, which are in memory at a time
+_MOST_PLACES = 2**15  # of which one program has all scores of a query in its registers
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Self-attention with one wide head: (batch, places, width) each.
+
+    PyTorch's kernels are for heads up to 256 wide, but one that is slower than products which are in memory in between.
+    """
+    halves = queries.is_cuda and queries.dtype.itemsize == 2
+    if not (_runs_kernels(queries) and (halves or _INTERPRETED)) or queries.shape[1] > _MOST_PLACES:
+        return F.scaled_dot_product_attention(queries[:, None], keys[:, None], values[:, None])[:, 0]
+    at_once = max(1, _SCORES // queries.shape[1])
+    taken = torch.empty_like(queries)
+    for query, key, value, result in zip(queries, keys, values, taken, strict=True):
+        for some, made in zip(query.split(at_once), result.split(at_once), strict=True):
+            scores = torch.mm(some, key.t(), out_dtype=torch.float32) if halves else some.float() @ key.t().float()
+            torch.mm(softmax(scores, query.shape[-1] ** -0.5, query.dtype), value, out=made)
+    return taken
+
+
+def softmax(scores: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """The softmax of every row of `factor * scores`, which are (rows, columns) of fp32, in another precision."""
+    if not _runs_kernels(scores):
+        return torch.softmax(factor * scores, dim=-1).to(dtype)
+    rows, columns = scores.shape
+    result = torch.empty_like(scores, dtype=dtype)
+    _softmax[(rows,)](
+        scores, result, factor * _LOG2_E, COLUMNS=columns, BLOCK=triton.next_power_of_2(columns), num_warps=16
+    )
+    return result
+
+
+@_jit
+def _softmax(scores, result, factor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    at, inside = tl.program_id(0).to(tl.int64) * COLUMNS + column, column < COLUMNS
+    row = tl.load(scores + at, mask=inside, other=float("-inf")) * factor
+    row = tl.exp2(row - tl.max(row))
+    tl.store(result + at, (row / tl.sum(row)).to(result.dtype.element_ty), mask=inside)
+
+
 def group_norm(
     images: torch.Tensor,
     shift: torch.Tensor | None,
@@ -339,15 +389,21 @@ def group_norm(
     scale: torch.Tensor | None = None,
     border: bool = False,
     together: int = 1,
+    more: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Group norm of `images + shift`, and its SiLU if so; (batch, channels, height, width) and (batch, channels).
 
-    With a `border` of zeros around each image, for `convolution`, it is (batch, channels, height + 2, width + 2). On a
-    CPU the rows of each of so many as there are `together` are taken by themselves.
+    Images can come in two parts, the last of their channels as `more`: they need not be joined for this. With a
+    `border` of zeros around each image, for `convolution`, it is (batch, channels, height + 2, width + 2). On a CPU the
+    rows of each of so many as there are `together` are taken by themselves.
     The kernel is for channels-last images. One program finds the mean and the spread of each channel in a tile, another
     those of a group, by the formula of Chan, Golub and LeVeque (1979), which cancels nothing; the last normalises.
     """
-    batch, channels, height, width = images.shape
+    if more is not None and not _runs_kernels(images):
+        images, more = torch.cat([images, more], dim=1), None
+    batch, first, height, width = images.shape
+    others = 0 if more is None else more.shape[1]
+    channels = first + others
     edge = 1 if border else 0
     if scale is None and not border and cpu_kernels.compute(images, channels):
         return cpu_kernels.group_norm(images, shift, groups, weight, bias, eps, silu)
@@ -366,6 +422,7 @@ def group_norm(
         result = by_image(together, normed, shifted)
         return result if scale is None else quantised(result, scale)
     images = _channels_last(images)
+    parts_of_channels = images, images if more is None else _channels_last(more)
     places, per_group = height * width, channels // groups
     tiles = triton.cdiv(places, _ROWS)
     in_turn = triton.cdiv(tiles, 256)  # tiles of one program
@@ -378,8 +435,9 @@ def group_norm(
         device=images.device, memory_format=torch.channels_last,
     )  # fmt: skip
     _moments[(parts, across, batch)](
-        images, moments[0], moments[1], places, parts, CHANNELS=channels, IN_TURN=in_turn, ROWS=_ROWS, WIDE=_CHANNELS
-    )
+        *parts_of_channels, moments[0], moments[1], places, parts,
+        FIRST=first, MORE=others, IN_TURN=in_turn, ROWS=_ROWS, WIDE=_CHANNELS,
+    )  # fmt: skip
     _affine[(groups, batch)](
         moments[0], moments[1], *((bias, 0) if shift is None else (shift, shift.stride(0))), weight, bias, affine[0],
         affine[1], eps, places,
@@ -387,18 +445,30 @@ def group_norm(
         PARTS=parts, AT_ONCE=min(32, triton.next_power_of_2(parts)), SPAN=in_turn * _ROWS, SHIFTS=shift is not None,
     )  # fmt: skip
     _normalise[(triton.cdiv(result[0, 0].numel(), _ROWS), across, batch)](
-        images, affine[0], affine[1], result, images if scale is None else scale, height, width,
-        CHANNELS=channels, ROWS=_ROWS, WIDE=_CHANNELS, SILU=silu, EDGE=edge, IN_FP8=scale is not None,
+        *parts_of_channels, affine[0], affine[1], result, images if scale is None else scale, height, width,
+        FIRST=first, MORE=others, ROWS=_ROWS, WIDE=_CHANNELS, SILU=silu, EDGE=edge, IN_FP8=scale is not None,
     )  # fmt: skip
     return result
 
 
 @_jit
+def _read(images, more, place, channel, inside, FIRST: tl.constexpr, MORE: tl.constexpr):
+    """Some channels of some places of images whose first channels are in one tensor, and the others in another."""
+    at = place[:, None] * FIRST + channel[None, :]
+    values = tl.load(images + at, mask=inside & (channel < FIRST)[None, :], other=0.0).to(tl.float32)
+    if MORE:
+        at = place[:, None] * MORE + (channel - FIRST)[None, :]
+        values += tl.load(more + at, mask=inside & (channel >= FIRST)[None, :], other=0.0).to(tl.float32)
+    return values
+
+
+@_jit
 def _moments(
-    images, means, spreads, places, parts,
-    CHANNELS: tl.constexpr, IN_TURN: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    images, more, means, spreads, places, parts,
+    FIRST: tl.constexpr, MORE: tl.constexpr, IN_TURN: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of each channel in a part of an image: its mean, and the sum of squared differences from it."""
+    channels: tl.constexpr = FIRST + MORE
     part, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     mean = tl.zeros((WIDE,), tl.float32)
@@ -406,11 +476,10 @@ def _moments(
     count = 0.0
     for turn in range(IN_TURN):
         place = (part * IN_TURN + turn) * ROWS + tl.arange(0, ROWS)
-        inside = (place < places)[:, None] & (channel < CHANNELS)[None, :]
+        inside = (place < places)[:, None] & (channel < channels)[None, :]
         here = tl.minimum(places - (part * IN_TURN + turn) * ROWS, ROWS).to(tl.float32)
         if here > 0:
-            at = (batch * places + place[:, None]) * CHANNELS + channel[None, :]
-            tile = tl.load(images + at, mask=inside, other=0.0).to(tl.float32)
+            tile = _read(images, more, batch * places + place, channel, inside, FIRST, MORE)
             tile_mean = tl.sum(tile, axis=0) / here
             centred = tl.where(inside, tile - tile_mean[None, :], 0.0)
             away = tile_mean - mean
@@ -418,9 +487,9 @@ def _moments(
             spread += tl.sum(centred * centred, axis=0) + away * away * (count * here / both)
             mean += away * (here / both)
             count = both
-    at = (batch * parts + part) * CHANNELS + channel
-    tl.store(means + at, mean, mask=channel < CHANNELS)
-    tl.store(spreads + at, spread, mask=channel < CHANNELS)
+    at = (batch * parts + part) * channels + channel
+    tl.store(means + at, mean, mask=channel < channels)
+    tl.store(spreads + at, spread, mask=channel < channels)
 
 
 @_jit
@@ -475,28 +544,29 @@ def _parts(
 
 @_jit
 def _normalise(
-    images, factors, addends, result, scale, height, width,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, EDGE: tl.constexpr,
-    IN_FP8: tl.constexpr,
+    images, more, factors, addends, result, scale, height, width,
+    FIRST: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
+    EDGE: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
+    channels: tl.constexpr = FIRST + MORE
     place, batch = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    is_channel = channel < CHANNELS
+    is_channel = channel < channels
     places = (height + 2 * EDGE) * (width + 2 * EDGE)  # of the result
     inside = (place < places)[:, None] & is_channel[None, :]
     source, within = batch * places + place, inside
     if EDGE:
         source, is_inner = _without_border(place, batch, height, width)
         within = inside & is_inner[:, None]
-    factor = tl.load(factors + batch * CHANNELS + channel, mask=is_channel, other=0.0)
-    addend = tl.load(addends + batch * CHANNELS + channel, mask=is_channel, other=0.0)
-    values = tl.load(images + source[:, None] * CHANNELS + channel[None, :], mask=within, other=0.0).to(tl.float32)
+    factor = tl.load(factors + batch * channels + channel, mask=is_channel, other=0.0)
+    addend = tl.load(addends + batch * channels + channel, mask=is_channel, other=0.0)
+    values = _read(images, more, source, channel, within, FIRST, MORE)
     normed = values * factor[None, :] + addend[None, :]
     if SILU:
         normed = normed / (1.0 + tl.exp(-normed))
     if EDGE:
         normed = tl.where(within, normed, 0.0)
-    at = (batch * places + place[:, None]) * CHANNELS + channel[None, :]
+    at = (batch * places + place[:, None]) * channels + channel[None, :]
     _store(result + at, normed, scale, inside, IN_FP8)
 
 
@@ -591,13 +661,28 @@ def _tile(rows: int, channels: int, outputs: int, kernel: int, in_fp8: bool) -> 
     """
 
     def work(tile: Tile) -> float:
-        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * phases(kernel) * tile.split
-        in_turn: int = triton.cdiv(programs, _MULTIPROCESSORS)
+        in_turn: int = triton.cdiv(_programs(tile, rows, outputs, kernel) * tile.split, _MULTIPROCESSORS)
         adding_up = 1 + 0.1 * (tile.split - 1)
         return in_turn * tile.rows * sum(tile.columns) / tile.split * adding_up
 
     tiles = (tile._replace(split=split) for tile in (_TILES_IN_FP8 if in_fp8 else _TILES) for split in _SPLITS)
     return min((tile for tile in tiles if _steps(tile, channels, kernel) % tile.split == 0), key=work)
+
+
+def _programs(tile: Tile, rows: int, outputs: int, kernel: int) -> int:
+    """How many tiles so many pixels have."""
+    programs: int = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * phases(kernel)
+    return programs
+
+
+def is_one_round(rows: int, channels: int, outputs: int) -> bool:
+    """Whether a convolution of so many pixels by 3 x 3 weights in half precision is one tile to each multiprocessor.
+
+    Then the kernel is faster than cuDNN, by a tenth of the time and by what is added at the end.
+    """
+    tile = _tile(rows, channels, outputs, 3, in_fp8=False)
+    programs = _programs(tile, rows, outputs, 3)
+    return tile.split == 1 and 0.9 * _MULTIPROCESSORS < programs <= _MULTIPROCESSORS
 
 
 def _steps(tile: Tile, channels: int, kernel: int) -> int:
@@ -677,7 +762,7 @@ def convolve(
     """Write into `result` what a convolution makes, all in channels-last order, by tiles of this kind."""
     batch, channels, height, width = images.shape[0], images.shape[1], images.shape[2] - 2, images.shape[3] - 2
     outputs, kernel, rows = result.shape[1], weight.shape[-1], batch * height * width
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, sum(tile.columns)) * phases(kernel)
+    programs = _programs(tile, rows, outputs, kernel)
     finishing = (
         images if scale is None else scale, images if weight_scale is None else weight_scale,
         images if bias is None else bias, images if kept is None else kept, result,

@@ -1,7 +1,8 @@
 """Layers of the U-Nets and of the decoder that compute what diffusers' do, made over for few passes over few bytes.
 
 Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks and of
-upsampling where they are told to; on Hopper a GEGLU is at the end of its product. While `cpu_kernels` run, residual
+upsampling where that is faster or they are told to; on Hopper a GEGLU is at the end of its product. On a GPU images are
+not joined with what was kept of them on the way down, and the products of a transformer add in place. While `cpu_kernels` run, residual
 networks convolve and linear layers multiply by those. Projections that all read the same are one: queries, keys and
 values of a self-attention; keys and values of the whole network, which the text alone decides; and what the timestep
 adds in each residual network. The networks' own forward is diffusers', over images in channels-last order.
@@ -24,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -53,7 +56,11 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
     made: dict[Any, nn.Module] = {}
     if isinstance(network, UNet2DConditionModel):
         shifts = _Together([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], F.silu)
-        made |= {each: Resnet(each, columns) for each, columns in zip(resnets, shifts.columns, strict=True)}
+        ways_up = [layer for layer in layers if isinstance(layer, UpBlock2D | CrossAttnUpBlock2D)]
+        joining = {each for block in ways_up for each in block.resnets} if device != "cpu" else set()
+        made |= {each: Resnet(each, columns, each in joining)
+                 for each, columns in zip(resnets, shifts.columns, strict=True)}  # fmt: skip
+        made |= {each: UpBlock(each) for each in ways_up}
         crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
         texts = _Together([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
         columns = iter(texts.columns)
@@ -65,7 +72,13 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
         network.register_to_config(encoder_hid_dim_type="text_proj")
     else:
         made |= {each: Resnet(each, None) for each in resnets}
+        if device != "cpu":
+            made |= {each: WideAttention(each) for each in layers if isinstance(each, Attention) and _is_wide(each)}
     made |= {each: Upsample(each, device) for each in layers if isinstance(each, Upsample2D)}
+    if isinstance(network, UNet2DConditionModel) and kernels.convolves(torch.device(device), network.dtype):
+        for each in made.values():
+            if isinstance(each, Upsample):  # for which cuDNN is up to four times slower
+                each.become_kernel()
     made |= {network.conv_norm_out: GroupNorm(network.conv_norm_out, silu=True), network.conv_act: nn.Identity()}
     _replace(network, made)
     if device != "cpu":  # where oneDNN adds a bias for nothing
@@ -134,6 +147,15 @@ def _is_usual(layer: Any) -> bool:
     return True
 
 
+def _is_wide(layer: Attention) -> bool:
+    """Whether an attention is of the kind that `WideAttention` computes."""
+    normed = layer.group_norm is not None and layer.spatial_norm is None and layer.norm_cross is None
+    biased = all(each.bias is not None for each in (layer.to_q, layer.to_k, layer.to_v))
+    return bool(
+        normed and biased and layer.heads == 1 and layer.residual_connection and layer.rescale_output_factor == 1
+    )
+
+
 class OfImages(nn.Module):
     """A layer that is given the rows of `images` images, and on a CPU takes those of each by themselves."""
 
@@ -193,13 +215,17 @@ class GroupNorm(OfImages):
         self,
         images: torch.Tensor,
         shift: torch.Tensor | None = None,
-        reader: "ResnetConvolution | None" = None,
+        scale: torch.Tensor | None = None,
+        border: bool = False,
+        more: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """With a reader, in the form in which this convolution reads it."""
-        scale, border = (None, False) if reader is None else (reader.scale, reader.reads_border)
+        """In fp8 where there is a scale for that, and with a border of zeros around each image if so.
+
+        The last channels of the images can come as `more`.
+        """
         return kernels.group_norm(
-            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border, self.images
-        )
+            images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border, self.images, more
+        )  # fmt: skip
 
 
 class Convolution(nn.Module):
@@ -283,8 +309,9 @@ class Convolving(Quantisable):
 class ResnetConvolution(Convolving):
     """A 3 x 3 convolution of a residual network, without a bias of its own.
 
-    It can be one of fewer products, but for whoever compiles: by a kernel of `cpu_kernels` while these run, or by
-    PyTorch's products, which read images with a border too.
+    It is by a kernel where that is faster, for images of some sizes. It can be one of fewer products, but for whoever
+    compiles: by a kernel of `cpu_kernels` while these run, or by PyTorch's products, which read images with a border
+    too.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -292,9 +319,17 @@ class ResnetConvolution(Convolving):
         self._winograd: Winograd | None = None
         self._cpu_kernel: cpu_kernels.Winograd | None = None
 
-    @property
-    def reads_border(self) -> bool:
-        return self.is_kernel or (self.has_fewer_products and not self._runs_cpu_kernel)
+    def reads_border(self, images: torch.Tensor) -> bool:
+        """Whether it reads images of this shape, (batch, channels, height, width), with a border of zeros."""
+        if self.has_fewer_products:
+            return not self._runs_cpu_kernel
+        return self.is_kernel or self._is_faster_by_kernel(images)
+
+    def _is_faster_by_kernel(self, images: torch.Tensor) -> bool:
+        if not isinstance(self.layer, nn.Conv2d) or not kernels.convolves(images.device, images.dtype):
+            return False
+        batch, _, height, width = images.shape
+        return kernels.is_one_round(batch * height * width, self.layer.in_channels, self.layer.out_channels)
 
     @property
     def has_fewer_products(self) -> bool:
@@ -306,8 +341,13 @@ class ResnetConvolution(Convolving):
         return self._cpu_kernel is not None and cpu_kernels.run()
 
     def forward(
-        self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        border: bool,
+        bias: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Of images with a border where it reads one, plus a bias and what is `kept` where there are any."""
         self._observe(images)
         if self._cpu_kernel is not None and self._runs_cpu_kernel:
             return self._cpu_kernel(images, bias, kept)
@@ -315,6 +355,8 @@ class ResnetConvolution(Convolving):
             return self._winograd(images, bias, kept)
         if self.layer is None:
             return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
+        if border:
+            return kernels.convolution(images, self.layer.get_parameter("weight"), bias, images.dtype, kept)
         if images.device.type == "cpu":  # where oneDNN adds a bias for nothing
             changed: torch.Tensor = F.conv2d(images, self.layer.get_parameter("weight"), bias, padding=1)
             return changed if kept is None else changed.add_(kept)
@@ -393,14 +435,20 @@ def _transposed(layer: nn.Conv2d) -> nn.ConvTranspose2d:
 
 
 class Resnet(nn.Module):
-    """A residual network. The biases of its convolutions are added with what is added there anyway."""
+    """A residual network. The biases of its convolutions are added with what is added there anyway.
 
-    def __init__(self, layer: ResnetBlock2D, columns: slice | None) -> None:
+    One that `joins` reads images whose last channels come as `more`; others have them joined before.
+    """
+
+    def __init__(self, layer: ResnetBlock2D, columns: slice | None, joins: bool = False) -> None:
         super().__init__()
         self._columns = columns  # of what the timestep adds, the first convolution's bias included
+        self._joins = joins and layer.conv_shortcut is not None
         self.norm1, self.norm2 = GroupNorm(layer.norm1, silu=True), GroupNorm(layer.norm2, silu=True)
         self.conv1, self.conv2 = ResnetConvolution(layer.conv1), ResnetConvolution(layer.conv2)
-        self.conv_shortcut = None if layer.conv_shortcut is None else Projection(layer.conv_shortcut)
+        self.conv_shortcut: Projection | _Shortcut | None = None
+        if layer.conv_shortcut is not None:
+            self.conv_shortcut = (_Shortcut if self._joins else Projection)(layer.conv_shortcut)
         self.shift = layer.conv1.bias  # where there is no timestep to add to it
         bias = layer.conv2.bias
         if layer.conv_shortcut is not None:
@@ -409,16 +457,98 @@ class Resnet(nn.Module):
         self.bias = bias
         layer.conv1.bias = layer.conv2.bias = None
 
-    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, more: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if more is not None and not self._joins:
+            input_tensor, more = torch.cat([input_tensor, more], dim=1), None
         shift = self.shift.expand(len(input_tensor), -1) if temb is None else temb[:, self._columns]
-        normed = self.norm1(input_tensor, reader=self.conv1)
         if self.conv1.has_fewer_products:  # to which a shift is next to nothing
-            changed, shift = self.conv1(normed, shift), None
+            changed, shift = _convolved(input_tensor, self.norm1, None, self.conv1, shift, more=more), None
         else:
-            changed = self.conv1(normed)
-        kept = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        result: torch.Tensor = self.conv2(self.norm2(changed, shift, self.conv2), self.bias, kept)
-        return result
+            changed = _convolved(input_tensor, self.norm1, None, self.conv1, more=more)
+        parts = (input_tensor,) if more is None else (input_tensor, more)
+        kept = input_tensor if self.conv_shortcut is None else self.conv_shortcut(*parts)
+        return _convolved(changed, self.norm2, shift, self.conv2, self.bias, kept)
+
+
+def _convolved(
+    images: torch.Tensor,
+    norm: GroupNorm,
+    shift: torch.Tensor | None,
+    convolution: ResnetConvolution,
+    bias: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    more: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a convolution makes of images, or those and `more` channels, normed in the form in which it reads them."""
+    border = convolution.reads_border(images)
+    convolved: torch.Tensor = convolution(norm(images, shift, convolution.scale, border, more), border, bias, kept)
+    return convolved
+
+
+class _Shortcut(nn.Module):
+    """A convolution of 1 x 1, without a bias of its own, of images whose last channels may come as `more`."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach().flatten(1), requires_grad=False)
+
+    def forward(self, images: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
+        batch, channels, height, width = images.shape
+        rows = F.linear(images.permute(0, 2, 3, 1).reshape(-1, channels), self.weight[:, :channels])
+        if more is not None:
+            rows.addmm_(more.permute(0, 2, 3, 1).reshape(len(rows), -1), self.weight[:, channels:].t())
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+class UpBlock(nn.Module):
+    """Residual networks on the way up, each of images and of what was kept of them on the way down, and attention."""
+
+    def __init__(self, layer: UpBlock2D | CrossAttnUpBlock2D) -> None:
+        super().__init__()
+        self.has_cross_attention = isinstance(layer, CrossAttnUpBlock2D)
+        self.resnets, self.upsamplers = layer.resnets, layer.upsamplers
+        self.attentions = layer.attentions if self.has_cross_attention else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        res_hidden_states_tuple: Sequence[torch.Tensor],
+        temb: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        upsample_size: Sequence[int] | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """As diffusers' do, which join images before every residual network."""
+        images = hidden_states
+        for at, resnet in enumerate(self.resnets):
+            images = resnet(images, temb, res_hidden_states_tuple[-1 - at])
+            if self.attentions is not None:
+                images = self.attentions[at](images, encoder_hidden_states=encoder_hidden_states)[0]
+        for upsample in self.upsamplers or ():
+            images = upsample(images, upsample_size)
+        return images
+
+
+class WideAttention(nn.Module):
+    """The self-attention of a decoder, which has one wide head."""
+
+    def __init__(self, layer: Attention) -> None:
+        super().__init__()
+        inward = (layer.to_q, layer.to_k, layer.to_v)
+        self.norm, self.out = GroupNorm(layer.group_norm, silu=False), layer.to_out[0]
+        self.weight, self.bias = (
+            nn.Parameter(torch.cat([getattr(each, name).detach() for each in inward]), requires_grad=False)
+            for name in ("weight", "bias")
+        )
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        batch, channels, height, width = hidden_states.shape
+        places = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        projected = F.linear(places, self.weight, self.bias).chunk(3, dim=-1)
+        changed: torch.Tensor = self.out(kernels.attention(*projected))
+        return changed.view(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states
 
 
 class Transformer(nn.Module):
@@ -429,7 +559,15 @@ class Transformer(nn.Module):
         self.norm = GroupNorm(layer.norm, silu=False)
         self.proj_in, self.proj_out = Projection(layer.proj_in), Projection(layer.proj_out)
         pairs = zip(layer.transformer_blocks, texts, strict=True)
-        self.blocks = nn.ModuleList([_Block(block, *columns, device) for block, columns in pairs])
+        blocks = [_Block(block, *columns, device) for block, columns in pairs]
+        self.blocks = nn.ModuleList(blocks)
+        self.last_bias: nn.Parameter | None = None
+        if device != "cpu":
+            offset = torch.zeros_like(layer.proj_in.bias, dtype=torch.float32)
+            for block in blocks:
+                offset = block.add_in_place(offset)
+            weight, bias = (each.detach().float() for each in (layer.proj_out.weight, layer.proj_out.bias))
+            self.last_bias = nn.Parameter((bias + weight @ offset).to(layer.proj_out.weight.dtype), requires_grad=False)
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
@@ -440,15 +578,22 @@ class Transformer(nn.Module):
         values, more = self.proj_in(places), None
         for block in self.blocks:
             values, more = block(values, more, encoder_hidden_states)
-        changed = self.proj_out(values if more is None else values + more)
+        if more is None and self.last_bias is not None:
+            changed = F.linear(values, self.proj_out.layer.weight, self.last_bias)
+        else:
+            changed = self.proj_out(values if more is None else values + more)
         return (changed.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states,)
 
 
 class _Block(OfImages):
     """Self-attention, attention to the text, and a gated feed-forward network.
 
-    It takes and gives values in two parts that are still to be added: the next norm does that in its one pass.
+    It takes and gives values in two parts that are still to be added: the next norm does that in its one pass. Or its
+    products add to the values in place, all but their biases, which are the same for all rows: `offsets` says what
+    each norm has to add for those.
     """
+
+    offsets: torch.Tensor | None
 
     def __init__(self, block: BasicTransformerBlock, keys: slice, values: slice, device: str) -> None:
         super().__init__()
@@ -461,23 +606,44 @@ class _Block(OfImages):
         self.queries = Linear.of(other.to_q)
         self.other_out = Linear.of(other.to_out[0])
         self.widen, self.narrow = GatedLinear(block.ff.net[0].proj, device), Linear.of(block.ff.net[2])
+        self.register_buffer("offsets", None)
+
+    def add_in_place(self, offset: torch.Tensor) -> torch.Tensor:
+        """From now on add in place what is not in fp8, to values that lack an offset, (inner,) of fp32.
+
+        Returns what is lacking after that.
+        """
+        lacking = [offset]
+        for each in (self.own_out, self.other_out, self.narrow):
+            lacking.append(lacking[-1] if each.bias is None else lacking[-1] + each.bias.detach().float())
+        self.offsets = torch.stack(lacking[:-1])
+        return lacking[-1]
 
     def forward(
         self, values: torch.Tensor, more: torch.Tensor | None, texts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         values, normed = self._normed(0, values, more, self.projections)
-        more = self.own_out(self._self_attention(self.projections(normed)))
+        more = self._added(self.own_out, values, self._self_attention(self.projections(normed)))
         values, normed = self._normed(1, values, more, self.queries)
         keys, said = texts[..., self._keys], texts[..., self._values]
         taken = kernels.cross_attention(self.queries(normed), keys, said, self._heads, self.other_out.scale)
-        values, normed = self._normed(2, values, self.other_out(taken), self.widen)
-        return values, self.narrow(self.widen(normed, self.narrow.scale, self.images))
+        values, normed = self._normed(2, values, self._added(self.other_out, values, taken), self.widen)
+        return values, self._added(self.narrow, values, self.widen(normed, self.narrow.scale, self.images))
+
+    def _added(self, layer: "Linear", values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """What a layer makes of rows, to be added to the values; or None, if it was, but for the bias."""
+        if self.offsets is None or layer.scale is not None:
+            made: torch.Tensor = layer(rows)
+            return made
+        layer.add_to(values, rows)
+        return None
 
     def _normed(
         self, which: int, values: torch.Tensor, more: torch.Tensor | None, reader: "Linear"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         norm: Any = self.norms[which]
-        return kernels.layer_norm(values, more, norm.weight, norm.bias, norm.eps, reader.scale)
+        offset = self.offsets[which] if more is None and self.offsets is not None else None
+        return kernels.layer_norm(values, more, norm.weight, norm.bias, norm.eps, reader.scale, offset)
 
     def _self_attention(self, projected: torch.Tensor) -> torch.Tensor:
         batch, places, wide = projected.shape
@@ -537,6 +703,11 @@ class Linear(Quantisable):
             bias=self.bias, out_dtype=self._dtype, use_fast_accum=values.is_cuda,
         )  # fmt: skip
         return rows.view(*values.shape[:-1], -1)
+
+    def add_to(self, values: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add to values, (..., outputs), what it makes of rows, (..., inputs), but for its bias."""
+        self._observe(rows)
+        values.view(-1, values.shape[-1]).addmm_(rows.reshape(-1, rows.shape[-1]), self.weight.t())
 
     def become_cpu_kernel(self) -> None:
         """From now on multiply by a kernel where that gains and `cpu_kernels` run."""

@@ -55,6 +55,17 @@ def test_layer_norm(dtype: torch.dtype, width: int, adds: bool, scale: torch.Ten
 
 
 @pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize("adds", [True, False])
+def test_layer_norm_of_values_with_an_offset(dtype: torch.dtype, adds: bool, scale: torch.Tensor | None, monkeypatch):
+    values, more = random(2, 9, 640, dtype=dtype), random(2, 9, 640, dtype=dtype) if adds else None
+    weight, bias, offset = random(640, dtype=dtype), random(640, dtype=dtype), 2 * random(640, dtype=torch.float32)
+    compare(
+        lambda *given: kernels.layer_norm(*given, 1e-5, scale, offset),
+        values, more, weight, bias, monkeypatch=monkeypatch,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
 @pytest.mark.parametrize("width", [320, 1024, 5120])
 def test_gated_gelu(dtype: torch.dtype, width: int, scale: torch.Tensor | None, monkeypatch):
     values = 3 * random(2, 3, 2 * width, dtype=dtype)
@@ -138,6 +149,28 @@ def test_group_norm_with_a_border(
         lambda *given: kernels.group_norm(given[0], given[1], 16, given[2], given[3], 1e-5, True, scale, border=True),
         images, shift, weight, bias, monkeypatch=monkeypatch,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize(("first", "more"), [(64, 128), (96, 64), (30, 18)])
+def test_group_norm_of_images_in_two_parts(dtype: torch.dtype, first: int, more: int, border: bool, monkeypatch):
+    images = [2 * random(2, channels, 9, 14, dtype=dtype) + 3 for channels in (first, more)]
+    weight, bias = random(first + more, dtype=dtype), random(first + more, dtype=dtype)
+    compare(
+        lambda one, other, *given: kernels.group_norm(one, None, 16, *given, 1e-5, True, border=border, more=other),
+        *images, weight, bias, monkeypatch=monkeypatch,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("at_once", [70 * 3, 70 * 70])  # scores
+def test_attention(dtype: torch.dtype, at_once: int, monkeypatch):
+    monkeypatch.setattr(kernels, "_SCORES", at_once)
+    compare(kernels.attention, *(random(2, 70, 96, dtype=dtype) for _ in range(3)), monkeypatch=monkeypatch)
+
+
+def test_softmax(dtype: torch.dtype, monkeypatch):
+    scores = 30 * random(5, 1000, dtype=torch.float32)
+    compare(lambda scores: kernels.softmax(scores, 0.3, dtype), scores, monkeypatch=monkeypatch)
 
 
 def test_group_norm_of_many_tiles_to_a_program(dtype: torch.dtype, monkeypatch):
@@ -225,6 +258,20 @@ def test_a_convolution_of_sdxl_is_cut_up_as_was_fast(
 def test_phases_are_cut_up_as_so_many_more_pixels(rows: int, channels: int, in_fp8: bool):
     by_phases, whole = (kernels._tile(n, channels, channels, k, in_fp8) for n, k in ((rows, 2), (4 * rows, 3)))
     assert by_phases == whole != kernels._tile(rows, channels, channels, 3, in_fp8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "outputs", "one_round"),
+    [
+        (2 * 64 * 64, 640, 640, True), (2 * 64 * 64, 320, 640, True), (2 * 64 * 64, 768, 768, True),
+        (2 * 32 * 32, 1536, 1536, True), (2 * 128 * 128, 320, 320, False), (2 * 32 * 32, 1280, 1280, False),
+        (2 * 16 * 16, 1536, 1536, False), (2 * 32 * 32, 96, 96, False),
+    ],
+)  # fmt: skip
+def test_a_convolution_of_sdxl_is_one_round_where_it_was_faster(
+    rows: int, channels: int, outputs: int, one_round: bool
+):
+    assert kernels.is_one_round(rows, channels, outputs) is one_round
 
 
 @pytest.mark.parametrize("in_fp8", [True, False])

@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from pydantic import ValidationError
 from torch import nn
 
-from server import compilation, cpu_kernels, layers, model
+from server import compilation, cpu_kernels, kernels, layers, model
 from server.checkpoint import CannotCompile, NoDevice
 from server.domain import default_request
 from server.settings import EMBEDDED, Settings
@@ -242,6 +242,23 @@ def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: st
     layers.convolve_by_kernel(by_kernel)
     assert all(each.is_kernel for each in convolutions(by_kernel))
     assert error(predicted(by_kernel, 20, 44), predicted(plain, 20, 44)) < 1e-5
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+def test_a_network_some_of_whose_convolutions_are_faster_by_a_kernel_predicts_the_same_noise(expert: str, monkeypatch):
+    monkeypatch.setattr(kernels, "convolves", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "is_one_round", lambda rows, channels, outputs: rows == 2 * 16 * 16)
+    by_kernel = []
+    convolution = kernels.convolution
+    monkeypatch.setattr(kernels, "convolution", lambda *given: by_kernel.append(given[0]) or convolution(*given))
+    plain = unet(expert)
+    mixed = copy.deepcopy(plain)
+    layers.fuse(mixed)
+    assert error(predicted(mixed, 32, 32), predicted(plain, 32, 32)) < 1e-5
+    ways_up = [each for each in mixed.modules() if isinstance(each, layers.Upsample)]
+    assert all(each.is_kernel for each in ways_up)
+    assert len(by_kernel) > len(ways_up) > 0
+    assert not any(each.is_kernel for each in mixed.modules() if isinstance(each, layers.ResnetConvolution))
 
 
 def quantise(network: nn.Module) -> None:

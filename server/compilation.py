@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from server import cpu_kernels, layers
 
-Mode = Literal["off", "blocks", "full"]
+Mode = Literal["auto", "off", "blocks", "full"]
 Call = Callable[..., Any]
 
 _BLOCKS = (

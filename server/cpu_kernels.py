@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -48,6 +49,11 @@ def keep_in(folder: Path) -> None:
 def suit() -> bool:
     """Whether the kernels are for the CPU at hand: on none but AVX2 have they been measured."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def can_be_built() -> bool:
+    """Whether there is a compiler."""
+    return shutil.which(_compiler()) is not None
 
 
 @contextlib.contextmanager
@@ -224,7 +230,7 @@ def _library() -> Any:
 @functools.cache
 def _loaded(folder: Path | None) -> Any:
     """The kernels, built unless they are kept in a folder. Raises CannotBuild."""
-    command = (os.environ.get("CXX", "g++"), *_FLAGS)
+    command = (_compiler(), *_FLAGS)
     with tempfile.TemporaryDirectory() as temporary:
         name = hashlib.sha256(repr(command).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
         kept = (folder or Path(temporary)) / f"cpu-kernels-{name}.so"
@@ -245,6 +251,10 @@ def _loaded(folder: Path | None) -> Any:
     for function, types in arguments.items():
         getattr(library, function).argtypes, getattr(library, function).restype = types, None
     return library
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _build(command: tuple[str, ...], kept: Path) -> None:

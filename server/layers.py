@@ -2,10 +2,11 @@
 
 Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks and of
 upsampling where that is faster or they are told to; on Hopper a GEGLU is at the end of its product. On a GPU images are
-not joined with what was kept of them on the way down, and the products of a transformer add in place. While `cpu_kernels` run, residual
-networks convolve and linear layers multiply by those. Projections that all read the same are one: queries, keys and
-values of a self-attention; keys and values of the whole network, which the text alone decides; and what the timestep
-adds in each residual network. The networks' own forward is diffusers', over images in channels-last order.
+not joined with what was kept of them on the way down, and the products of a transformer add in place. While
+`cpu_kernels` run, residual networks convolve and linear layers multiply by those. Projections that all read the same
+are one: queries, keys and values of a self-attention; keys and values of the whole network, which the text alone
+decides; and what the timestep adds in each residual network. The networks' own forward is diffusers', over images in
+channels-last order.
 
 The linear layers of a U-Net's transformers and the convolutions of its residual networks and of its upsampling can
 multiply in fp8 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each

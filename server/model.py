@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server import checkpoint, compilation, kernels, layers, preview, provenance
+from server import checkpoint, compilation, cpu_kernels, kernels, layers, preview, provenance
 from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
 from server.compilation import Compiled
 from server.cpu_kernels import CannotBuild
@@ -53,6 +54,8 @@ from server.domain import (
 )
 from server.residency import Residency
 from server.text_encoder import TextEncoder
+
+log = logging.getLogger(__name__)
 
 # Named as in k-diffusion. A new sampler is a line here and nothing anywhere else.
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -200,8 +203,9 @@ def load(
     cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of
     width and height, by default the one that the base was trained on, with guidance as by default; that takes from
     seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled, and with
-    fp8 what it observed. With `compile_while_serving` nothing is compiled before `Ensemble.compile`. With `offload`
-    only the network that works is on the device, nothing overlaps, and `compile` has to be off.
+    fp8 what it observed. It is off, blocks, full, or auto: blocks on a CPU that `cpu_kernels` suit, if there is a
+    compiler for them, and else off. With `compile_while_serving` nothing is compiled before `Ensemble.compile`. With
+    `offload` only the network that works is on the device, nothing overlaps, and `compile` has to be off or auto.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
     diffusers_logging.disable_progress_bar()
@@ -228,12 +232,15 @@ def load(
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
         _check_sides(sizes, base_pipeline.vae_scale_factor)
+        turns = offload or precision == "fp8"
+        automatic = compile == "auto"
+        if automatic and (turns or device != "cpu"):
+            compile = "off"
         compiled = _uncompiled(compile, device)
         card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
-        turns = offload or precision == "fp8"
         ensemble = Ensemble(
             base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, sizes, turns
         )
@@ -243,8 +250,13 @@ def load(
         ensemble.lessen_products()
         if not offload:
             ensemble.end_turns()
-        if compile != "off" and not compile_while_serving:
-            ensemble.card = ensemble.warm_up()
+        if ensemble.compiles and not compile_while_serving:
+            try:
+                ensemble.card = ensemble.warm_up()
+            except CannotCompile as error:
+                if not automatic:
+                    raise
+                log.warning("%s; images are made by calls that are not compiled", error)
         return ensemble
 
 
@@ -297,6 +309,9 @@ class Ensemble:
             if max_batch > 1 and card.precision != "fp8" and kernels.convolves(self._device, self._dtype):
                 for unet in self._unets.values():
                     layers.convolve_by_kernel(unet)
+        if compile == "auto":
+            suits = all(layers.run_cpu_kernels(network) for network in (*self._unets.values(), self._vae.decoder))
+            compile = "blocks" if suits and cpu_kernels.can_be_built() else "off"
         records = compile != "off" and self._device.type == "cuda"
         self._text_encoders: dict[torch.nn.Module, TextEncoder] = {}  # the experts share some
         for pipeline, name in itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2")):
@@ -323,6 +338,11 @@ class Ensemble:
         self._networks = {stage: self._fast(unet, partial(_called, unet)) for stage, unet in self._unets.items()}
         self._decoders: dict[torch.dtype, compilation.Call] = {}
         self._finish()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there is anything to `warm_up`."""
+        return self._compile != "off"
 
     def end_turns(self) -> None:
         """From now on all networks are on the device."""

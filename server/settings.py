@@ -142,11 +142,11 @@ class Settings(BaseSettings):
         description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
         "default: on CUDA",
     )
-    compile: Literal["off", "blocks", "full"] = Field(
-        "off",
+    compile: Literal["auto", "off", "blocks", "full"] = Field(
+        "auto",
         description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA and on a CPU "
         "with AVX2 by kernels of our own, or full, each compiled as a whole, for minutes; on CUDA every call is then "
-        "one graph",
+        "one graph; auto: blocks on a CPU with AVX2 and a C++ compiler, which takes seconds, else off",
     )
     compile_cache: Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"
@@ -214,14 +214,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _what_is_compiled_has_a_way(self) -> Self:
-        of_it = (self.compile_cache is not None, self.compile_while_serving, self.warm_up is not None)
-        if self.compile == "off" and any(of_it):
+        of_it = self.compile_while_serving or self.warm_up is not None
+        unused = of_it if self.compile == "auto" else of_it or self.compile_cache is not None
+        if self.compile in ("auto", "off") and unused:
             raise ValueError("--compile-cache, --compile-while-serving and --warm-up are for --compile blocks or full")
         return self
 
     @model_validator(mode="after")
     def _what_is_offloaded_works_alone(self) -> Self:
-        if self.offload and (self.compile != "off" or self.overlap):
+        if self.offload and (self.compile not in ("auto", "off") or self.overlap):
             raise ValueError("--offload moves networks about, so leave --compile off, and --overlap too")
         return self
 

@@ -1,11 +1,15 @@
 """Fixtures for the tests of the ensemble itself: a tiny one, and the devices of this machine."""
 
+import os
 from pathlib import Path
 
 import pytest
 import tiny_ensemble
 
 from server import model
+
+# Of hundreds of servers each would build kernels, for seconds. test_compilation.py starts some as they come.
+os.environ.setdefault("T2I_COMPILE", "off")
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,38 @@ def test_what_was_compiled_is_counted_and_timed(plain, compiled):
     assert metrics.registry.get_sample_value("t2i_compile_seconds") == compiled.card.compile_seconds > 0
 
 
+NO_COMPILER = "no-such-compiler"
+
+
+@pytest.mark.parametrize(
+    ("suit", "compiler", "told"),
+    [
+        (True, None, "blocks for 32x32"),
+        (False, None, "off"),
+        (True, NO_COMPILER, "off"),
+        (True, "false", "off"),  # a program that is there, and fails
+    ],
+)
+def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
+    folders, suit: bool, compiler: str | None, told: str, monkeypatch, caplog
+):
+    if suit and not cpu_kernels.suit():
+        pytest.skip("no kernels suit this CPU")
+    monkeypatch.setattr(cpu_kernels, "suit", lambda: suit)
+    if compiler is not None:
+        monkeypatch.setenv("CXX", compiler)
+    cpu_kernels._loaded.cache_clear()
+    ensemble = model.load(*folders, device="cpu", compile="auto")
+    assert ensemble.card.environment.compiled == told
+    assert drawn(ensemble).shape == (SIDE, SIDE, 3)
+    assert ("the networks cannot be compiled here (false: exit 1)" in caplog.text) == (compiler == "false")
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"offload": True}])
+def test_what_goes_without_compiled_networks_is_not_built(folders, changes: dict):
+    assert not model.load(*folders, device="cpu", compile="auto", **changes).compiles
+
+
 def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):
     with pytest.raises(CannotCompile, match="multiples of 2: --warm-up cannot have 33x64"):
         model.load(*folders, device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
@@ -177,6 +209,14 @@ class TestWhileServing:
         assert scrape(server)("t2i_compilation", t2i_compilation="failed") == 1
         assert server.stop() == 0
         assert "Traceback" not in server.log
+
+    def test_a_server_that_is_told_nothing_builds_what_it_can_and_needs_no_compiler(self, start, tmp_path):
+        server = start(T2I_COMPILE="auto", CXX=NO_COMPILER).wait_until_ready()
+        assert drawn_by(server).metadata.environment.compiled == "off"
+        server = start("--compile-cache", tmp_path, T2I_COMPILE="auto").wait_until_ready()
+        built = cpu_kernels.suit() and cpu_kernels.can_be_built()
+        assert drawn_by(server).metadata.environment.compiled == ("blocks for 32x32" if built else "off")
+        assert any(tmp_path.rglob("*.so")) == built
 
     def test_a_signal_ends_it_in_the_middle(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path)

@@ -357,7 +357,8 @@ def test_replicas_come_and_go_with_the_calls_and_none_fails(changed: RayServe, s
 
     def draw(number: int) -> int:
         asked = request(f"cat {number}", sampling={"steps": 100})
-        return len(stub.Generate(asked, metadata=(APPLICATION, TOKEN), timeout=PATIENCE).data.choices)
+        # Of sixteen long jobs the last is refused by a slow machine if it has no more time than another call.
+        return len(stub.Generate(asked, metadata=(APPLICATION, TOKEN), timeout=3 * PATIENCE).data.choices)
 
     def came(pattern: str) -> bool:
         return re.search(pattern, "\n".join(changed.lines[before:])) is not None

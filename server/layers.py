@@ -151,10 +151,8 @@ def _is_usual(layer: Any) -> bool:
 def _is_wide(layer: Attention) -> bool:
     """Whether an attention is of the kind that `WideAttention` computes."""
     normed = layer.group_norm is not None and layer.spatial_norm is None and layer.norm_cross is None
-    biased = all(each.bias is not None for each in (layer.to_q, layer.to_k, layer.to_v))
-    return bool(
-        normed and biased and layer.heads == 1 and layer.residual_connection and layer.rescale_output_factor == 1
-    )
+    added = layer.residual_connection and layer.rescale_output_factor == 1
+    return bool(normed and added and layer.heads == 1)
 
 
 class OfImages(nn.Module):
@@ -171,8 +169,10 @@ class _Together(OfImages):
         self._first = first
         self.weight = nn.Parameter(torch.cat([each.weight for each in layers]), requires_grad=False)
         self.bias = None
+        biases: list[torch.Tensor] = [each.bias for each in layers if each.bias is not None]
         if more:
-            biases = [each.bias + added for each, added in zip(layers, more, strict=True)]
+            biases = [bias + added for bias, added in zip(biases, more, strict=True)]
+        if biases:
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
         ends = torch.tensor([0] + [each.out_features for each in layers]).cumsum(0).tolist()
         self.columns = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
@@ -537,17 +537,13 @@ class WideAttention(nn.Module):
 
     def __init__(self, layer: Attention) -> None:
         super().__init__()
-        inward = (layer.to_q, layer.to_k, layer.to_v)
         self.norm, self.out = GroupNorm(layer.group_norm, silu=False), layer.to_out[0]
-        self.weight, self.bias = (
-            nn.Parameter(torch.cat([getattr(each, name).detach() for each in inward]), requires_grad=False)
-            for name in ("weight", "bias")
-        )
+        self.projections = _Together([layer.to_q, layer.to_k, layer.to_v])
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         batch, channels, height, width = hidden_states.shape
         places = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        projected = F.linear(places, self.weight, self.bias).chunk(3, dim=-1)
+        projected = self.projections(places).chunk(3, dim=-1)
         changed: torch.Tensor = self.out(kernels.attention(*projected))
         return changed.view(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states
 

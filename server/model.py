@@ -232,15 +232,12 @@ def load(
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
         _check_sides(sizes, base_pipeline.vae_scale_factor)
-        turns = offload or precision == "fp8"
-        automatic = compile == "auto"
-        if automatic and (turns or device != "cpu"):
-            compile = "off"
         compiled = _uncompiled(compile, device)
         card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
+        turns = offload or precision == "fp8"
         ensemble = Ensemble(
             base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, sizes, turns
         )
@@ -254,7 +251,7 @@ def load(
             try:
                 ensemble.card = ensemble.warm_up()
             except CannotCompile as error:
-                if not automatic:
+                if compile != "auto":
                     raise
                 log.warning("%s; images are made by calls that are not compiled", error)
         return ensemble
@@ -311,7 +308,7 @@ class Ensemble:
                     layers.convolve_by_kernel(unet)
         if compile == "auto":
             suits = all(layers.run_cpu_kernels(network) for network in (*self._unets.values(), self._vae.decoder))
-            compile = "blocks" if suits and cpu_kernels.can_be_built() else "off"
+            compile = "blocks" if suits and not turns and cpu_kernels.can_be_built() else "off"
         records = compile != "off" and self._device.type == "cuda"
         self._text_encoders: dict[torch.nn.Module, TextEncoder] = {}  # the experts share some
         for pipeline, name in itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2")):
@@ -928,7 +925,7 @@ def _compiled(mode: str, sizes: Sequence[tuple[int, int]]) -> str:
 
 def _uncompiled(mode: str, device: str) -> str:
     """What there is before anything is compiled, as it is told: on CUDA the layers are not those of "off"."""
-    return f"{mode} for no size" if mode != "off" and device == "cuda" else "off"
+    return f"{mode} for no size" if mode in ("blocks", "full") and device == "cuda" else "off"
 
 
 def _told(sizes: Sequence[tuple[int, int]]) -> str:

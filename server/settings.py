@@ -214,9 +214,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _what_is_compiled_has_a_way(self) -> Self:
-        of_it = self.compile_while_serving or self.warm_up is not None
-        unused = of_it if self.compile == "auto" else of_it or self.compile_cache is not None
-        if self.compile in ("auto", "off") and unused:
+        asked = self.compile_while_serving or self.warm_up is not None
+        if (asked and self.compile == "auto") or (self.compile == "off" and (asked or self.compile_cache is not None)):
             raise ValueError("--compile-cache, --compile-while-serving and --warm-up are for --compile blocks or full")
         return self
 

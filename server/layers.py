@@ -138,7 +138,8 @@ def _is_usual(layer: Any) -> bool:
     if isinstance(layer, Transformer2DModel):
         return bool(layer.is_input_continuous and layer.use_linear_projection)
     if isinstance(layer, BasicTransformerBlock):
-        return bool(layer.norm_type == "layer_norm" and layer.pos_embed is None and not layer.only_cross_attention)
+        usual = layer.norm_type == "layer_norm" and layer.pos_embed is None and not layer.only_cross_attention
+        return bool(usual and layer.attn1.to_q.bias is None)
     if isinstance(layer, Upsample2D):
         convolves = layer.use_conv and not layer.use_conv_transpose and layer.name == "conv"
         usual = convolves and layer.conv.kernel_size == (3, 3) and layer.conv.padding == (1, 1)

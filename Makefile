@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-cpu bench-endurance \
-	bench-loadgen bench-scale run test test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
+	bench-ready bench-loadgen bench-scale run test test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
 	image instill-model weights evaluate clean
 
 help: ## list these targets
@@ -42,6 +42,9 @@ bench-overlap: $(VENV)/.runtime ## images per second with and without prompts an
 
 bench-cpu: $(VENV)/.runtime ## an image on a CPU by each --compile mode and by stock diffusers, in turn
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+bench-ready: $(VENV)/.runtime ## how soon a service is ready, and how it draws until it has compiled
+	$(BIN)/python -m bench.ready $(ARGS)
 
 bench-loadgen: $(VENV)/.dev ## MLCommons' LoadGen: one after the other, all at once, at random; ARGS="--ways service stock"
 	$(BIN)/python -m bench.loadgen $(ARGS)

@@ -272,33 +272,35 @@ def row(result: Result) -> str:
     return f"| {' | '.join([*cells, result.invalid or 'yes', outcomes])} |"
 
 
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """Draw latencies by percentile, a panel for each scenario."""
+def plot(told: dict[str, Any], path: Path) -> None:
+    """Draw a panel for each scenario: images a second where all come at once, and else latencies by percentile."""
     from matplotlib.figure import Figure  # an extra of development, not needed for the table
 
+    results = [Result(**each) for each in told["results"]]
     scenarios = [each for each in SCENARIOS if any(result.scenario == each for result in results)]
-    figure = Figure(figsize=(3.4 * len(scenarios), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(scenarios), 3.4), layout="constrained")
     for axes, scenario in zip(figure.subplots(1, len(scenarios), squeeze=False)[0], scenarios, strict=True):
-        for result in results:
-            if result.scenario == scenario:
-                label = f"{result.way}, {result.samples_per_second:.3g} images/s"
-                axes.plot(
-                    [f"{float(each):g}" for each in PERCENTILES],
-                    list(result.latencies.values()),
-                    color=COLOURS[result.way],
-                    marker="o",
-                    markersize=4,
-                    label=label,
-                )
+        for result in (each for each in results if each.scenario == scenario):
+            color = COLOURS[result.way]
+            if scenario == "Offline":
+                axes.bar_label(axes.bar(result.way, result.samples_per_second, color=color), fmt="%.2f", fontsize=8)
+            else:
+                percentiles, latencies = [f"{float(each):g}" for each in PERCENTILES], list(result.latencies.values())
+                axes.plot(percentiles, latencies, color=color, marker="o", markersize=4, label=result.way)
+        if scenario == "Offline":
+            axes.set_ylabel("images/s", fontsize=9)
+            axes.tick_params(axis="x", labelrotation=20)
+        else:
+            axes.set_xlabel("percentile", fontsize=9)
+            axes.set_ylabel("latency, s", fontsize=9)
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False, fontsize=8)
         axes.set_title(scenario, fontsize=10)
-        axes.set_xlabel("percentile")
-        axes.set_ylabel("latency, s", fontsize=9)
-        axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{told['device']}, {told['date']}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -321,7 +323,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the results into this file")
     parser.add_argument("--plot", type=Path, help="write a figure into this file")
+    parser.add_argument("--of", type=Path, metavar="JSON", help="draw what an earlier run wrote, and run nothing")
     options = parser.parse_args()
+    if options.of:
+        if not options.plot:
+            parser.error("--of needs --plot, which names the figure's file")
+        plot(json.loads(options.of.read_text("utf-8")), options.plot)
+        return
     if options.target and options.batch > 1:
         parser.error("--batch is for a service of our own; that of --target has its own --max-batch")
 
@@ -347,7 +355,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(told, indent=2) + "\n")
     if options.plot:
-        plot(results, f"{device}, {told['date']}", options.plot)
+        plot(told, options.plot)
     if failed := [each for each in results if set(each.outcomes) != {"OK"}]:
         raise SystemExit(f"{len(failed)} of {len(results)} runs had calls that failed: see the column of outcomes")
 

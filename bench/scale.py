@@ -27,7 +27,7 @@ from typing import Any
 import grpc
 import numpy as np
 from ray_serving import RayServe, configuration
-from serving import ServerProcess
+from serving import PATIENCE, ServerProcess
 
 from bench.scheduling import UNBOUNDED
 from server.call_times import CallTimes, Kind
@@ -36,9 +36,9 @@ from server.scheduling import Schedule, Task
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-# Seconds of one call at 1024 x 1024, with guidance, on an H100 with --compile blocks: bench/NOTES.md. The first is what
+# Seconds of one call at 1024 x 1024, with guidance, on an H200 with --compile blocks: bench/NOTES.md. The first is what
 # an image took beyond the others.
-SECONDS = {Stage.ENCODE: 0.051, Stage.BASE: 0.0329, Stage.REFINER: 0.035, Stage.DECODE: 0.0465}
+SECONDS = {Stage.ENCODE: 0.011, Stage.BASE: 0.027, Stage.REFINER: 0.0289, Stage.DECODE: 0.0209}
 CALLS = {Stage.ENCODE: 1, Stage.BASE: 32, Stage.REFINER: 8, Stage.DECODE: 1}
 REPLICAS = (1, 2, 4, 8, 16, 64, 256, 1000)
 SETTLING = 0.2  # the share of the first jobs that do not count, while queues fill
@@ -198,7 +198,10 @@ def rescale(ray: RayServe, variables: dict[str, str], was: int, count: int) -> N
     ray.deploy(replicas(ray.ports, variables, count))
     if count > was:
         ray.wait_for_log(rf"(replica: serving[^\0]*){{{count - was}}}", before)
+    until = time.monotonic() + PATIENCE
     while len(ray.processes("ServeReplica")) > count:
+        if time.monotonic() > until:
+            raise TimeoutError(f"more than {count} replicas are left after {PATIENCE} s")
         time.sleep(0.05)
 
 
@@ -344,7 +347,7 @@ def simulate(count: int, router: str, load: float, jobs: int, seed: int) -> dict
 
 
 def simulated(options: argparse.Namespace) -> None:
-    print(f"\nSimulated H100s, load {options.load:g}, {options.simulated} jobs a replica, at least 20000 in all:\n")
+    print(f"\nSimulated H200s, load {options.load:g}, {options.simulated} jobs a replica, at least 20000 in all:\n")
     print("| replicas | router | images/s | p50 s | p95 | p99 | busiest over mean |\n|" + " --- |" * 7)
     for count in REPLICAS:
         for router in ("two choices", "round robin", "random"):

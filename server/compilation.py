@@ -10,6 +10,7 @@ nothing had been compiled, and so is every call where that is wanted.
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
@@ -41,6 +42,7 @@ _BLOCKS = (
     layers.Upsample,
 )
 _BEFORE = 2  # calls before one is recorded, in which kernels are loaded and workspaces made
+_SWITCH_SECONDS = 1e-5  # after which the interpreter is left to others: less made these slower again
 _CODES = 1024  # versions of one function that may be compiled: layers of all sizes share theirs
 # The first that can compute an attention does. cuDNN's was the fastest by measurement.
 _ATTENTION = [
@@ -55,16 +57,42 @@ def keep_in(folder: Path) -> None:
     cpu_kernels.keep_in(folder)
 
 
+class Ways:
+    """A call of a network with tensors, in the way that is wanted: as it is, or `Compiled`, where that is `running`.
+
+    What is compiled can be `made` when it is wanted first, by the thread that wants it.
+    """
+
+    def __init__(self, plain: Call, compiled: "Compiled | None" = None, made: "Callable[[], Compiled] | None" = None):
+        self._plain, self._compiled, self._made = plain, compiled, made
+
+    @property
+    def shapes(self) -> int:
+        """How many are compiled."""
+        return 0 if self._compiled is None else self._compiled.shapes
+
+    def forget(self) -> None:
+        """From now on what is compiled is not wanted."""
+        self._compiled = self._made = None
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        with _attention:
+            if not _compiled.get():
+                return self._plain(*inputs)
+            if self._compiled is None and self._made is not None:
+                self._compiled = self._made()
+            return (self._compiled or self._plain)(*inputs)
+
+
 class Compiled:
     """A call of a network with tensors, compiled for the shapes and dtypes that it is called with while `warming`.
 
-    `call` takes tensors and makes some with `network`, which is, or will be, on `device`. Where it is `running`
-    compiled it is for one thread at a time, and on CUDA for one stream; a tensor that was passed before must not have
-    been written into since.
+    `call` takes tensors and makes some with `network`, which is, or will be, on `device`. It is for one thread at a
+    time, and on CUDA for one stream; a tensor that was passed before must not have been written into since.
     """
 
-    def __init__(self, network: nn.Module, call: Call, mode: Literal["blocks", "full"], device: torch.device) -> None:
-        self._plain = call
+    def __init__(self, network: nn.Module, call: Call, mode: Mode, device: torch.device) -> None:
+        self._call = call
         self._made: dict[Hashable, Call] = {}
         self._pool: Any = None
         self._stream: Any = None
@@ -87,15 +115,13 @@ class Compiled:
         return len(self._made)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        with _attention:
-            if _compiled.get():
-                key = tuple((each.shape, each.dtype) for each in inputs)
-                if _warming.get() and key not in self._made:
-                    self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
-                if key in self._made:
-                    return self._made[key](*inputs)
-            with running(compiled=False):
-                return self._plain(*inputs)
+        key = tuple((each.shape, each.dtype) for each in inputs)
+        if _warming.get() and key not in self._made:
+            self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
+        if key in self._made:
+            return self._made[key](*inputs)
+        with running(compiled=False):
+            return self._call(*inputs)
 
     def _recorded(self, inputs: tuple[torch.Tensor, ...]) -> Call:
         """A call of these shapes as one graph, over inputs and an output of its own."""
@@ -152,6 +178,20 @@ def warming() -> Iterator[None]:
             yield
     finally:
         _warming.reset(token)
+
+
+@contextlib.contextmanager
+def beside_others() -> Iterator[None]:
+    """While this lasts, a thread that compiles, mostly in Python, leaves the interpreter to others soon after they ask.
+
+    Each of a network's thousands of operations lets go of it, and by Python's default waits 5 ms to have it back.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 class _Patcher(_symbolic_trace._Patcher):

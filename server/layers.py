@@ -16,6 +16,7 @@ out of a transformer are few, and lose more.
 """
 
 import contextlib
+import copy
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,6 +87,14 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
         convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.bias is not None]
         _replace(network, {each: Convolution(each) for each in convolutions})
     network.to(memory_format=torch.channels_last)
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """Another network of the same weights, which share their memory until the layers of either are made over."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    shared = {id(each): each.detach() if not isinstance(each, nn.Parameter) else nn.Parameter(each.detach(), False)
+              for each in tensors}  # fmt: skip
+    return copy.deepcopy(network, shared)
 
 
 def convolve_by_winograd(network: nn.Module) -> None:

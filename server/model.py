@@ -30,6 +30,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.models.activations import GEGLU
 from diffusers.utils import logging as diffusers_logging
@@ -39,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from server import checkpoint, compilation, cpu_kernels, kernels, layers, preview, provenance
 from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
-from server.compilation import Compiled
+from server.compilation import Compiled, Ways
 from server.cpu_kernels import CannotBuild
 from server.domain import (
     Environment,
@@ -232,14 +233,15 @@ def load(
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
         _check_sides(sizes, base_pipeline.vae_scale_factor)
-        compiled = _uncompiled(compile, device)
-        card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch, compiled)
+        card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
         turns = offload or precision == "fp8"
+        # Where layers are made over for compiled calls alone, others with the same weights serve until there are any.
+        twins = compile_while_serving and device == "cuda" and precision != "fp8"
         ensemble = Ensemble(
-            base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, sizes, turns
+            base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, sizes, turns, twins
         )
         if precision == "fp8":
             ensemble.quantise(compile_cache)
@@ -277,8 +279,9 @@ class Ensemble:
         compile: compilation.Mode,  # noqa: A002
         sizes: Sequence[tuple[int, int]],
         turns: bool,
+        twins: bool,
     ) -> None:
-        """As `load` says; the networks take `turns` on the device until `end_turns`."""
+        """As `load` says; networks take `turns` on the device until `end_turns`, and `twins` of them are compiled."""
         self.card = card
         self._sizes = sizes
         self._encoding = threading.Lock()  # tokenizers are for one thread at a time
@@ -293,19 +296,17 @@ class Ensemble:
         self._side_stream = torch.cuda.Stream(self._device) if on_streams else None  # type: ignore[no-untyped-call]
         self._dtype = _dtype(card.precision, card.device)
         on_cpu = self._device.type == "cpu"
+        self._twins = twins
+        self.max_batch = max_batch
         self._made_over: list[torch.nn.Module] = []
-        if on_cpu or card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda"):
+        if on_cpu or card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda" and not twins):
             for network in (*self._unets.values(), self._vae.decoder):
                 try:
-                    layers.fuse(network, card.device)
+                    self._make_over(network)
                     self._made_over.append(network)
-                except layers.CannotFuse as error:
+                except CannotCompile:
                     if not on_cpu or card.precision == "fp8":  # else diffusers' own layers serve, if slower
-                        raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
-            # Where cuDNN would have to take image by image, and is not the faster. In fp8 `quantise` does this.
-            if max_batch > 1 and card.precision != "fp8" and kernels.convolves(self._device, self._dtype):
-                for unet in self._unets.values():
-                    layers.convolve_by_kernel(unet)
+                        raise
         if compile == "auto":
             suits = all(layers.run_cpu_kernels(network) for network in (*self._unets.values(), self._vae.decoder))
             compile = "blocks" if suits and not turns and cpu_kernels.can_be_built() else "off"
@@ -320,7 +321,6 @@ class Ensemble:
         networks = (*self._text_encoders, *self._unets.values(), self._vae)
         self._residency = Residency(networks, self._device, turns)
         self._by_image: list[_ImageByImage | layers.OfImages] = []
-        self.max_batch = max_batch
         # Here and not at the first preview: what torch does on the CPU belongs to the thread that runs the networks.
         self._preview: preview.LinearPreview | preview.TinyDecoder
         if preview_decoder is None:
@@ -332,8 +332,8 @@ class Ensemble:
         self._moved: list[int] = []  # the ids of the trajectories that the last call moved
         self._ahead: _Ahead | None = None
         self._compile = compile
-        self._networks = {stage: self._fast(unet, partial(_called, unet)) for stage, unet in self._unets.items()}
-        self._decoders: dict[torch.dtype, compilation.Call] = {}
+        self._networks = {stage: self._ways(_called, unet) for stage, unet in self._unets.items()}
+        self._decoders: dict[torch.dtype, Ways] = {}
         self._finish()
 
     @property
@@ -365,10 +365,13 @@ class Ensemble:
 
     def make_place_irrelevant(self) -> None:
         """From now on no image's bytes depend on its place in a call. Convolutions by a kernel never let them."""
+        for unet in self._unets.values():
+            self._make_place_irrelevant(unet)
+
+    def _make_place_irrelevant(self, unet: torch.nn.Module) -> None:
         if self.max_batch > 1:
-            for unet in self._unets.values():
-                self._by_image += _make_place_irrelevant(unet, self._device.type)
-        self.limit_batch(self.max_batch)
+            self._by_image += _take_by_image(unet, self._device.type)
+            self.limit_batch(self.max_batch)
 
     def lessen_products(self) -> None:
         """Let a CPU convolve by fewer products. From now on no network changes its device or precision."""
@@ -388,8 +391,35 @@ class Ensemble:
                     self.step([trajectory])
         return {name: layer.observed().cpu() for name, layer in every.items()}
 
-    def _fast(self, network: torch.nn.Module, call: compilation.Call) -> compilation.Call:
-        return call if self._compile == "off" else Compiled(network, call, self._compile, self._device)
+    def _make_over(self, network: torch.nn.Module) -> None:
+        """Let a U-Net's or a decoder's layers take fewer passes. Raises CannotCompile if they are unusual."""
+        try:
+            layers.fuse(network, self._device.type)
+        except layers.CannotFuse as error:
+            raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
+        # Where cuDNN would have to take image by image, and is not the faster. In fp8 `quantise` does this.
+        by_kernel = isinstance(network, UNet2DConditionModel) and self.max_batch > 1 and self.card.precision != "fp8"
+        if by_kernel and kernels.convolves(self._device, self._dtype):
+            layers.convolve_by_kernel(network)
+
+    def _ways(self, call: compilation.Call, network: torch.nn.Module) -> Ways:
+        """A `call` of a U-Net or of an autoencoder, which takes that first."""
+        plain = partial(call, network)
+        if self._compile == "off":
+            return Ways(plain)
+        if self._twins:
+            return Ways(plain, made=partial(self._compiled_twin, call, network))
+        return Ways(plain, Compiled(_working(network), plain, self._compile, self._device))
+
+    @torch.inference_mode(mode=False)
+    def _compiled_twin(self, call: compilation.Call, network: torch.nn.Module) -> Compiled:
+        twin = layers.twin(network)
+        _undo_by_image(twin)
+        if self._compile == "blocks":
+            self._make_over(_working(twin))
+        if isinstance(twin, UNet2DConditionModel):
+            self._make_place_irrelevant(twin)
+        return Compiled(_working(twin), partial(call, twin), self._compile, self._device)
 
     def warm_up(self) -> ModelCard:
         """Compile the calls for images of the sizes that it was loaded for, by making one of each.
@@ -407,25 +437,32 @@ class Ensemble:
                     trajectory.position = trajectory.stages.index(stage)
                     self.step([trajectory])
                 self.decode(trajectory)
-        calls = (*self._networks.values(), *self._decoders.values(), *self._text_encoders.values())
+        calls: list[Ways | TextEncoder] = [*self._networks.values(), *self._decoders.values()]
+        calls += self._text_encoders.values()
         return replace(
             self.card,
             environment=environment,
-            compiled_calls=sum(each.shapes for each in calls if isinstance(each, Compiled | TextEncoder)),
+            compiled_calls=sum(each.shapes for each in calls),
             compile_seconds=time.monotonic() - began,
         )
 
     def compile(self, request: ImageRequest) -> tuple[ModelCard, NDArray[np.uint8]]:
         """`warm_up`, and the first image of a request as it is made by what was compiled.
 
-        This may come from another thread, beside any other call.
+        This may come from another thread, beside any other call. If it fails, all is as it was before.
         """
-        card = self.warm_up()
-        conditioning = self._encode(request, card.environment, compiled=True)
-        trajectory = self.plan(request, conditioning, request.seeds[0])
-        for _ in trajectory.stages:
-            self.step([trajectory])
-        return card, self.decode(trajectory)
+        try:
+            with compilation.beside_others():
+                card = self.warm_up()
+                conditioning = self._encode(request, card.environment, compiled=True)
+                trajectory = self.plan(request, conditioning, request.seeds[0])
+                for _ in trajectory.stages:
+                    self.step([trajectory])
+                return card, self.decode(trajectory)
+        except Exception:
+            for ways in (*self._networks.values(), *self._decoders.values()):
+                ways.forget()  # and give back memory, for want of which it may have failed
+            raise
 
     def limit_batch(self, images: int) -> None:
         """From now on let no more than so many images share a call, at most as many as the ensemble was loaded for.
@@ -634,7 +671,7 @@ class Ensemble:
         self._residency.bring(self._vae)
         if dtype not in self._decoders:
             vae = self._vae if dtype == self._dtype else copy.deepcopy(self._vae).to(dtype)
-            self._decoders[dtype] = self._fast(vae.decoder, partial(_decoded, vae))
+            self._decoders[dtype] = self._ways(_decoded, vae)
         mean, deviation = self._latent_statistics()
         unscaled = latents / self._vae.config.scaling_factor * deviation + mean
         pixels: torch.Tensor = self._decoders[dtype](unscaled.to(dtype)).float()
@@ -698,7 +735,7 @@ _PLACE_MATTERS: dict[str, tuple[type[torch.nn.Module], ...]] = {
 }
 
 
-def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_ImageByImage | layers.OfImages]:
+def _take_by_image(unet: torch.nn.Module, device: str) -> Iterator[_ImageByImage | layers.OfImages]:
     for module in list(unet.modules()):
         if isinstance(module, layers.OfImages) and device == "cpu":
             yield module
@@ -707,6 +744,13 @@ def _make_place_irrelevant(unet: torch.nn.Module, device: str) -> Iterator[_Imag
                 by_image = _ImageByImage(layer)
                 setattr(module, name, by_image)
                 yield by_image
+
+
+def _undo_by_image(unet: torch.nn.Module) -> None:
+    for module in list(unet.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, _ImageByImage):
+                setattr(module, name, layer.layer)
 
 
 def _schedulers(config: Any) -> Callable[..., Any]:
@@ -733,6 +777,11 @@ def _schedulers(config: Any) -> Callable[..., Any]:
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Tensors one after the other; of one alone, itself."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _working(network: Any) -> Any:
+    """The part of a U-Net or of an autoencoder that is called."""
+    return getattr(network, "decoder", network)
 
 
 def _called(
@@ -923,11 +972,6 @@ def _compiled(mode: str, sizes: Sequence[tuple[int, int]]) -> str:
     return "off" if mode == "off" else f"{mode} for {_told(sizes)}"
 
 
-def _uncompiled(mode: str, device: str) -> str:
-    """What there is before anything is compiled, as it is told: on CUDA the layers are not those of "off"."""
-    return f"{mode} for no size" if mode in ("blocks", "full") and device == "cuda" else "off"
-
-
 def _told(sizes: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{width}x{height}" for width, height in sizes)
 
@@ -967,7 +1011,6 @@ def _card(
     precision: str,
     name: str | None,
     max_batch: int,
-    compiled: str,
 ) -> ModelCard:
     defaults = checkpoint.defaults(base)
     return ModelCard(
@@ -983,5 +1026,5 @@ def _card(
         default_guidance_scale=defaults.guidance_scale,
         default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
         default_scheduler="euler",
-        environment=provenance.environment(device, precision, max_batch, compiled),
+        environment=provenance.environment(device, precision, max_batch),
     )

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from server import compilation
-from server.compilation import Compiled
+from server.compilation import Compiled, Ways
 
 _KEPT = 2  # texts: those of one request
 
@@ -39,13 +39,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = encoder.config, encoder.dtype, device
         self._hidden = (encoder,)
-        self._call = Compiled(encoder, self._states, "blocks", device) if records else self._states
+        self._call = Ways(self._states, Compiled(encoder, self._states, "blocks", device) if records else None)
         self._kept: OrderedDict[Hashable, Encoded] = OrderedDict()
 
     @property
     def shapes(self) -> int:
         """How many are compiled."""
-        return self._call.shapes if isinstance(self._call, Compiled) else 0
+        return self._call.shapes
 
     def forward(self, ids: torch.Tensor, output_hidden_states: bool = True) -> Encoded:
         """Of token ids, (1, 77)."""

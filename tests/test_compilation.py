@@ -1,7 +1,9 @@
 """Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were, meanwhile too."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_ensemble
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import PATIENCE, ROOT, ServerProcess, connect, digests, request
 from test_telemetry import scrape
+from torch import nn
 
-from server import cpu_kernels, model
+from server import cpu_kernels, layers, model
 from server.checkpoint import CannotCompile
-from server.domain import default_request
+from server.domain import OutOfMemory, default_request
+from server.model import Ensemble
 from server.telemetry import Metrics
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -147,23 +152,76 @@ def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, tmp_path:
 
 
 def test_what_is_begun_while_another_thread_compiles_is_drawn_to_its_end_as_if_nothing_were(plain, folders, tmp_path):
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as thread:
+    usual = sys.getswitchinterval()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         patch.setenv("TRITON_CACHE_DIR", "")
         ensemble = model.load(
             *folders, device="cpu", compile="full", compile_cache=tmp_path, compile_while_serving=True
         )
-        expected = drawn(plain)
-        assert np.array_equal(drawn(ensemble), expected), "nothing is compiled at first"
-        begun_before = begun(ensemble)
+        compile_beside(ensemble, drawn(plain))
+    assert sys.getswitchinterval() == usual
+
+
+def test_where_others_of_the_same_weights_are_compiled_the_networks_serve_as_they_are_until_then(folders, monkeypatch):
+    """As on a GPU, with networks that are made over to be compiled, and images that share calls."""
+    made_over, fuse = [], layers.fuse
+
+    def fuse_twins(network: nn.Module, device: str) -> None:
+        made_over.append(network)
+        if len(made_over) <= 3:  # the base's, the refiner's and the autoencoder's own
+            raise layers.CannotFuse("for now it is left as it is")
+        fuse(network, device)
+
+    monkeypatch.setattr(layers, "fuse", fuse_twins)
+    as_they_are = drawn(model.load(*folders, device="cpu", max_batch=2))
+    made_over.clear()
+    monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
+    ensemble = model.load(*folders, device="cpu", compile="blocks", compile_while_serving=True, max_batch=2)
+    assert len(made_over) == 3
+    compile_beside(ensemble, as_they_are)
+    assert len({id(each) for each in made_over}) == 6
+    compiled = drawn(ensemble)
+    assert np.abs(compiled.astype(int) - as_they_are).max() <= 2
+    assert np.array_equal(compiled, drawn(ensemble))
+
+
+def compile_beside(ensemble: model.Ensemble, expected: np.ndarray) -> None:
+    """Compile in another thread, while what is drawn, and what was begun before, comes out as expected."""
+    assert np.array_equal(drawn(ensemble), expected), "nothing is compiled at first"
+    begun_before = begun(ensemble)
+    with ThreadPoolExecutor(1) as thread:
         compiling = thread.submit(ensemble.compile, default_request(ensemble.card, "a photo of a cat"))
         while not compiling.done():
             assert np.array_equal(drawn(ensemble), expected)
-        ensemble.card, _ = compiling.result()
-        begun_after = begun(ensemble)
-        assert begun_before.batch_key != begun_after.batch_key
-        assert np.array_equal(finished(ensemble, begun_before), expected)
+    ensemble.card, _ = compiling.result()
+    begun_after = begun(ensemble)
+    assert begun_before.batch_key != begun_after.batch_key
+    assert np.array_equal(finished(ensemble, begun_before), expected)
     assert (begun_before.conditioning.compiled, begun_after.conditioning.compiled) == (False, True)
+
+
+def test_what_fails_to_compile_is_forgotten_and_gives_its_memory_back(folders, monkeypatch):
+    monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
+    ensemble = model.load(*folders, device="cpu", compile="full", compile_while_serving=True)
+    expected = drawn(ensemble)
+    twins: list[weakref.ref[nn.Module]] = []
+    twin = layers.twin
+
+    def twin_or_nothing(network: nn.Module) -> nn.Module:
+        if len(twins) == 1:
+            raise torch.OutOfMemoryError("no room for another")
+        made = twin(network)
+        twins.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(layers, "twin", twin_or_nothing)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    with pytest.raises(OutOfMemory):
+        ensemble.compile(default_request(ensemble.card, "a photo of a cat"))
+    gc.collect()
+    assert [each() for each in twins] == [None]
+    assert np.array_equal(drawn(ensemble), expected)
 
 
 class TestWhileServing:

@@ -272,7 +272,7 @@ def test_convolutions_by_a_kernel_take_all_images_at_once(change: Callable[[nn.M
     layers.fuse(plain)
     layers.fuse(changed)
     change(changed)
-    by_image, fewer = (len(list(model._make_place_irrelevant(each, "cuda"))) for each in (plain, changed))
+    by_image, fewer = (len(list(model._take_by_image(each, "cuda"))) for each in (plain, changed))
     assert by_image - fewer == len(convolutions(changed)) > 0
 
 
@@ -285,6 +285,19 @@ def test_a_kernel_reads_the_weights_that_were_there_and_no_copy_of_them():
     assert [each.weight.data_ptr() for each in convolutions(network)] == before
     quantise(network)
     assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in convolutions(network))
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+def test_a_twin_is_made_over_and_its_network_is_left_as_it_was(expert: str):
+    network = unet(expert)
+    expected, weights = predicted(network), {each.data_ptr(): each.stride() for each in network.parameters()}
+    twin = layers.twin(network)
+    assert weights.keys() == {each.data_ptr() for each in twin.parameters()}, "their weights are in memory once"
+    layers.fuse(twin)
+    assert error(predicted(twin), expected) < 1e-5
+    assert torch.equal(predicted(network), expected)
+    assert weights == {each.data_ptr(): each.stride() for each in network.parameters()}
+    assert weights.keys() & {each.data_ptr() for each in twin.parameters()}, "what is the same is still shared"
 
 
 def test_a_network_with_layers_of_another_kind_is_left_as_it_was():

@@ -1,0 +1,92 @@
+"""How soon a service is ready to draw, and how fast it draws from then on, by what it compiles and when.
+
+Every way is started twice: with an empty folder for what is compiled, and with what the first start left there. Then
+images are asked for one after the other, until one is compiled where that is done meanwhile, and three more.
+
+Run: make bench-ready. The embedded ensemble is served, or what T2I_BASE and so on say.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import grpc
+
+from bench import serving
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+MEANWHILE = "-while-serving"
+WAYS = [mode + when for mode in ("blocks", "full") for when in ("", MEANWHILE)]
+UNLIMITED = [("grpc.max_receive_message_length", -1)]
+
+
+@dataclass
+class Start:
+    """Seconds: until health is SERVING, of each image from then on, and until one was compiled."""
+
+    ready: float
+    images: list[float] = field(default_factory=list)  # that are not compiled
+    compiled_after: float | None = None
+    compiled: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=["off", *WAYS], default=["off", *WAYS[:2]])
+    parser.add_argument("--seconds", type=float, default=900, help="that compiling meanwhile may take (default: 900)")
+    parser.add_argument("--images", type=int, default=3, help="that count, of each start (default: 3)")
+    options = parser.parse_args()
+
+    print("| way | cache | ready | image | longest | compiled after | image, compiled |\n|" + " --- |" * 7, flush=True)
+    device = ""
+    for way in options.ways:
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("empty", "filled") if way != "off" else ("",):
+                begun, device = start(way, cache, options.seconds, options.images)
+                print(row(way, state, begun), flush=True)
+    print(f"\nOn {device}, seconds")
+
+
+def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str]:
+    """What one start of the service came to, and its device."""
+    mode = way.removesuffix(MEANWHILE)
+    flags = ["--compile", mode]
+    flags += ["--compile-cache", cache] if mode != "off" else []
+    flags += ["--compile-while-serving"] if way.endswith(MEANWHILE) else []
+    began = time.perf_counter()
+    with serving.served(*flags) as (address, _), grpc.insecure_channel(address, options=UNLIMITED) as channel:
+        stub = pb_grpc.TextToImageServiceStub(channel)
+        begun = Start(time.perf_counter() - began)
+        counted = begun.images if way == "off" else begun.compiled
+        while len(counted) < images:
+            asked = time.perf_counter()
+            if asked - began > seconds:
+                break
+            request = pb.GenerateRequest(data=pb.TaskData(prompt="cat napping"), output=pb.Output(raw=True))
+            request.parameter.seed = len(begun.images)
+            made_by = stub.Generate(request).metadata.environment.compiled
+            took = time.perf_counter() - asked
+            if made_by == "off":
+                begun.images.append(took)
+            else:
+                begun.compiled_after = begun.compiled_after or asked - began
+                begun.compiled.append(took)
+        return begun, stub.GetModel(pb.GetModelRequest()).device
+
+
+def row(way: str, cache: str, begun: Start) -> str:
+    def median(images: list[float]) -> str:
+        return f"{statistics.median(images):.3g}" if images else ""
+
+    count = f" of {len(begun.images)}" if begun.images else ""
+    longest = f"{max(begun.images):.3g}" if begun.images else ""
+    after = f"{begun.compiled_after:.3g}" if begun.compiled_after else ""
+    cells = [way, cache, f"{begun.ready:.3g}", median(begun.images) + count, longest, after, median(begun.compiled)]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,7 @@ def running() -> Iterator[None]:
 
 def run() -> bool:
     """Whether this thread computes by kernels."""
-    return not torch.compiler.is_compiling() and _running.get()
+    return not torch.compiler.is_dynamo_compiling() and _running.get()
 
 
 def compute(values: torch.Tensor, channels: int) -> bool:

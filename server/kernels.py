@@ -51,7 +51,7 @@ def by_image(images: int, function: Callable[..., torch.Tensor], *values: torch.
     rows, and where the threads' shares end they round otherwise: an image's bytes would depend on its place among
     others. Compiled code is not made of these functions, and has no such shares.
     """
-    if images == 1 or values[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if images == 1 or values[0].device.type != "cpu" or torch.compiler.is_dynamo_compiling():
         return function(*values)
     return torch.cat([function(*rows) for rows in zip(*(each.chunk(images) for each in values), strict=True)])
 
@@ -412,7 +412,7 @@ def group_norm(
 
         def normed(rows: torch.Tensor) -> torch.Tensor:
             result = F.group_norm(rows, groups, weight, bias, eps)
-            if not (silu and border) or torch.compiler.is_compiling():
+            if not (silu and border) or torch.compiler.is_dynamo_compiling():
                 result = F.silu(result, inplace=True) if silu else result
                 return F.pad(result, [edge] * 4) if border else result
             framed = result.new_zeros(len(rows), height + 2, width + 2, channels).permute(0, 3, 1, 2)

@@ -205,7 +205,7 @@ class _Once(nn.Module):
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             made: torch.Tensor = self.layer(values)
             return made
         last = self._last  # which another thread, that compiles, may replace
@@ -344,7 +344,7 @@ class ResnetConvolution(Convolving):
 
     @property
     def has_fewer_products(self) -> bool:
-        by_products = self._winograd is not None and not torch.compiler.is_compiling()
+        by_products = self._winograd is not None and not torch.compiler.is_dynamo_compiling()
         return by_products or self._runs_cpu_kernel
 
     @property

@@ -346,6 +346,11 @@ def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_
     assert np.array_equal(drawn(load(precision="fp8", compile_cache=tmp_path)), image), "and is made anew if broken"
 
 
+def test_what_another_thread_traces_changes_nothing_that_is_not_compiled(plain, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # which is true of all threads while one traces
+    assert np.array_equal(drawn(load()), plain)
+
+
 def test_networks_that_take_turns_on_the_device_draw_the_same_bytes(plain):
     assert np.array_equal(drawn(load(offload=True)), plain)
 

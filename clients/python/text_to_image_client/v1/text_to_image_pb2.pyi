@@ -827,7 +827,7 @@ class Environment(google.protobuf.message.Message):
     compiled: builtins.str
     """How networks are compiled, and for images of which sizes: "blocks for 1024x1024, 1152x896"; "off" if they are not.
     On the CPU images of other sizes have the bytes of "off". With `--compile-while-serving` it is "off" until all is
-    compiled, and on a GPU, where other kernels run from the beginning, "blocks for no size".
+    compiled.
     """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

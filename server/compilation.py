@@ -44,7 +44,7 @@ _BLOCKS = (
 _BEFORE = 2  # calls before one is recorded, in which kernels are loaded and workspaces made
 _SWITCH_SECONDS = 1e-5  # after which the interpreter is left to others: less made these slower again
 _CODES = 1024  # versions of one function that may be compiled: layers of all sizes share theirs
-# The first that can compute an attention does. cuDNN's was the fastest by measurement.
+# On Hopper the first of these that can compute an attention does: cuDNN's was the fastest there by measurement.
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 ]  # fmt: skip
@@ -223,7 +223,7 @@ class _Attention(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0:
+            if self._inside == 0 and _is_hopper():
                 self._order.enter_context(sdpa_kernel(_ATTENTION, set_priority=True))
             self._inside += 1
 
@@ -235,6 +235,11 @@ class _Attention(contextlib.AbstractContextManager[None]):
 
 
 _attention = _Attention()
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 class _Block(nn.Module):

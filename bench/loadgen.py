@@ -64,7 +64,6 @@ COLOURS = {
     "stock-compiled": "#e69f00",
 }  # Okabe and Ito's
 _SHORTEST = 0.01  # seconds of a sample: by this LoadGen decides how many to get ready
-UNLIMITED = [("grpc.max_receive_message_length", -1)]
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Service:
     def __init__(self, target: str, work: Work) -> None:
         self.outcomes: Counter[str] = Counter()
         self._work = work
-        self._stub = pb_grpc.TextToImageServiceStub(grpc.insecure_channel(target, options=UNLIMITED))
+        self._stub = pb_grpc.TextToImageServiceStub(grpc.insecure_channel(target, options=serving.UNLIMITED))
         self.card = self._stub.GetModel(pb.GetModelRequest())
 
     def issue(self, samples: Sequence[Any]) -> None:

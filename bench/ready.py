@@ -20,7 +20,6 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 MEANWHILE = "-while-serving"
 WAYS = [mode + when for mode in ("blocks", "full") for when in ("", MEANWHILE)]
-UNLIMITED = [("grpc.max_receive_message_length", -1)]
 
 
 @dataclass
@@ -57,7 +56,7 @@ def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str
     flags += ["--compile-cache", cache] if mode != "off" else []
     flags += ["--compile-while-serving"] if way.endswith(MEANWHILE) else []
     began = time.perf_counter()
-    with serving.served(*flags) as (address, _), grpc.insecure_channel(address, options=UNLIMITED) as channel:
+    with serving.served(*flags) as (address, _), grpc.insecure_channel(address, options=serving.UNLIMITED) as channel:
         stub = pb_grpc.TextToImageServiceStub(channel)
         begun = Start(time.perf_counter() - began)
         counted = begun.images if way == "off" else begun.compiled

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from text_to_image_client._service import Service, local_launch, running
 
+UNLIMITED = [("grpc.max_receive_message_length", -1)]
 _READY_SECONDS = 900.0  # what is compiled takes minutes
 
 

@@ -27,7 +27,7 @@ from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from server import cpu_kernels, layers
+from server import cpu_kernels, kernels, layers
 
 Mode = Literal["auto", "off", "blocks", "full"]
 Call = Callable[..., Any]
@@ -91,7 +91,7 @@ class Compiled:
     time, and on CUDA for one stream; a tensor that was passed before must not have been written into since.
     """
 
-    def __init__(self, network: nn.Module, call: Call, mode: Mode, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, call: Call, mode: Literal["blocks", "full"], device: torch.device) -> None:
         self._call = call
         self._made: dict[Hashable, Call] = {}
         self._pool: Any = None
@@ -223,7 +223,7 @@ class _Attention(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0 and _is_hopper():
+            if self._inside == 0 and _has_hopper():
                 self._order.enter_context(sdpa_kernel(_ATTENTION, set_priority=True))
             self._inside += 1
 
@@ -238,8 +238,8 @@ _attention = _Attention()
 
 
 @functools.cache
-def _is_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+def _has_hopper() -> bool:
+    return torch.cuda.is_available() and kernels.is_hopper(torch.device("cuda"))
 
 
 class _Block(nn.Module):

@@ -703,9 +703,11 @@ def gates(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _is_for_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     """Tiles are for Hopper, and for products in half precision: those in fp32 would have no tensor cores."""
-    if triton is None or device.type != "cuda" or dtype.itemsize != 2:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return triton is not None and dtype.itemsize == 2 and is_hopper(device)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def convolution(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -408,18 +408,20 @@ class Ensemble:
         if self._compile == "off":
             return Ways(plain)
         if self._twins:
-            return Ways(plain, made=partial(self._compiled_twin, call, network))
+            return Ways(plain, made=partial(self._compiled_twin, call, network, self._compile))
         return Ways(plain, Compiled(_working(network), plain, self._compile, self._device))
 
     @torch.inference_mode(mode=False)
-    def _compiled_twin(self, call: compilation.Call, network: torch.nn.Module) -> Compiled:
+    def _compiled_twin(
+        self, call: compilation.Call, network: torch.nn.Module, mode: Literal["blocks", "full"]
+    ) -> Compiled:
         twin = layers.twin(network)
         _undo_by_image(twin)
-        if self._compile == "blocks":
+        if mode == "blocks":
             self._make_over(_working(twin))
         if isinstance(twin, UNet2DConditionModel):
             self._make_place_irrelevant(twin)
-        return Compiled(_working(twin), partial(call, twin), self._compile, self._device)
+        return Compiled(_working(twin), partial(call, twin), mode, self._device)
 
     def warm_up(self) -> ModelCard:
         """Compile the calls for images of the sizes that it was loaded for, by making one of each.

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +164,20 @@ def test_what_is_begun_while_another_thread_compiles_is_drawn_to_its_end_as_if_n
     assert sys.getswitchinterval() == usual
 
 
-def test_where_others_of_the_same_weights_are_compiled_the_networks_serve_as_they_are_until_then(folders, monkeypatch):
+@pytest.fixture
+def load_with_twins(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., model.Ensemble]:
+    """Loads what compiles others of the same weights while it serves, which it does on a GPU alone."""
+
+    def load(**options) -> model.Ensemble:
+        monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
+        return model.load(*folders, device="cpu", compile_while_serving=True, **options)
+
+    return load
+
+
+def test_where_others_of_the_same_weights_are_compiled_the_networks_serve_as_they_are_until_then(
+    folders, load_with_twins, monkeypatch
+):
     """As on a GPU, with networks that are made over to be compiled, and images that share calls."""
     made_over, fuse = [], layers.fuse
 
@@ -176,8 +190,7 @@ def test_where_others_of_the_same_weights_are_compiled_the_networks_serve_as_the
     monkeypatch.setattr(layers, "fuse", fuse_twins)
     as_they_are = drawn(model.load(*folders, device="cpu", max_batch=2))
     made_over.clear()
-    monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
-    ensemble = model.load(*folders, device="cpu", compile="blocks", compile_while_serving=True, max_batch=2)
+    ensemble = load_with_twins(compile="blocks", max_batch=2)
     assert len(made_over) == 3
     compile_beside(ensemble, as_they_are)
     assert len({id(each) for each in made_over}) == 6
@@ -201,9 +214,8 @@ def compile_beside(ensemble: model.Ensemble, expected: np.ndarray) -> None:
     assert (begun_before.conditioning.compiled, begun_after.conditioning.compiled) == (False, True)
 
 
-def test_what_fails_to_compile_is_forgotten_and_gives_its_memory_back(folders, monkeypatch):
-    monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
-    ensemble = model.load(*folders, device="cpu", compile="full", compile_while_serving=True)
+def test_what_fails_to_compile_is_forgotten_and_gives_its_memory_back(load_with_twins, monkeypatch):
+    ensemble = load_with_twins(compile="full")
     expected = drawn(ensemble)
     twins: list[weakref.ref[nn.Module]] = []
     twin = layers.twin

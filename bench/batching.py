@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from server import model
+from server import checkpoint, model
 from server.domain import ImageRequest, default_request
 from server.settings import Settings
 
@@ -30,7 +30,7 @@ def main() -> None:
 
     settings = Settings()
     largest = max(options.batches)
-    ensemble = model.load(*settings.experts, settings.device, settings.precision, max_batch=largest)
+    ensemble = model.load(checkpoint.inspect(*settings.experts), settings.device, settings.precision, max_batch=largest)
     request = default_request(ensemble.card, "cat napping", seed=7)
     if options.side is not None:
         request = replace(request, width=options.side, height=options.side)

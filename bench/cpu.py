@@ -100,12 +100,11 @@ def stock(options: argparse.Namespace, compiled: bool) -> Draw:
 def ours(options: argparse.Namespace, mode: str) -> Draw:
     from dataclasses import replace
 
-    from server import model
+    from server import checkpoint, model
     from server.domain import default_request
 
-    ensemble = model.load(
-        options.base, options.refiner, "cpu", compile=mode, compile_cache=None if mode == "off" else options.cache
-    )
+    experts = checkpoint.inspect(options.base, options.refiner)
+    ensemble = model.load(experts, "cpu", compile=mode, compile_cache=None if mode == "off" else options.cache)
 
     def draw(seed: int) -> NDArray[np.uint8]:
         plain = default_request(ensemble.card, f"{PROMPT} {seed}", seed)

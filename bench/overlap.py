@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from server import model
+from server import checkpoint, model
 from server.domain import ImageRequest, default_request
 from server.engine import Engine
 from server.events import Event, Failed, Finished, ImageReady
@@ -49,8 +49,9 @@ def main() -> None:
     parser.add_argument("--refiner", type=Path, help="folder of the refiner (default: embedded, or none with --base)")
     options = parser.parse_args()
 
-    experts = (options.base, options.refiner) if options.base else (_EMBEDDED / "base", _EMBEDDED / "refiner")
-    ensemble = model.load(*experts, options.device, options.precision, max_batch=options.max_batch, overlap=True)
+    folders = (options.base, options.refiner) if options.base else (_EMBEDDED / "base", _EMBEDDED / "refiner")
+    experts = checkpoint.inspect(*folders)
+    ensemble = model.load(experts, options.device, options.precision, max_batch=options.max_batch, overlap=True)
     card = ensemble.card
     one = default_request(card, "cat napping")
     one = replace(one, steps=options.steps or one.steps)

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.cpu import decibels
 from bench.stock import Stock
-from server import model
+from server import checkpoint, model
 from server.domain import ImageRequest, Stage, default_request
 
 WAYS = ("off", "blocks", "blocks-fp8", "full", "offload", "offload-fp8", "stock", "stock-compiled")
@@ -123,8 +123,7 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
     mode, _, precision = way.partition("-")
     offload = mode == "offload"
     ensemble = model.load(
-        options.base,
-        options.refiner,
+        checkpoint.inspect(options.base, options.refiner),
         "cuda",
         precision or options.precision,
         compile="off" if offload else mode,

@@ -19,8 +19,9 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?P<fp16>\.fp16)?(?:-(\d{5})-of-(?P<shards>\d{5}))?\.safetensors"
 )
 _LFS = b"version https://git-lfs.github.com/spec/"
+_CHUNK = 4 << 20  # bytes that are hashed at a time: threads that do it seldom ask for the interpreter
 
 
 class CheckpointError(Exception):
@@ -103,9 +105,82 @@ class Checkpoint:
         """Number of weights in these parts."""
         return sum(_parameters(file) for part in parts for file in self.weights[part])
 
+    @property
+    def files(self) -> list[Path]:
+        """All that are served, in the order of their names."""
+        return sorted((*self.configs, *(file for files in self.weights.values() for file in files)))
 
-def inspect_base(folder: Path) -> Checkpoint:
-    """The base expert's folder. Raises a CheckpointError unless it is one, and whole."""
+
+class Experts:
+    """The folders of both experts, or of the base alone, which have proved to be whole.
+
+    All files are hashed from now on, until `close`, beside whatever else is done with them: SHA-256 of full-size ones
+    takes longer than loading them.
+    """
+
+    def __init__(self, base: Checkpoint, refiner: Checkpoint | None) -> None:
+        self.base, self.refiner = base, refiner
+        self._checkpoints = [base] if refiner is None else [base, refiner]
+        self._closed = threading.Event()
+        self._digests = {file: self._hashing(file) for checkpoint in self._checkpoints for file in checkpoint.files}
+
+    def close(self) -> None:
+        """Hash no more: what was not asked for by now is not wanted."""
+        self._closed.set()
+
+    def share(self, part: str) -> bool:
+        """Whether the refiner has the base's very weights of a part, or none of its own."""
+        if self.refiner is None:
+            return False
+        own = self.refiner.weights.get(part)
+        return own is None or self._contents(own) == self._contents(self.base.weights[part])
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over the names and contents of all files that are served.
+
+        Raises MissingPart if one of them cannot be read.
+        """
+        whole = hashlib.sha256()
+        for checkpoint in self._checkpoints:
+            for file, digest in zip(checkpoint.files, self._contents(checkpoint.files), strict=True):
+                whole.update(f"{file.relative_to(checkpoint.folder).as_posix()}\0".encode() + digest)
+        return whole.hexdigest()
+
+    def _contents(self, files: Iterable[Path]) -> list[bytes]:
+        return [self._digests[file].result() for file in files]
+
+    def _hashing(self, file: Path) -> Future[bytes]:
+        """The SHA-256 of a file, worked out by a thread that nothing waits for where the program ends."""
+        digest: Future[bytes] = Future()
+
+        def work() -> None:
+            try:
+                digest.set_result(self._digest(file))
+            except BaseException as error:  # noqa: BLE001  # for whoever asks for it
+                digest.set_exception(error)
+
+        threading.Thread(target=work, name="hashing", daemon=True).start()
+        return digest
+
+    def _digest(self, file: Path) -> bytes:
+        digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+        try:
+            with file.open("rb", buffering=0) as content:
+                while (read := content.readinto(chunk)) and not self._closed.is_set():
+                    digest.update(chunk[:read])
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        if self._closed.is_set():
+            raise CancelledError
+        return digest.digest()
+
+
+def inspect(base: Path, refiner: Path | None) -> Experts:
+    """The experts' folders. Raises a CheckpointError unless each holds what it should, and all of it."""
+    return Experts(_base(base), None if refiner is None else _refiner(refiner))
+
+
+def _base(folder: Path) -> Checkpoint:
     index = _index(folder)
     if index.get("text_encoder", [None])[0] is None:
         raise WrongExpert(
@@ -114,11 +189,8 @@ def inspect_base(folder: Path) -> Checkpoint:
     return _inspect(folder, BASE_PARTS)
 
 
-def inspect_refiner(folder: Path) -> Checkpoint:
-    """The refiner's folder. Raises a CheckpointError unless it is one, and whole.
-
-    It may be without a text encoder, which is the base's then: the published ones carry the very same.
-    """
+def _refiner(folder: Path) -> Checkpoint:
+    """It may be without a text encoder, which is the base's then: the published ones carry the very same."""
     index = _index(folder)
     if index.get("text_encoder", [None])[0] is not None:
         raise WrongExpert(
@@ -159,22 +231,6 @@ def defaults(base: Checkpoint) -> Defaults:
         return TypeAdapter(Defaults).validate_json(file.read_bytes(), strict=True)
     except ValidationError as error:
         raise MissingPart(f"{file} cannot be understood; fetch the checkpoint again") from error
-
-
-def same_weights(one: Checkpoint, other: Checkpoint, part: str) -> bool:
-    """Whether the other checkpoint has the very same weights of a part, or none of its own."""
-    return part not in other.weights or _digest(one.weights[part]) == _digest(other.weights[part])
-
-
-def fingerprint(checkpoints: Iterable[Checkpoint]) -> str:
-    """SHA-256 in hex over the names and contents of all files that are served."""
-    whole = hashlib.sha256()
-    for checkpoint in checkpoints:
-        files = sorted((*checkpoint.configs, *(file for files in checkpoint.weights.values() for file in files)))
-        with ThreadPoolExecutor() as pool:
-            for file, digest in zip(files, pool.map(_file_digest, files), strict=True):
-                whole.update(f"{file.relative_to(checkpoint.folder).as_posix()}\0".encode() + digest)
-    return whole.hexdigest()
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -261,7 +317,7 @@ def _check_whole(file: Path, clone: Path) -> None:
         with file.open("rb") as content:
             begin = content.read(len(_LFS))
     except OSError as error:
-        raise MissingPart(f"{file} cannot be read ({error.strerror}); fetch the checkpoint again") from error
+        raise _unreadable(file, error) from error
     if begin == _LFS:
         raise GitLfsPointer(
             f"{file} is a git-lfs pointer instead of weights; run `git lfs install` and then `git lfs pull` in {clone}"
@@ -279,11 +335,5 @@ def _parameters(file: Path) -> int:
         return sum(math.prod(shape) for shape in shapes)
 
 
-def _digest(files: Iterable[Path]) -> list[bytes]:
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(_file_digest, files))
-
-
-def _file_digest(file: Path) -> bytes:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
+def _unreadable(file: Path, error: OSError) -> MissingPart:
+    return MissingPart(f"{file} cannot be read ({error.strerror}); fetch the checkpoint again")

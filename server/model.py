@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from server import checkpoint, compilation, cpu_kernels, kernels, layers, preview, provenance
-from server.checkpoint import CannotCompile, Checkpoint, MissingPart, NoDevice, NotEnoughMemory
+from server.checkpoint import CannotCompile, Checkpoint, Experts, MissingPart, NoDevice, NotEnoughMemory
 from server.compilation import Compiled, Ways
 from server.cpu_kernels import CannotBuild
 from server.domain import (
@@ -76,6 +76,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Images that show how large what is multiplied in fp8 becomes: prompts of several kinds, few steps through all noise.
 _SHOWN = ("a photograph of an astronaut riding a horse", "a watercolour of a lighthouse at night", "a bowl of fruit")
 _SHOWN_STEPS = 10
+_CGROUP = Path("/sys/fs/cgroup")  # of the container, version 2
 _SCHEDULES = 16  # kept, of kinds and numbers of steps
 _FP8_BYTES = 1.2  # of a U-Net's weight, on average: a sixth of them stay in bf16
 
@@ -181,8 +182,7 @@ class _Ahead:
 
 
 def load(
-    base: Path,
-    refiner: Path | None,
+    experts: Experts,
     device: str = "auto",
     precision: str = "auto",
     name: str | None = None,
@@ -195,7 +195,7 @@ def load(
     warm_up: Sequence[tuple[int, int]] = (),
     offload: bool = False,
 ) -> "Ensemble":
-    """Load the experts from their folders onto a device.
+    """Load experts from the folders that `checkpoint.inspect` found whole onto a device.
 
     `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16, fp16 or fp8. Without a refiner the base works
     alone. `max_batch` images, 1 or more, may share a network call; every call then costs as much as a full one.
@@ -212,28 +212,26 @@ def load(
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
-    base_files = checkpoint.inspect_base(base)
-    refiner_files = checkpoint.inspect_refiner(refiner) if refiner is not None else None
     if preview_decoder is not None:
         checkpoint.inspect_preview_decoder(preview_decoder)
     device = _device(device)
     precision = _precision(precision, device, max_batch)
-    shared = refiner_files is not None and checkpoint.same_weights(base_files, refiner_files, "text_encoder_2")
-    _check_memory(base_files, refiner_files, shared, device, precision, offload)
+    shared = experts.share("text_encoder_2")
+    _check_memory(experts, shared, device, precision, offload)
 
     dtype = _dtype(precision, device)
     with _loading_on(device):
-        base_pipeline = _pipeline(StableDiffusionXLPipeline, base_files, dtype)
+        base_pipeline = _pipeline(StableDiffusionXLPipeline, experts.base, dtype)
         refiner_pipeline = None
-        if refiner_files is not None:
+        if experts.refiner is not None:
             parts: dict[str, Any] = {"vae": base_pipeline.vae}  # both experts work in the latents of one autoencoder
             if shared:
                 parts |= {"text_encoder_2": base_pipeline.text_encoder_2, "tokenizer_2": base_pipeline.tokenizer_2}
-            refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, refiner_files, dtype, **parts)
+            refiner_pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, experts.refiner, dtype, **parts)
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
         _check_sides(sizes, base_pipeline.vae_scale_factor)
-        card = _card(base_files, refiner_files, base_pipeline, device, precision, name, max_batch)
+        card = _card(experts, base_pipeline, device, precision, name, max_batch)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None:
             compilation.keep_in(compile_cache)
@@ -901,9 +899,8 @@ def _dtype(precision: str, device: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def _check_memory(
-    base: Checkpoint, refiner: Checkpoint | None, shared: bool, device: str, precision: str, offload: bool
-) -> None:
+def _check_memory(experts: Experts, shared: bool, device: str, precision: str, offload: bool) -> None:
+    base, refiner = experts.base, experts.refiner
     size = _dtype(precision, device).itemsize
     unets = [base.parameters(("unet",))]
     others = base.parameters(("text_encoder", "text_encoder_2", "vae"))
@@ -927,9 +924,12 @@ def _free_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     free: int = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used, kinds = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and used.is_file() and (bound := limit.read_text().strip()) != "max":
-        free = min(free, int(bound) - int(used.read_text()))
+        # Files that were read, the weights above all, count as used as well until the space is wanted.
+        of_kind = dict(line.split() for line in kinds.read_text().splitlines())
+        cached = int(of_kind["active_file"]) + int(of_kind["inactive_file"])
+        free = min(free, int(bound) - int(used.read_text()) + cached)
     return free
 
 
@@ -1006,19 +1006,18 @@ def _pipeline(kind: Any, files: Checkpoint, dtype: torch.dtype, **parts: Any) ->
 
 
 def _card(
-    base: Checkpoint,
-    refiner: Checkpoint | None,
+    experts: Experts,
     pipeline: StableDiffusionXLPipeline,
     device: str,
     precision: str,
     name: str | None,
     max_batch: int,
 ) -> ModelCard:
-    defaults = checkpoint.defaults(base)
+    defaults = checkpoint.defaults(experts.base)
     return ModelCard(
-        name=name or defaults.name or base.folder.resolve().name,
-        fingerprint=checkpoint.fingerprint([base] if refiner is None else [base, refiner]),
-        has_refiner=refiner is not None,
+        name=name or defaults.name or experts.base.folder.resolve().name,
+        fingerprint=experts.fingerprint(),
+        has_refiner=experts.refiner is not None,
         device=device,
         precision=precision,
         schedulers=tuple(SCHEDULERS),
@@ -1026,7 +1025,7 @@ def _card(
         side_multiple=pipeline.vae_scale_factor,
         default_steps=defaults.steps,
         default_guidance_scale=defaults.guidance_scale,
-        default_high_noise_frac=defaults.high_noise_frac if refiner is not None else 1.0,
+        default_high_noise_frac=defaults.high_noise_frac if experts.refiner is not None else 1.0,
         default_scheduler="euler",
         environment=provenance.environment(device, precision, max_batch),
     )

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from server import auth, content_filter
+from server import auth, checkpoint, content_filter
 from server.checkpoint import CheckpointError
 from server.decoding import Decoding
 from server.domain import ImageRequest, ModelCard, default_request
@@ -204,22 +205,21 @@ def _keep(call: Callable[[], Any], result: "Future[Any]") -> None:
 
 def load(settings: Settings) -> Model:
     """The ensemble that the settings name. Raises CheckpointError."""
-    # Imported on the device thread: torch takes seconds, and the port should be open by then.
-    from server import model
+    with closing(checkpoint.inspect(*settings.experts)) as experts:
+        # Imported on the device thread: torch takes seconds, and the port should be open by then.
+        from server import model
 
-    base, refiner = settings.experts
-    return model.load(
-        base,
-        refiner,
-        settings.device,
-        settings.precision,
-        settings.model_name,
-        max_batch=settings.max_batch,
-        overlap=settings.overlap,
-        compile=settings.compile,
-        compile_cache=settings.compile_cache,
-        compile_while_serving=settings.compile_while_serving,
-        warm_up=settings.warm_up_sizes,
-        preview_decoder=settings.preview_decoder,
-        offload=settings.offload,
-    )
+        return model.load(
+            experts,
+            settings.device,
+            settings.precision,
+            settings.model_name,
+            max_batch=settings.max_batch,
+            overlap=settings.overlap,
+            compile=settings.compile,
+            compile_cache=settings.compile_cache,
+            compile_while_serving=settings.compile_while_serving,
+            warm_up=settings.warm_up_sizes,
+            preview_decoder=settings.preview_decoder,
+            offload=settings.offload,
+        )

@@ -21,14 +21,11 @@ def main() -> int:
     )
     wanted = parser.parse_args().fingerprint
     try:
-        base, refiner = Settings().experts
+        folders = Settings().experts
     except ValidationError as error:
         parser.error("; ".join(each["msg"] for each in error.errors()))
     try:
-        checkpoints = [checkpoint.inspect_base(base)]
-        if refiner is not None:
-            checkpoints.append(checkpoint.inspect_refiner(refiner))
-        found = checkpoint.fingerprint(checkpoints)
+        found = checkpoint.inspect(*folders).fingerprint()
         if wanted is not None and found != wanted:
             raise checkpoint.OtherWeights(f"these weights have the fingerprint {found}, not {wanted}")
     except checkpoint.CheckpointError as error:

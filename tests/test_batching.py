@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from server import cpu_kernels, model
+from server import checkpoint, cpu_kernels, model
 from server.domain import ImageRequest, OutOfMemory, Stage, StepFailed
 from server.settings import EMBEDDED
 
@@ -21,7 +21,7 @@ REQUEST = ImageRequest("a cat", "a dog", (1,), 6, 5.0, 0.6, "euler", 32, 32)
 
 @pytest.fixture(scope="module")
 def ensemble(folders: tuple[Path, Path], device: str) -> model.Ensemble:
-    return model.load(*folders, device=device, precision="fp32", max_batch=ROOM)
+    return model.load(checkpoint.inspect(*folders), device=device, precision="fp32", max_batch=ROOM)
 
 
 @pytest.fixture(params=[2, 3, 7])
@@ -129,7 +129,8 @@ BY_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are 
     "options", [{}, pytest.param({"compile": "blocks", "warm_up": [(192, 168)]}, marks=BY_KERNELS)]
 )
 def test_an_embedded_image_has_the_same_bytes_in_any_company(options: dict):
-    ensemble = model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu", max_batch=4, **options)
+    experts = checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner")
+    ensemble = model.load(experts, device="cpu", max_batch=4, **options)
     request = replace(REQUEST, width=192, height=168, steps=5)
     assert ensemble.encode(request).compiled == bool(options)
     alone = image(ensemble, request)
@@ -175,7 +176,7 @@ def test_only_like_expert_shape_and_guidance_share_a_call(ensemble):
 
 
 def test_a_batch_of_one_image_has_the_bytes_of_an_ensemble_that_was_loaded_for_one(ensemble, folders, device: str):
-    alone = model.load(*folders, device=device, precision="fp32")
+    alone = model.load(checkpoint.inspect(*folders), device=device, precision="fp32")
     assert alone.max_batch == 1
     ensemble.limit_batch(1)
     try:

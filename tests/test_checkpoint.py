@@ -48,7 +48,8 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> model.Ensemble:
-    return model.load(folder / "base", folder / "refiner", device="cpu")
+    with contextlib.closing(checkpoint.inspect(folder / "base", folder / "refiner")) as experts:
+        return model.load(experts, device="cpu")
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -140,6 +141,41 @@ def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, err
     assert "\n" not in str(caught.value)
 
 
+def test_files_that_were_read_leave_the_memory_of_a_container_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 700\nactive_file 300\ninactive_file 2500\n")
+    assert model._free_bytes("cpu") == 5000 - (4000 - 300 - 2500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert model._free_bytes("cpu") > 2**20, "what the machine has free"
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_told(folder: Path):
+    (folder / "base" / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "base" / "tokenizer" / name).write_text("{}")
+    assert checkpoint.inspect(folder / "base", None).fingerprint()
+    (folder / "base" / "tokenizer" / "merges.txt").unlink()
+    (folder / "base" / "tokenizer" / "merges.txt").symlink_to("/proc/self/mem")  # whose beginning nobody can read
+    with pytest.raises(MissingPart, match=r"merges.txt cannot be read \(Input/output error\)"):
+        checkpoint.inspect(folder / "base", None).fingerprint()
+
+
+def test_what_is_wrong_with_the_files_is_told_before_torch_is_imported(folder: Path):
+    (folder / "base" / UNET).write_text(POINTER)
+    program = (
+        "import sys; from server.service import load; from server.settings import Settings\n"
+        "try: load(Settings())\n"
+        "except Exception as error: print(type(error).__name__, 'torch' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"T2I_BASE": str(folder / "base")},
+        capture_output=True, text=True, timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    assert told.stdout == "GitLfsPointer False\n"
+
+
 def test_memory_that_runs_out_while_loading_is_told():
     with pytest.raises(NotEnoughMemory, match="ran out of memory"), model._loading_on("cpu"):
         torch.empty(2**60, dtype=torch.uint8)
@@ -150,7 +186,7 @@ def test_memory_that_runs_out_while_loading_is_told():
 def test_an_absent_device_is_told_with_what_is_there(whole: Path):
     absent = next(name for name in ("mps", "cuda") if not model._DEVICES[name]())
     with pytest.raises(NoDevice, match=f"no {absent} device is here, but .*cpu"):
-        model.load(whole / "base", None, device=absent)
+        model.load(checkpoint.inspect(whole / "base", None), device=absent)
 
 
 def test_every_kind_of_trouble_has_an_exit_code_of_its_own():
@@ -169,7 +205,7 @@ def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_serv
     with connect(server) as channel, contextlib.suppress(grpc.RpcError):  # the stream ends with the server
         for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE):
             said.append(answer.status)
-    assert set(said) == {health_pb2.HealthCheckResponse.NOT_SERVING}
+    assert health_pb2.HealthCheckResponse.SERVING not in said
     assert server.wait() == code
     assert len([line for line in server.lines if "ERROR" in line]) == 1
     assert "lifecycle: serving" not in server.log
@@ -208,7 +244,7 @@ def test_a_refiner_with_a_text_encoder_of_its_own_keeps_it(folder: Path, tmp_pat
 
 def test_the_fp16_variant_is_taken_where_both_are_there(folder: Path):
     tiny_ensemble.save(folder, variant="fp16")
-    files = checkpoint.inspect_base(folder / "base")
+    files = checkpoint.inspect(folder / "base", None).base
     assert files.variant == "fp16"
     assert all(".fp16." in file.name for part in files.weights.values() for file in part)
     (folder / "base" / UNET).write_text(POINTER)  # what is not served need not be there
@@ -218,7 +254,7 @@ def test_the_fp16_variant_is_taken_where_both_are_there(folder: Path):
 def test_a_variant_that_only_some_parts_have_is_not_taken(folder: Path):
     tiny_ensemble.save(folder, variant="fp16")
     (folder / "base" / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    assert checkpoint.inspect_base(folder / "base").variant is None
+    assert checkpoint.inspect(folder / "base", None).base.variant is None
     (folder / "base" / UNET).unlink()
     with pytest.raises(MissingPart, match="in fp16 only"):
         load(folder)
@@ -228,11 +264,11 @@ def test_weights_in_shards_are_loaded_and_a_lost_shard_is_noticed(tmp_path: Path
     base, refiner = tiny_ensemble.save(tmp_path, max_shard_size="500KB", variant="fp16")
     shards = sorted((base / "unet").glob("*.safetensors"))
     assert len(shards) > 1
-    sharded = model.load(base, refiner, device="cpu")
+    sharded = model.load(checkpoint.inspect(base, refiner), device="cpu")
     assert sharded.card.has_refiner
     shards[0].unlink()
     with pytest.raises(MissingPart, match=rf"has {len(shards) - 1} of {len(shards)} weights files"):
-        model.load(base, refiner, device="cpu")
+        model.load(checkpoint.inspect(base, refiner), device="cpu")
 
 
 def test_files_for_other_frameworks_beside_the_weights_are_ignored(folder: Path):
@@ -259,7 +295,7 @@ def test_a_checkpoint_may_bring_its_own_name_and_defaults(folder: Path):
     assert (card.name, card.default_steps, card.default_guidance_scale, card.default_high_noise_frac) == (
         "mini", 7, 3.0, 0.8,
     )  # fmt: skip
-    assert model.load(folder / "base", None, device="cpu", name="given").card.name == "given"
+    assert model.load(checkpoint.inspect(folder / "base", None), device="cpu", name="given").card.name == "given"
 
 
 class TestVerify:

@@ -18,7 +18,7 @@ from serving import PATIENCE, ROOT, ServerProcess, connect, digests, request
 from test_telemetry import scrape
 from torch import nn
 
-from server import cpu_kernels, layers, model
+from server import checkpoint, cpu_kernels, layers, model
 from server.checkpoint import CannotCompile
 from server.domain import OutOfMemory, default_request
 from server.model import Ensemble
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def plain(folders) -> model.Ensemble:
-    return model.load(*folders, device="cpu")
+    return model.load(checkpoint.inspect(*folders), device="cpu")
 
 
 @pytest.fixture(scope="module", params=["blocks", "blocks where no kernels suit", "full"])
@@ -67,7 +67,8 @@ def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.T
             patch.setattr(cpu_kernels, "suit", lambda: False)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which loading sets, for this process: it is put back
         patch.setenv("TRITON_CACHE_DIR", "")
-        loaded = model.load(*folders, device="cpu", compile=mode, compile_cache=cache, warm_up=[(SIDE, SIDE)])
+        experts = checkpoint.inspect(*folders)
+        loaded = model.load(experts, device="cpu", compile=mode, compile_cache=cache, warm_up=[(SIDE, SIDE)])
         assert any(cache.rglob("*.so")), "what is compiled is kept"
     return loaded
 
@@ -123,7 +124,7 @@ def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
     if compiler is not None:
         monkeypatch.setenv("CXX", compiler)
     cpu_kernels._loaded.cache_clear()
-    ensemble = model.load(*folders, device="cpu", compile="auto")
+    ensemble = model.load(checkpoint.inspect(*folders), device="cpu", compile="auto")
     assert ensemble.card.environment.compiled == told
     assert drawn(ensemble).shape == (SIDE, SIDE, 3)
     assert ("the networks cannot be compiled here (false: exit 1)" in caplog.text) == (compiler == "false")
@@ -131,12 +132,12 @@ def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
 
 @pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"offload": True}])
 def test_what_goes_without_compiled_networks_is_not_built(folders, changes: dict):
-    assert not model.load(*folders, device="cpu", compile="auto", **changes).compiles
+    assert not model.load(checkpoint.inspect(*folders), device="cpu", compile="auto", **changes).compiles
 
 
 def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):
     with pytest.raises(CannotCompile, match="multiples of 2: --warm-up cannot have 33x64"):
-        model.load(*folders, device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
+        model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
 
 
 def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, tmp_path: Path):
@@ -157,9 +158,8 @@ def test_what_is_begun_while_another_thread_compiles_is_drawn_to_its_end_as_if_n
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         patch.setenv("TRITON_CACHE_DIR", "")
-        ensemble = model.load(
-            *folders, device="cpu", compile="full", compile_cache=tmp_path, compile_while_serving=True
-        )
+        experts = checkpoint.inspect(*folders)
+        ensemble = model.load(experts, device="cpu", compile="full", compile_cache=tmp_path, compile_while_serving=True)
         compile_beside(ensemble, drawn(plain))
     assert sys.getswitchinterval() == usual
 
@@ -170,7 +170,7 @@ def load_with_twins(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., m
 
     def load(**options) -> model.Ensemble:
         monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
-        return model.load(*folders, device="cpu", compile_while_serving=True, **options)
+        return model.load(checkpoint.inspect(*folders), device="cpu", compile_while_serving=True, **options)
 
     return load
 
@@ -188,7 +188,7 @@ def test_where_others_of_the_same_weights_are_compiled_the_networks_serve_as_the
         fuse(network, device)
 
     monkeypatch.setattr(layers, "fuse", fuse_twins)
-    as_they_are = drawn(model.load(*folders, device="cpu", max_batch=2))
+    as_they_are = drawn(model.load(checkpoint.inspect(*folders), device="cpu", max_batch=2))
     made_over.clear()
     ensemble = load_with_twins(compile="blocks", max_batch=2)
     assert len(made_over) == 3

@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from pydantic import ValidationError
 from torch import nn
 
-from server import compilation, cpu_kernels, kernels, layers, model
+from server import checkpoint, compilation, cpu_kernels, kernels, layers, model
 from server.checkpoint import CannotCompile, NoDevice
 from server.domain import default_request
 from server.settings import EMBEDDED, Settings
@@ -317,7 +317,7 @@ def test_what_no_input_showed_has_no_scale():
 
 
 def load(**options) -> model.Ensemble:
-    return model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu", **options)
+    return model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu", **options)
 
 
 def drawn(ensemble: model.Ensemble) -> np.ndarray:

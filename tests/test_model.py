@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from server import model
+from server import checkpoint, model
 from server.domain import ImageRequest, Notice, Stage, default_request
 from server.settings import EMBEDDED
 
@@ -18,7 +18,7 @@ REQUEST = ImageRequest("a cat", "a dog", (1,), 20, 5.0, 0.8, "euler", 32, 32)
 
 @pytest.fixture(scope="module")
 def ensemble(folders: tuple[Path, Path], device: str) -> model.Ensemble:
-    return model.load(*folders, device=device, precision="fp32")
+    return model.load(checkpoint.inspect(*folders), device=device, precision="fp32")
 
 
 def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> model.Trajectory:
@@ -180,7 +180,7 @@ def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_d
 
 def test_ddim_draws_what_euler_draws():
     # Without noise of its own DDIM is Euler's method in other words (Song et al., 2021, section 4.3).
-    embedded = model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu")
+    embedded = model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu")
     request = replace(default_request(embedded.card, "cat napping"), steps=10)
     euler, ddim = (finished(embedded, replace(request, scheduler=name)).latents for name in ("euler", "ddim"))
     assert relative_error(ddim, euler) < 0.1
@@ -252,7 +252,7 @@ def test_guidance_of_one_or_less_runs_one_row(ensemble):
 
 
 def test_the_base_works_alone(folders):
-    alone = model.load(folders[0], None, device="cpu")
+    alone = model.load(checkpoint.inspect(folders[0], None), device="cpu")
     assert not alone.card.has_refiner
     assert alone.card.default_high_noise_frac == 1.0
     assert set(finished(alone, replace(REQUEST, high_noise_frac=1.0, steps=4)).stages) == {Stage.BASE}
@@ -288,7 +288,7 @@ def test_an_overflow_is_an_error_and_never_a_black_image(ensemble):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_draws_nearly_the_same(folders, ensemble, device: str, precision: str):
-    half = model.load(*folders, device=device, precision=precision)
+    half = model.load(checkpoint.inspect(*folders), device=device, precision=precision)
     request = replace(REQUEST, steps=4)
     mine = finished(half, request)
     assert mine.latents.dtype == torch.float32
@@ -299,7 +299,7 @@ def test_half_precision_draws_nearly_the_same(folders, ensemble, device: str, pr
 
 
 def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: str):
-    half = model.load(*folders, device=device, precision="fp16")
+    half = model.load(checkpoint.inspect(*folders), device=device, precision="fp16")
     half._vae.register_to_config(force_upcast=False)
     with torch.no_grad():  # what flows between these two now exceeds 65504, the largest fp16
         half._vae.post_quant_conv.weight.mul_(1e3)
@@ -313,5 +313,5 @@ def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: 
 def test_loading_says_nothing(folders, capfd: pytest.CaptureFixture[str]):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.load(*folders, device="cpu")
+        model.load(checkpoint.inspect(*folders), device="cpu")
     assert capfd.readouterr() == ("", "")

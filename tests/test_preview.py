@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.nn.functional import avg_pool2d
 
-from server import layers, model, preview, service
+from server import checkpoint, layers, model, preview, service
 from server.checkpoint import CheckpointError, GitLfsPointer, MissingPart, TruncatedFile
 from server.domain import ImageRequest, default_request
 from server.settings import EMBEDDED, Settings
@@ -21,12 +21,12 @@ from server.settings import EMBEDDED, Settings
 
 @pytest.fixture(scope="module")
 def tiny(folders: tuple[Path, Path]) -> model.Ensemble:
-    return model.load(*folders, device="cpu")
+    return model.load(checkpoint.inspect(*folders), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def embedded() -> model.Ensemble:
-    return model.load(EMBEDDED / "base", EMBEDDED / "refiner", device="cpu")
+    return model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu")
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_the_map_is_the_same_whenever_it_is_fitted_and_no_chance_is_in_it(tiny):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_fitting_leaves_the_weights_as_they_were(folders, tiny, precision: str):
-    half = model.load(*folders, device="cpu", precision=precision)
+    half = model.load(checkpoint.inspect(*folders), device="cpu", precision=precision)
     untouched = AutoencoderKL.from_pretrained(folders[0] / "vae", torch_dtype=model.PRECISIONS[precision])
     layers.fuse(untouched.decoder, "cpu")
     weights = half._vae.state_dict()
@@ -158,7 +158,7 @@ def test_latents_that_are_not_finite_have_a_preview_in_silence(tiny):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_taesd_draws_the_previews_where_one_is_given(folders, decoder: Path, precision: str):
-    ensemble = model.load(*folders, device="cpu", precision=precision, preview_decoder=decoder)
+    ensemble = model.load(checkpoint.inspect(*folders), device="cpu", precision=precision, preview_decoder=decoder)
     trajectory = planned(ensemble, tiny_request())
     ensemble.step([trajectory])
     shown = ensemble.preview(trajectory)
@@ -207,6 +207,6 @@ def test_a_broken_taesd_is_told_in_one_sentence(
 ):
     break_it(decoder)
     with pytest.raises(error) as caught:
-        model.load(*folders, device="cpu", preview_decoder=decoder)
+        model.load(checkpoint.inspect(*folders), device="cpu", preview_decoder=decoder)
     assert words.format(folder=decoder) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from server import model
+from server import checkpoint, model
 from server.domain import ASPECT_RATIOS, ImageRequest, default_request, size_of
 from training import art, autoencoder, captions, colours, reading, scenes, synonyms, words
 from training.art import SIDE, STYLES
@@ -107,10 +107,8 @@ def main() -> None:
     of = (art.RUNS / "art.npz").stat()
     gallery = reading.gallery(everything, art.RUNS / f"features-{of.st_size}-{of.st_mtime_ns}.npy")
     sizes = [size[::-1] for size in scenes.sizes().values()]
-    ensemble = model.load(
-        options.weights / "base", options.weights / "refiner", options.device, options.precision,
-        compile=options.compile, warm_up=sizes,
-    )  # fmt: skip
+    experts = checkpoint.inspect(options.weights / "base", options.weights / "refiner")
+    ensemble = model.load(experts, options.device, options.precision, compile=options.compile, warm_up=sizes)
     subject = Subject(
         options.weights, ensemble, gallery, synonyms.everything(everything.concepts), options.prompts, options.sheet
     )

@@ -44,14 +44,25 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="width and height in pixels (default: what the model was trained on)")
     parser.add_argument("--max-batch", type=int, default=1, help="images that share a network call (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 or fp8 (default: auto)")
+    parser.add_argument("--compile", default="off", help="off, blocks or full (default: off)")
+    parser.add_argument("--compile-cache", type=Path, help="folder for what is compiled")
     parser.add_argument("--base", type=Path, help="folder of the base (default: embedded)")
     parser.add_argument("--refiner", type=Path, help="folder of the refiner (default: embedded, or none with --base)")
     options = parser.parse_args()
 
     folders = (options.base, options.refiner) if options.base else (_EMBEDDED / "base", _EMBEDDED / "refiner")
     experts = checkpoint.inspect(*folders)
-    ensemble = model.load(experts, options.device, options.precision, max_batch=options.max_batch, overlap=True)
+    ensemble = model.load(
+        experts,
+        options.device,
+        options.precision,
+        max_batch=options.max_batch,
+        overlap=True,
+        compile=options.compile,
+        compile_cache=options.compile_cache,
+        warm_up=[(options.side, options.side)] if options.side else (),
+    )
     card = ensemble.card
     one = default_request(card, "cat napping")
     one = replace(one, steps=options.steps or one.steps)
@@ -74,9 +85,10 @@ def main() -> None:
                 runs[overlaps].append(made)
 
     print(
-        f"{card.name} on {card.device} in {card.precision}, {one.width} x {one.height}, {one.steps} steps, "
-        f"{options.jobs} jobs of {options.images} images, {options.max_batch} to a call, median of {options.rounds} "
-        f"rounds; all {options.jobs * options.images} images equal both ways"
+        f"{card.name} on {card.device} in {card.precision}, compiled: {card.environment.compiled}, "
+        f"{one.width} x {one.height}, {one.steps} steps, {options.jobs} jobs of {options.images} images, "
+        f"{options.max_batch} to a call, median of {options.rounds} rounds; all {options.jobs * options.images} images "
+        "equal both ways"
     )
     print(
         f"{'':12}{'seconds':>10}{'images/s':>10}{'no call':>10}{'no step':>10}{'shared by':>10}"

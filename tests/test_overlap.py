@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepped_model import REQUEST, Clock, Events, SteppedModel, running
 
+from server import checkpoint
 from server import model as ensemble
 from server.domain import ImageRequest, OutOfMemory
 from server.engine import Engine, Job
@@ -363,7 +364,7 @@ def test_every_job_ends_once_whatever_overlaps(jobs: list[tuple[int, str]], max_
 
 def test_the_bytes_of_the_ensemble_are_the_same_with_and_without_overlap(folders: tuple[Folder, Folder]):
     def images(overlaps: bool) -> list[bytes]:
-        loaded = ensemble.load(*folders, device="cpu", precision="fp32", max_batch=2)
+        loaded = ensemble.load(checkpoint.inspect(*folders), device="cpu", precision="fp32", max_batch=2)
         loaded.overlaps = overlaps
         engine, jobs = Engine(Limits(jobs=9)), [Events() for _ in range(4)]
         engine.start(lambda: loaded).result(timeout=60)

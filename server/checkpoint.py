@@ -166,12 +166,12 @@ class Experts:
         digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
         try:
             with file.open("rb", buffering=0) as content:
-                while (read := content.readinto(chunk)) and not self._closed.is_set():
+                while read := content.readinto(chunk):
+                    if self._closed.is_set():
+                        raise CancelledError
                     digest.update(chunk[:read])
         except OSError as error:
             raise _unreadable(file, error) from error
-        if self._closed.is_set():
-            raise CancelledError
         return digest.digest()
 
 

@@ -1,20 +1,24 @@
 """How soon a service is ready to draw, and how fast it draws from then on, by what it compiles and when.
 
 Every way is started twice: with an empty folder for what is compiled, and with what the first start left there. Then
-images are asked for one after the other, until one is compiled where that is done meanwhile, and three more.
+images are asked for one after the other, until one is compiled where that is done meanwhile, and three more. On a GPU
+the service's metrics tell the memory that its tensors took at most.
 
 Run: make bench-ready. The embedded ensemble is served, or what T2I_BASE and so on say.
 """
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass, field
 
 import grpc
 
 from bench import serving
+from text_to_image_client._service import Service
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -24,12 +28,13 @@ WAYS = [mode + when for mode in ("blocks", "full") for when in ("", MEANWHILE)]
 
 @dataclass
 class Start:
-    """Seconds: until health is SERVING, of each image from then on, and until one was compiled."""
+    """Seconds until health is SERVING, of each image from then on, and until one was compiled; bytes of the device."""
 
     ready: float
     images: list[float] = field(default_factory=list)  # that are not compiled
     compiled_after: float | None = None
     compiled: list[float] = field(default_factory=list)
+    memory: float | None = None
 
 
 def main() -> None:
@@ -39,24 +44,28 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3, help="that count, of each start (default: 3)")
     options = parser.parse_args()
 
-    print("| way | cache | ready | image | longest | compiled after | image, compiled |\n|" + " --- |" * 7, flush=True)
+    print("| way | cache | ready | image | longest | compiled after | image, compiled | memory |")
+    print("|" + " --- |" * 8, flush=True)
     device = ""
     for way in options.ways:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("empty", "filled") if way != "off" else ("",):
                 begun, device = start(way, cache, options.seconds, options.images)
                 print(row(way, state, begun), flush=True)
-    print(f"\nOn {device}, seconds")
+    print(f"\nOn {device}, seconds and GiB")
 
 
 def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str]:
     """What one start of the service came to, and its device."""
     mode = way.removesuffix(MEANWHILE)
-    flags = ["--compile", mode]
+    flags = ["--compile", mode, "--metrics-listen", "127.0.0.1:0", "--log-level", "info"]
     flags += ["--compile-cache", cache] if mode != "off" else []
     flags += ["--compile-while-serving"] if way.endswith(MEANWHILE) else []
     began = time.perf_counter()
-    with serving.served(*flags) as (address, _), grpc.insecure_channel(address, options=serving.UNLIMITED) as channel:
+    with (
+        serving.served(*flags) as (address, service),
+        grpc.insecure_channel(address, options=serving.UNLIMITED) as channel,
+    ):
         stub = pb_grpc.TextToImageServiceStub(channel)
         begun = Start(time.perf_counter() - began)
         counted = begun.images if way == "off" else begun.compiled
@@ -73,7 +82,17 @@ def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str
             else:
                 begun.compiled_after = begun.compiled_after or asked - began
                 begun.compiled.append(took)
+        begun.memory = memory(service)
         return begun, stub.GetModel(pb.GetModelRequest()).device
+
+
+def memory(service: Service) -> float | None:
+    """Bytes that tensors took of a GPU at most."""
+    told = re.search(r"metrics on (http://\S+)", service.log())
+    assert told is not None
+    with urllib.request.urlopen(told[1]) as answer:
+        peak = re.search(r't2i_device_memory_bytes{kind="allocated_peak"} (\S+)', answer.read().decode())
+    return float(peak[1]) if peak else None
 
 
 def row(way: str, cache: str, begun: Start) -> str:
@@ -84,6 +103,7 @@ def row(way: str, cache: str, begun: Start) -> str:
     longest = f"{max(begun.images):.3g}" if begun.images else ""
     after = f"{begun.compiled_after:.3g}" if begun.compiled_after else ""
     cells = [way, cache, f"{begun.ready:.3g}", median(begun.images) + count, longest, after, median(begun.compiled)]
+    cells.append(f"{begun.memory / 2**30:.1f}" if begun.memory else "")
     return f"| {' | '.join(cells)} |"
 
 

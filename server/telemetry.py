@@ -179,7 +179,7 @@ class Metrics:
         )
         self._device_memory = Gauge(
             "t2i_device_memory_bytes",
-            "Memory that this process uses of a CUDA device; of others there is nothing to tell.",
+            "Memory that this process uses of a CUDA device, or used at most; of others there is nothing to tell.",
             ("kind",),
             registry=registry,
         )
@@ -209,6 +209,8 @@ class Metrics:
 
             self._device_memory.labels("allocated").set_function(cuda.memory_allocated)
             self._device_memory.labels("reserved").set_function(cuda.memory_reserved)
+            self._device_memory.labels("allocated_peak").set_function(cuda.max_memory_allocated)
+            self._device_memory.labels("reserved_peak").set_function(cuda.max_memory_reserved)
 
     def observe(self, observation: Observation) -> None:
         match observation:

@@ -62,9 +62,9 @@ class TextToImage:
 
     `timeout` in seconds holds for every call that does not set its own; None waits as long as it takes. `retries`, 0
     to 4, are made when the service is unavailable, with exponential backoff, about 3 seconds in all, and never once an
-    answer has begun. `tls` is for a service with TLS, `token` for one that asks who calls; over a network, a token
-    needs TLS, or whoever listens has it. Every call raises the errors of `TextToImageError`; nobody listening at
-    `target` is `Unavailable`.
+    answer has begun; with 0 no call is ever sent twice. `tls` is for a service with TLS, `token` for one that asks who
+    calls; over a network, a token needs TLS, or whoever listens has it. Every call raises the errors of
+    `TextToImageError`; nobody listening at `target` is `Unavailable`.
 
     `round_robin` is for a target of several addresses, such as "dns:///NAME:PORT" with a headless Service's name or
     "ipv4:HOST:PORT,HOST:PORT": calls go in turn to those whose health is SERVING, so that none meets a server that
@@ -353,6 +353,10 @@ def _channel_options(retries: int, round_robin: bool) -> list[tuple[str, Any]]:
             "retryableStatusCodes": ["UNAVAILABLE"],
         }
         config["methodConfig"] = [{"name": [{"service": service}], "retryPolicy": policy}]
+    else:
+        # Nor those that gRPC makes of its own where a call did not get out: of calls that began as a server ended, one
+        # in some hundred never came back from them, whatever its deadline (grpcio 1.85.1).
+        options.append(("grpc.enable_retries", 0))
     if round_robin:
         config["loadBalancingConfig"] = [{"round_robin": {}}]
         config["healthCheckConfig"] = {"serviceName": service}

@@ -184,7 +184,7 @@ def running(launch: Launch, directory: Path) -> Iterator[Service]:
 def _is_serving(address: str) -> bool:
     try:
         # A fresh channel each time: an old one would wait longer and longer between its attempts to connect.
-        with TextToImage(address, timeout=2) as client:
+        with TextToImage(address, timeout=2, retries=0) as client:
             return client.health() is ServingStatus.SERVING
     except TextToImageError:
         return False

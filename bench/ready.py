@@ -16,6 +16,7 @@ import urllib.request
 from dataclasses import dataclass, field
 
 import grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench import serving
 from text_to_image_client._service import Service
@@ -23,6 +24,8 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 MEANWHILE = "-while-serving"
+_MEMORY = "t2i_device_memory_bytes"
+_METRICS_SECONDS = 60.0
 WAYS = [mode + when for mode in ("blocks", "full") for when in ("", MEANWHILE)]
 
 
@@ -90,9 +93,11 @@ def memory(service: Service) -> float | None:
     """Bytes that tensors took of a GPU at most."""
     told = re.search(r"metrics on (http://\S+)", service.log())
     assert told is not None
-    with urllib.request.urlopen(told[1]) as answer:
-        peak = re.search(r't2i_device_memory_bytes{kind="allocated_peak"} (\S+)', answer.read().decode())
-    return float(peak[1]) if peak else None
+    with urllib.request.urlopen(told[1], timeout=_METRICS_SECONDS) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = {each.labels.get("kind"): each.value for family in families if family.name == _MEMORY
+               for each in family.samples}  # fmt: skip
+    return samples.get("allocated_peak")
 
 
 def row(way: str, cache: str, begun: Start) -> str:

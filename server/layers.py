@@ -12,7 +12,7 @@ The linear layers of a U-Net's transformers and the convolutions of its residual
 multiply in fp8 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022): one scale for each weight, or for each
 channel that a convolution makes, and one for each input, which is the largest that `observing` has seen. All else stays
 as it is: embeddings, the first and the last convolution, those of downsampling, shortcuts, and the projections into and
-out of a transformer are few, and lose more.
+out of a transformer are few, and lose more. So do a U-Net's last blocks, which can be spared.
 """
 
 import contextlib
@@ -759,9 +759,10 @@ def observing() -> Iterator[None]:
         Quantisable.observes = False
 
 
-def quantisable(network: nn.Module) -> dict[str, Quantisable]:
-    """The layers of a network that can multiply in fp8, by name."""
-    return {name: layer for name, layer in network.named_modules() if isinstance(layer, Quantisable)}
+def quantisable(unet: UNet2DConditionModel, spared: int = 0) -> dict[str, Quantisable]:
+    """The layers of a U-Net that can multiply in fp8, by name, without those of so many `spared` blocks at its end."""
+    kept = set(unet.up_blocks[max(0, len(unet.up_blocks) - spared) :].modules())
+    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, Quantisable) and layer not in kept}
 
 
 def kept_scales(file: Path) -> dict[str, torch.Tensor]:

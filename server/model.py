@@ -76,6 +76,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Images that show how large what is multiplied in fp8 becomes: prompts of several kinds, few steps through all noise.
 _SHOWN = ("a photograph of an astronaut riding a horse", "a watercolour of a lighthouse at night", "a bowl of fruit")
 _SHOWN_STEPS = 10
+# Blocks at the end of each U-Net that stay out of fp8: no later layer evens out what they round, and guidance makes it
+# several times larger. What the refiner rounds no later expert evens out either, and its steps are few.
+_SPARED_BLOCKS = {Stage.BASE: 1, Stage.REFINER: 2}
 _CGROUP = Path("/sys/fs/cgroup")  # of the container, version 2
 _SCHEDULES = 16  # kept, of kinds and numbers of steps
 _FP8_BYTES = 1.2  # of a U-Net's weight, on average: a sixth of them stay in bf16
@@ -344,11 +347,11 @@ class Ensemble:
         self._residency.end_turns()
 
     def quantise(self, kept_in: Path | None) -> None:
-        """Let the U-Nets multiply in fp8 where they can.
+        """Let the U-Nets multiply in fp8 where they can, but for their last blocks.
 
         Their scales are those that are kept in the folder, or else of a few images drawn without, and then kept.
         """
-        names = {stage: layers.quantisable(unet) for stage, unet in self._unets.items()}
+        names = {stage: layers.quantisable(unet, _SPARED_BLOCKS[stage]) for stage, unet in self._unets.items()}
         every = {f"{stage.name.lower()}.{name}": layer for stage in names for name, layer in names[stage].items()}
         kept = None if kept_in is None else kept_in / f"fp8-scales-{self.card.fingerprint[:16]}.safetensors"
         scales = layers.kept_scales(kept) if kept is not None else {}
@@ -360,6 +363,7 @@ class Ensemble:
             self._residency.bring(unet)
             for name, layer in names[stage].items():
                 layer.quantise(scales[f"{stage.name.lower()}.{name}"])
+            self._convolve_for_batches(unet)
 
     def make_place_irrelevant(self) -> None:
         """From now on no image's bytes depend on its place in a call. Convolutions by a kernel never let them."""
@@ -395,10 +399,13 @@ class Ensemble:
             layers.fuse(network, self._device.type)
         except layers.CannotFuse as error:
             raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
-        # Where cuDNN would have to take image by image, and is not the faster. In fp8 `quantise` does this.
-        by_kernel = isinstance(network, UNet2DConditionModel) and self.max_batch > 1 and self.card.precision != "fp8"
-        if by_kernel and kernels.convolves(self._device, self._dtype):
-            layers.convolve_by_kernel(network)
+        if isinstance(network, UNet2DConditionModel) and self.card.precision != "fp8":  # where `quantise` does this
+            self._convolve_for_batches(network)
+
+    def _convolve_for_batches(self, unet: torch.nn.Module) -> None:
+        """Let a U-Net convolve by kernels where cuDNN would have to take image by image, and is not the faster."""
+        if self.max_batch > 1 and kernels.convolves(self._device, self._dtype):
+            layers.convolve_by_kernel(unet)
 
     def _ways(self, call: compilation.Call, network: torch.nn.Module) -> Ways:
         """A `call` of a U-Net or of an autoencoder, which takes that first."""

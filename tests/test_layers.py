@@ -15,7 +15,7 @@ from torch import nn
 
 from server import checkpoint, compilation, cpu_kernels, kernels, layers, model
 from server.checkpoint import CannotCompile, NoDevice
-from server.domain import default_request
+from server.domain import Stage, default_request
 from server.settings import EMBEDDED, Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -307,6 +307,25 @@ def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
     with pytest.raises(layers.CannotFuse, match="UNet2DConditionModel"):
         layers.fuse(odd)
     assert torch.equal(predicted(odd), before)
+
+
+@pytest.mark.parametrize(("spared", "in_fp8"), [(0, {0, 1, 2}), (1, {0, 1}), (2, {0}), (9, set())])
+def test_the_last_blocks_of_a_network_can_be_spared(spared: int, in_fp8: set[int]):
+    fused = unet("base")
+    layers.fuse(fused)
+    names = layers.quantisable(fused, spared)
+    assert {int(name.split(".")[1]) for name in names if name.startswith("up_blocks.")} == in_fp8
+    assert {name.split(".")[0] for name in names} >= {"down_blocks", "mid_block"}, "but for those all can"
+
+
+def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are():
+    ensemble = load(precision="fp8")
+    for stage, left in ((Stage.BASE, {2}), (Stage.REFINER, {1, 2})):
+        unet = ensemble._unets[stage]
+        for at, block in enumerate(unet.up_blocks):
+            scales = [each.scale for each in block.modules() if isinstance(each, layers.Quantisable)]
+            assert scales
+            assert all((scale is None) == (at in left) for scale in scales)
 
 
 def test_what_no_input_showed_has_no_scale():

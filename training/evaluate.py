@@ -52,6 +52,7 @@ class Subject:
 
     weights: Path
     ensemble: model.Ensemble
+    other: model.Ensemble | None  # of the same weights in another precision
     gallery: Gallery
     synonyms: Synonyms
     prompts: int
@@ -97,21 +98,25 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=art.WEIGHTS, help="folder with base and refiner")
     parser.add_argument("--device", default="auto", help="that draws: auto, cuda, mps or cpu")
     parser.add_argument("--precision", default="auto", help="of the networks: auto, fp32, bf16, fp16 or fp8")
+    parser.add_argument("--beside", metavar="PRECISION", help="draw things in this one too, for the row of that name")
     parser.add_argument("--compile", default="off", help="off, blocks or full; on a GPU blocks is ten times faster")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"fewer are quicker (default: {PROMPTS})")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--sheet", type=Path, help="PNG to write: samples, each beside the nearest training picture")
     options = parser.parse_args()
+    if options.only == ["beside"] and not options.beside:
+        parser.error("the row named beside needs --beside PRECISION")
 
     everything = art.everything()
     of = (art.RUNS / "art.npz").stat()
     gallery = reading.gallery(everything, art.RUNS / f"features-{of.st_size}-{of.st_mtime_ns}.npy")
     sizes = [size[::-1] for size in scenes.sizes().values()]
     experts = checkpoint.inspect(options.weights / "base", options.weights / "refiner")
-    ensemble = model.load(experts, options.device, options.precision, compile=options.compile, warm_up=sizes)
+    load = functools.partial(model.load, experts, options.device, compile=options.compile, warm_up=sizes)
     subject = Subject(
-        options.weights, ensemble, gallery, synonyms.everything(everything.concepts), options.prompts, options.sheet
-    )
+        options.weights, load(options.precision), load(options.beside) if options.beside else None, gallery,
+        synonyms.everything(everything.concepts), options.prompts, options.sheet,
+    )  # fmt: skip
     table: list[Row] = []
     for name in options.only:
         began = time.monotonic()
@@ -151,6 +156,24 @@ def things(it: Subject) -> Iterator[Row]:
         share, reference = _share(drawn < top), _share(usual < top)
         measured = f"{share:.0%} of {len(asked)}, real {reference:.0%}: {share / reference:.2f} x"
         yield Row(f"draws the thing, top-{top}", f">= {bar} x real", measured, share >= bar * reference)
+
+
+def beside(it: Subject) -> Iterator[Row]:
+    """Concepts drawn by their names with the same seeds in two precisions, paired; the error is that over pictures."""
+    if it.other is None:
+        return
+    asked = it.asked(it.prompts)
+    names, precisions = it.names(asked), [each.card.precision for each in (it.other, it.ensemble)]
+    ranks = [
+        torch.cat([_ranks(some, some.drawn(names, seed), asked) for seed in SEEDS[:2]])
+        for some in (replace(it, ensemble=it.other), it)
+    ]
+    for top in (1, 5):
+        other, usual = ((each < top).float() for each in ranks)
+        mean, error = _mean_and_error(other - usual)
+        measured = f"{_share(other):.1%} and {_share(usual):.1%} of {len(usual)}: {mean:+.1%} +- {error:.1%}"
+        what = f"{precisions[0]} beside {precisions[1]}, draws the thing, top-{top}"
+        yield Row(what, f"no fewer, by {_NOISE:g} errors", measured, mean >= -_NOISE * error)
 
 
 def colour_words(it: Subject) -> Iterator[Row]:
@@ -318,7 +341,7 @@ def guidance(it: Subject) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Subject], Iterator[Row]]] = {
-    "weights": weights, "autoencoder": reconstruction, "things": things, "colours": colour_words,
+    "weights": weights, "autoencoder": reconstruction, "things": things, "beside": beside, "colours": colour_words,
     "styles": style_words, "pairs": pairs, "open": open_vocabulary, "refiner": refiner, "variety": variety,
     "ratios": aspect_ratios, "negative": negative_prompt, "guidance": guidance,
 }  # fmt: skip

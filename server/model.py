@@ -81,7 +81,7 @@ _SHOWN_STEPS = 10
 _SPARED_BLOCKS = {Stage.BASE: 1, Stage.REFINER: 2}
 _CGROUP = Path("/sys/fs/cgroup")  # of the container, version 2
 _SCHEDULES = 16  # kept, of kinds and numbers of steps
-_FP8_BYTES = 1.2  # of a U-Net's weight, on average: a sixth of them stay in bf16
+_FP8_BYTES = 1.2  # of a U-Net's weight, on average: less than a fifth of them stay in bf16
 
 # What the refiner is told about beauty: the values it was published with, for the prompt and for the negative one.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5

@@ -399,7 +399,7 @@ class Ensemble:
             layers.fuse(network, self._device.type)
         except layers.CannotFuse as error:
             raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
-        if isinstance(network, UNet2DConditionModel) and self.card.precision != "fp8":  # where `quantise` does this
+        if isinstance(network, UNet2DConditionModel) and self.card.precision != "fp8":  # in which `quantise` does this
             self._convolve_for_batches(network)
 
     def _convolve_for_batches(self, unet: torch.nn.Module) -> None:

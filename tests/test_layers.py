@@ -318,16 +318,6 @@ def test_the_last_blocks_of_a_network_can_be_spared(spared: int, in_fp8: set[int
     assert {name.split(".")[0] for name in names} >= {"down_blocks", "mid_block"}, "but for those all can"
 
 
-def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are():
-    ensemble = load(precision="fp8")
-    for stage, left in ((Stage.BASE, {2}), (Stage.REFINER, {1, 2})):
-        unet = ensemble._unets[stage]
-        for at, block in enumerate(unet.up_blocks):
-            scales = [each.scale for each in block.modules() if isinstance(each, layers.Quantisable)]
-            assert scales
-            assert all((scale is None) == (at in left) for scale in scales)
-
-
 def test_what_no_input_showed_has_no_scale():
     fused = unet("base")
     layers.fuse(fused)
@@ -352,17 +342,37 @@ def plain() -> np.ndarray:
     return drawn(load())
 
 
-def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_same(plain, tmp_path: Path):
-    ensemble = load(precision="fp8", compile_cache=tmp_path)
-    image = drawn(ensemble)
-    assert ensemble.card.precision == ensemble.card.environment.precision == "fp8"
+@pytest.fixture(scope="module")
+def kept_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scales")
+
+
+@pytest.fixture(scope="module")
+def in_fp8(kept_in: Path) -> model.Ensemble:
+    return load(precision="fp8", compile_cache=kept_in)
+
+
+def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are(in_fp8: model.Ensemble):
+    for stage, left in ((Stage.BASE, {2}), (Stage.REFINER, {1, 2})):
+        unet = in_fp8._unets[stage]
+        for at, block in enumerate(unet.up_blocks):
+            scales = [each.scale for each in block.modules() if isinstance(each, layers.Quantisable)]
+            assert scales
+            assert all((scale is None) == (at in left) for scale in scales)
+
+
+def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_same(
+    plain, in_fp8: model.Ensemble, kept_in: Path
+):
+    image = drawn(in_fp8)
+    assert in_fp8.card.precision == in_fp8.card.environment.precision == "fp8"
     assert 18 < 10 * np.log10(255**2 / np.square(image.astype(float) - plain).mean()) < 60
-    (kept,) = tmp_path.glob("fp8-scales-*.safetensors")
+    (kept,) = kept_in.glob("fp8-scales-*.safetensors")
     written = kept.stat().st_mtime_ns
-    assert np.array_equal(drawn(load(precision="fp8", compile_cache=tmp_path)), image)
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image)
     assert kept.stat().st_mtime_ns == written, "what was kept was used"
     kept.write_bytes(b"cut off")
-    assert np.array_equal(drawn(load(precision="fp8", compile_cache=tmp_path)), image), "and is made anew if broken"
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image), "and is made anew if broken"
 
 
 def test_what_another_thread_traces_changes_nothing_that_is_not_compiled(plain, monkeypatch: pytest.MonkeyPatch):

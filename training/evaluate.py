@@ -101,10 +101,10 @@ def main() -> None:
     parser.add_argument("--beside", metavar="PRECISION", help="draw things in this one too, for the row of that name")
     parser.add_argument("--compile", default="off", help="off, blocks or full; on a GPU blocks is ten times faster")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"fewer are quicker (default: {PROMPTS})")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=[], metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--sheet", type=Path, help="PNG to write: samples, each beside the nearest training picture")
     options = parser.parse_args()
-    if options.only == ["beside"] and not options.beside:
+    if "beside" in options.only and not options.beside:
         parser.error("the row named beside needs --beside PRECISION")
 
     everything = art.everything()
@@ -118,7 +118,7 @@ def main() -> None:
         synonyms.everything(everything.concepts), options.prompts, options.sheet,
     )  # fmt: skip
     table: list[Row] = []
-    for name in options.only:
+    for name in options.only or ROWS:
         began = time.monotonic()
         for row in ROWS[name](subject):
             table.append(row)

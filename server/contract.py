@@ -32,6 +32,7 @@ _CODINGS = {
     pb.FORMAT_WEBP: images.WEBP,
     pb.FORMAT_JPEG_SUBSAMPLED: images.JPEG_SUBSAMPLED,
     pb.FORMAT_WEBP_LOSSLESS: images.WEBP_LOSSLESS,
+    pb.FORMAT_JPEG_RGB: images.JPEG_RGB,
 }
 _FORMATS = {coding: format for format, coding in _CODINGS.items()}  # JPEG's is the later of its two
 _STAGES = {

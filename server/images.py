@@ -20,10 +20,14 @@ class Coding:
     options: Mapping[str, Any] = field(default_factory=dict)  # of Pillow's
 
 
-# JPEGs keep RGB instead of YCbCr and so carry Adobe's marker (their base64 begins `/9j/7gAOQWRvY`): no colour is
-# subsampled, and Instill's own answers look the same.
-JPEG = Coding("image/jpeg", options={"keep_rgb": True})
-JPEG_SUBSAMPLED = Coding("image/jpeg")
+CODING_VERSION = "2"
+"""Part of an image's environment: raise it when a coding below changes, since the same request then has other bytes."""
+
+JPEG = Coding("image/jpeg", options={"subsampling": "4:4:4"})  # YCbCr in a JFIF file, which every decoder reads
+JPEG_SUBSAMPLED = Coding("image/jpeg", options={"subsampling": "4:2:0"})
+# RGB with Adobe's marker, as Instill's own answers are: their base64 begins `/9j/7gAOQWRvY`. Some decoders (jpeg-js and
+# Jimp, which uses it) ignore the marker's transform, and show the colours of YCbCr that it is not.
+JPEG_RGB = Coding("image/jpeg", options={"keep_rgb": True})
 PNG = Coding("image/png", lossless=True)
 WEBP = Coding("image/webp")
 WEBP_LOSSLESS = Coding("image/webp", lossless=True, options={"lossless": True})
@@ -61,8 +65,8 @@ def code(pixels: NDArray[np.uint8], coding: Coding, quality: int, smaller: bool 
 def code_within(pixels: NDArray[np.uint8], coding: Coding, quality: int, max_bytes: int) -> CodedImage:
     """The best coding of at most `max_bytes`: as asked if that fits, else smaller. Raises ImageTooLarge.
 
-    A PNG first becomes a lossless WebP, which changes no pixel; after that, and from JPEG, the quality falls, with
-    JPEG's colour now subsampled as is usual.
+    A PNG first becomes a lossless WebP, which changes no pixel, and an RGB JPEG one of YCbCr. After that the quality
+    falls, and a JPEG's colour is subsampled.
     """
     for attempt, choice in enumerate([(coding, quality), *_smaller(coding, quality)]):
         coded = code(pixels, *choice, smaller=attempt > 0)
@@ -78,6 +82,8 @@ def _smaller(coding: Coding, quality: int) -> Iterator[tuple[Coding, int]]:
     """What to try next, best first, when an image coded as asked is too large."""
     if coding is PNG:
         yield WEBP_LOSSLESS, 0
+    if coding is JPEG_RGB:
+        yield JPEG, quality
     lossy = JPEG_SUBSAMPLED if coding.media_type == JPEG.media_type else WEBP
     for lower in _SMALLER:
         if coding.lossless or lower <= quality:

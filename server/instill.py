@@ -136,7 +136,7 @@ def _request(given: Struct, wrong: list[Violation], unknown: list[str]) -> pb.Ge
             rooms[room] = dict(_given(value.struct_value))
             unknown += (f"{room}.{key}" for key in rooms[room] if key not in _KEYS[room])
     data, parameter = rooms.get("data", {}), rooms.get("parameter", {})
-    request = pb.GenerateRequest(parameter=pb.TaskParameter(n=1, seed=0))
+    request = pb.GenerateRequest(parameter=pb.TaskParameter(n=1, seed=0), output=pb.Output(format=pb.FORMAT_JPEG_RGB))
     if "prompt" in data:
         request.data.prompt = _text("data.prompt", data["prompt"], wrong)
     if "aspect-ratio" in parameter:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import features
 
-from server import __version__
+from server import __version__, images
 from server.domain import Environment
 
 _PACKAGES = ("diffusers", "transformers", "tokenizers", "pillow")
@@ -42,6 +42,7 @@ def _versions(device: str) -> dict[str, str]:
     versions = {"server": __version__, "torch": str(torch.__version__)}
     versions |= {package: version(package) for package in _PACKAGES}
     versions |= {codec: found for codec in _CODECS if (found := features.version(codec))}
+    versions["coding"] = images.CODING_VERSION
     if device == "cuda":
         cudnn: Any = torch.backends.cudnn
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn.version())}

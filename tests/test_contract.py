@@ -262,7 +262,10 @@ def metadata_of(task: contract.Task, index: int, coding: images.Coding, quality:
 PROMPTS = st.text(min_size=1, max_size=40).filter(str.strip)
 SIZES = st.fixed_dictionaries({"width": st.integers(256, 4096), "height": st.integers(256, 1024)})
 RATIOS = st.fixed_dictionaries({"aspect-ratio": st.sampled_from(sorted(ASPECT_RATIOS))})
-CODINGS = [images.JPEG, images.JPEG_SUBSAMPLED, images.PNG, images.WEBP, images.WEBP_LOSSLESS]
+CODINGS = [
+    *(images.JPEG, images.JPEG_RGB, images.JPEG_SUBSAMPLED, images.PNG),
+    *(images.WEBP, images.WEBP_LOSSLESS),
+]
 
 
 @settings(deadline=None)  # how long one takes says how busy the machine is

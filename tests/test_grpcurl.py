@@ -55,7 +55,7 @@ def test_generate_answers_instills_json_with_an_image(server):
     assert choice["finish-reason"] == "success"
     head, image = choice["image"].split(",")
     assert head == "data:image/jpeg;base64"
-    assert base64.b64decode(image).startswith(b"\xff\xd8\xff\xee\x00\x0eAdobe")
+    assert base64.b64decode(image).startswith(b"\xff\xd8\xff\xe0\x00\x10JFIF")
 
 
 def test_the_request_that_it_prints_with_an_image_makes_the_image_again(server):

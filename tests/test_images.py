@@ -18,6 +18,7 @@ def decoded(image: images.CodedImage) -> np.ndarray:
 
 CODINGS = {
     "jpeg": images.JPEG,
+    "jpeg rgb": images.JPEG_RGB,
     "jpeg subsampled": images.JPEG_SUBSAMPLED,
     "png": images.PNG,
     "webp": images.WEBP,
@@ -33,8 +34,31 @@ def test_each_format_opens_as_itself_with_the_size_it_was_given(coding: images.C
     assert np.abs(decoded(image).astype(int) - RAMP).max() <= (0 if coding.lossless else 8)
 
 
-def test_a_jpeg_is_rgb_with_adobes_marker_as_instill_sends_it():
-    assert images.code(RAMP, images.JPEG, 95).data_uri.startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+def test_a_jpeg_is_ycbcr_in_a_jfif_file_with_no_colour_subsampled():
+    image = images.code(RAMP, images.JPEG, 95)
+    assert image.data_uri.startswith("data:image/jpeg;base64,/9j/4AAQSkZJRg")
+    assert b"Adobe" not in image.data
+    assert {component[1:3] for component in Image.open(io.BytesIO(image.data)).layer} == {(1, 1)}
+
+
+def test_an_rgb_jpeg_has_adobes_marker_as_instill_sends_it():
+    assert images.code(RAMP, images.JPEG_RGB, 95).data_uri.startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+
+
+def test_the_coding_version_changes_with_the_codings():
+    """Else `t2i generate --like` cannot name why the bytes of an image differ. After a change, raise the version."""
+    codings = {name: dict(coding.options) for name, coding in CODINGS.items()}
+    assert (images.CODING_VERSION, codings) == (
+        "2",
+        {
+            "jpeg": {"subsampling": "4:4:4"},
+            "jpeg rgb": {"keep_rgb": True},
+            "jpeg subsampled": {"subsampling": "4:2:0"},
+            "png": {},
+            "webp": {},
+            "webp lossless": {"lossless": True},
+        },
+    )
 
 
 def test_an_image_that_fits_is_coded_as_asked():
@@ -62,6 +86,12 @@ def test_pure_noise_at_1024_pixels_still_fits_below_three_megabytes(coding: imag
 def test_whatever_an_image_came_as_its_coding_and_quality_make_it_again(coding: images.Coding, max_bytes: int):
     image = images.code_within(NOISE, coding, 95, max_bytes)
     assert images.code(NOISE, image.coding, image.quality).data == image.data
+
+
+def test_an_rgb_jpeg_that_does_not_fit_becomes_ycbcr_before_its_quality_falls():
+    asked = images.code(NOISE, images.JPEG_RGB, 90)
+    image = images.code_within(NOISE, images.JPEG_RGB, 90, len(asked.data) - 1)
+    assert (image.coding, image.quality, image.smaller) == (images.JPEG, 90, True)
 
 
 def test_quality_is_never_raised_above_what_was_asked():

@@ -38,6 +38,9 @@ SCHEMA = json.loads(PROGRAM.with_name("text_to_image_schema.json").read_text("ut
 SDK = ("instill-sdk==0.18.0", "protobuf==4.25.8", "grpcio>=1.59,<2", "typing-extensions")
 
 
+RGB = {"format": "FORMAT_JPEG_RGB"}  # what Instill's own answers are, and so those of these methods
+
+
 def made(given: dict[str, Any]) -> Struct:
     return json_format.ParseDict(given, Struct())
 
@@ -55,6 +58,7 @@ class TestRequests:
         assert read == pb.GenerateRequest(
             data=pb.TaskData(prompt="a cat"),
             parameter=pb.TaskParameter(aspect_ratio="16:9", negative_prompt="dogs", n=2, seed=2**32 - 1),
+            output=pb.Output(format=pb.FORMAT_JPEG_RGB),
         )
 
     @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ class TestCall:
         for output, prompt, parameter in zip(
             drawn, ("a red apple", "a blue heart"), ({"seed": 7, "n": 2}, {"seed": 3}), strict=True
         ):
-            same = first.Generate(request(prompt, parameter=parameter), timeout=PATIENCE)
+            same = first.Generate(request(prompt, parameter=parameter, output=RGB), timeout=PATIENCE)
             assert output == {
                 "data": {"choices": [{"finish-reason": "success", "image": each.image} for each in same.data.choices]}
             }
@@ -359,7 +363,7 @@ class TestSDK:
         assert drawn["invalid"] == []
         first = pb_grpc.TextToImageServiceStub(channel)
         for output, seed in zip(drawn["task_outputs"], (7, 0), strict=True):
-            same = first.Generate(request("a red apple", parameter={"seed": seed}), timeout=PATIENCE)
+            same = first.Generate(request("a red apple", parameter={"seed": seed}, output=RGB), timeout=PATIENCE)
             assert images(output) == [same.data.choices[0].image]
 
     def test_more_than_four_megabytes_pass_either_way(self, sdk, core):

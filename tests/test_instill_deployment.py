@@ -271,7 +271,7 @@ def test_programs_that_draw_with_the_sdk_draw_with_the_service(start_server, tmp
     assert told["tasks"] == ["TASK_TEXT_TO_IMAGE"] * 2
     with connect(server) as channel:
         same = pb_grpc.TextToImageServiceStub(channel).Generate(
-            request("cat napping", parameter={"seed": 7}),
+            request("cat napping", parameter={"seed": 7}, output={"format": "FORMAT_JPEG_RGB"}),
             metadata=[("authorization", "Bearer secret")],
             timeout=PATIENCE,
         )

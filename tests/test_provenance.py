@@ -7,7 +7,7 @@ import pytest
 import torch
 from serving import connect
 
-from server import __version__, provenance
+from server import __version__, images, provenance
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -27,6 +27,7 @@ def test_versions_are_those_of_the_packages_that_compute_and_code():
     for package in ("diffusers", "transformers", "tokenizers", "pillow"):
         assert versions[package] == version(package)
     assert "libjpeg_turbo" in versions or "zlib" in versions
+    assert versions["coding"] == images.CODING_VERSION
 
 
 def test_a_coarser_way_to_multiply_fp32_shows():

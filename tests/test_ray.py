@@ -229,7 +229,8 @@ def test_grpcurl_lists_calls_and_asks_for_health(ray: RayServe):
 
 
 def test_instills_call_has_the_images_of_our_own(ray: RayServe, stub: pb_grpc.TextToImageServiceStub):
-    drawn = stub.Generate(request("a cat", parameter={"seed": 0}), timeout=PATIENCE).data.choices[0].image
+    asked = request("a cat", parameter={"seed": 0}, output={"format": "FORMAT_JPEG_RGB"})
+    drawn = stub.Generate(asked, timeout=PATIENCE).data.choices[0].image
     bad = {"data": {"prompt": ""}}
     with grpc.insecure_channel(ray.target) as channel:
         call = user_defined_grpc.UserDefinedServiceStub(channel).__call__

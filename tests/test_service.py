@@ -92,7 +92,7 @@ class TestGenerate:
         output = json_format.MessageToDict(answer)["data"]
         assert list(output) == ["choices"]
         assert output["choices"][0]["finish-reason"] == "success"
-        assert output["choices"][0]["image"].startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
+        assert output["choices"][0]["image"].startswith("data:image/jpeg;base64,/9j/4AAQSkZJRg")
 
     @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
     def test_codes_the_image_as_asked(self, stub, name: str):

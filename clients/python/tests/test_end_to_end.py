@@ -50,7 +50,7 @@ def test_generate_brings_the_images_with_all_that_makes_them_again(client: TextT
     result = client.generate("cat napping", seed=1, n=2, steps=4)
     assert [image.seed for image in result.images] == [1, 2]
     for image in result.images:
-        assert image.data.startswith(b"\xff\xd8\xff\xee\x00\x0eAdobe")
+        assert image.data.startswith(b"\xff\xd8\xff\xe0\x00\x10JFIF")
         assert (image.finish_reason, image.media_type, image.steps) == ("success", "image/jpeg", 4)
         assert image.base_calls + image.refiner_calls == 4
     again = client.generate("cat napping", seed=2, steps=4)

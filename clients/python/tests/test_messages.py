@@ -114,7 +114,7 @@ def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
         "onDisconnect",
     }
     assert "must be one of cancel, detach, not 'stay'" in str(caught.value)
-    assert "must be one of jpeg, png, webp, jpeg_subsampled, webp_lossless, not 'gif'" in str(caught.value)
+    assert "must be one of jpeg, png, webp, jpeg_subsampled, webp_lossless, jpeg_rgb, not 'gif'" in str(caught.value)
 
 
 def test_an_option_that_does_not_exist_is_a_type_error():

@@ -80,4 +80,5 @@ def test_every_format_has_a_name_that_promises_its_kind():
         Format.WEBP: Format.WEBP,
         Format.JPEG_SUBSAMPLED: Format.JPEG,
         Format.WEBP_LOSSLESS: Format.WEBP,
+        Format.JPEG_RGB: Format.JPEG,
     }

@@ -46,6 +46,8 @@ class Format(enum.StrEnum):
     """A smaller JPEG, with colour at half the resolution."""
     WEBP_LOSSLESS = "webp_lossless"
     """Smaller than a PNG, and every pixel kept."""
+    JPEG_RGB = "jpeg_rgb"
+    """A JPEG that keeps RGB, as Instill's answers are. Some decoders show it in wrong colours."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:

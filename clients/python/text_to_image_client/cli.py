@@ -484,6 +484,7 @@ def run(gpu: bool, tag: str | None, text: str, start_timeout: float) -> None:
     the one installed in this environment, or a container image; its log is shown when it fails.
     """
     prompt, options = parse_input(text)
+    options["format"] = Format.JPEG_RGB  # which Instill's own answers are
     build_request(prompt, options)  # what no message can carry is said now, not after the model is loaded
     for number in (signal.SIGTERM, signal.SIGHUP):  # a service is never left behind, not by a closed terminal either
         signal.signal(number, signal.default_int_handler)

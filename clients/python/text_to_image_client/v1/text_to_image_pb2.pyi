@@ -83,29 +83,37 @@ class _Format:
 class _FormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Format.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     FORMAT_UNSPECIFIED: _Format.ValueType  # 0
-    """JPEG."""
+    """FORMAT_JPEG."""
     FORMAT_JPEG: _Format.ValueType  # 1
-    """RGB with the Adobe marker, no colour subsampled, as Instill's answers are."""
+    """YCbCr in a JFIF file, which every decoder shows in the right colours. Colour is not subsampled (4:4:4)."""
     FORMAT_PNG: _Format.ValueType  # 2
     FORMAT_WEBP: _Format.ValueType  # 3
     FORMAT_JPEG_SUBSAMPLED: _Format.ValueType  # 4
     """YCbCr, colour at half the resolution (4:2:0): smaller than FORMAT_JPEG, and what a JPEG that does not fit becomes."""
     FORMAT_WEBP_LOSSLESS: _Format.ValueType  # 5
     """Smaller than PNG, every pixel kept, and what a PNG that does not fit becomes first."""
+    FORMAT_JPEG_RGB: _Format.ValueType  # 6
+    """RGB with the Adobe marker, as Instill's answers are. Decoders that ignore the marker's transform, such as jpeg-js,
+    show it in wrong colours. If it does not fit, it becomes FORMAT_JPEG first.
+    """
 
 class Format(_Format, metaclass=_FormatEnumTypeWrapper):
     """A format and a quality are all that decides how pixels are coded."""
 
 FORMAT_UNSPECIFIED: Format.ValueType  # 0
-"""JPEG."""
+"""FORMAT_JPEG."""
 FORMAT_JPEG: Format.ValueType  # 1
-"""RGB with the Adobe marker, no colour subsampled, as Instill's answers are."""
+"""YCbCr in a JFIF file, which every decoder shows in the right colours. Colour is not subsampled (4:4:4)."""
 FORMAT_PNG: Format.ValueType  # 2
 FORMAT_WEBP: Format.ValueType  # 3
 FORMAT_JPEG_SUBSAMPLED: Format.ValueType  # 4
 """YCbCr, colour at half the resolution (4:2:0): smaller than FORMAT_JPEG, and what a JPEG that does not fit becomes."""
 FORMAT_WEBP_LOSSLESS: Format.ValueType  # 5
 """Smaller than PNG, every pixel kept, and what a PNG that does not fit becomes first."""
+FORMAT_JPEG_RGB: Format.ValueType  # 6
+"""RGB with the Adobe marker, as Instill's answers are. Decoders that ignore the marker's transform, such as jpeg-js,
+show it in wrong colours. If it does not fit, it becomes FORMAT_JPEG first.
+"""
 global___Format = Format
 
 class _Stage:
@@ -328,7 +336,7 @@ class Output(google.protobuf.message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     PREVIEW_INTERVAL_FIELD_NUMBER: builtins.int
     format: global___Format.ValueType
-    """Default JPEG: Instill's answers are RGB JPEGs."""
+    """Default JPEG."""
     quality: builtins.int
     """Quality of the formats that lose something, 1 to 100. Default 95."""
     raw: builtins.bool
@@ -414,7 +422,7 @@ class Choice(google.protobuf.message.Message):
     same size and coding. `GetModelResponse.content_filter` tells whether there is one.
     """
     image: builtins.str
-    """A data URI: "data:image/jpeg;base64,/9j/7gAOQWRvY...". Empty if `output.raw` was asked for."""
+    """A data URI: "data:image/jpeg;base64,/9j/4AAQSkZJRg...". Empty if `output.raw` was asked for."""
     raw: builtins.bytes
     """The coded image itself, if `output.raw` was asked for."""
     def __init__(
@@ -832,8 +840,9 @@ class Environment(google.protobuf.message.Message):
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """By name: "server", this service; "torch", "diffusers", "transformers" and "tokenizers", which compute; "pillow" with
-        "libjpeg_turbo", "webp", "zlib" and "zlib_ng" as far as it has them, which code; on a GPU of NVIDIA's also "cuda"
-        and "cudnn"; "content_filter", with the score from which on it objects, if images are judged.
+        "libjpeg_turbo", "webp", "zlib" and "zlib_ng" as far as it has them, which code, and "coding", the version of what
+        each Format asks of them; on a GPU of NVIDIA's also "cuda" and "cudnn"; "content_filter", with the score from which
+        on it objects, if images are judged.
         """
 
     def __init__(

@@ -35,21 +35,8 @@ _CODINGS = {
     pb.FORMAT_JPEG_RGB: images.JPEG_RGB,
 }
 _FORMATS = {coding: format for format, coding in _CODINGS.items()}  # JPEG's is the later of its two
-_STAGES = {
-    Stage.ENCODE: pb.STAGE_ENCODE,
-    Stage.BASE: pb.STAGE_BASE,
-    Stage.REFINER: pb.STAGE_REFINER,
-    Stage.DECODE: pb.STAGE_DECODE,
-}
-_NOTICES = {
-    Notice.PROMPT_TRUNCATED: pb.Warning.CODE_PROMPT_TRUNCATED,
-    Notice.SIZE_SNAPPED: pb.Warning.CODE_SIZE_SNAPPED,
-    Notice.IMAGE_RECODED: pb.Warning.CODE_IMAGE_RECODED,
-    Notice.EXPERT_IDLE: pb.Warning.CODE_EXPERT_IDLE,
-    Notice.OPTION_UNUSED: pb.Warning.CODE_OPTION_UNUSED,
-    Notice.PRIORITY_LOWERED: pb.Warning.CODE_PRIORITY_LOWERED,
-    Notice.BATCH_REDUCED: pb.Warning.CODE_BATCH_REDUCED,
-}
+_STAGES = {stage: pb.Stage.Value(f"STAGE_{stage.name}") for stage in Stage}
+_NOTICES = {notice: pb.Warning.Code.Value(f"CODE_{notice.name}") for notice in Notice}
 
 DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024  # what a gRPC client receives unless told otherwise
 _MESSAGE_BYTES = (16 * 1024, 64 * 1024 * 1024)

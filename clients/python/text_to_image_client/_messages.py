@@ -215,21 +215,8 @@ def read_environment(environment: pb.Environment) -> Environment:
     )
 
 
-_STAGES = {
-    pb.STAGE_ENCODE: Stage.ENCODE,
-    pb.STAGE_BASE: Stage.BASE,
-    pb.STAGE_REFINER: Stage.REFINER,
-    pb.STAGE_DECODE: Stage.DECODE,
-}
-
-_WARNING_CODES = {
-    pb.Warning.CODE_PROMPT_TRUNCATED: WarningCode.PROMPT_TRUNCATED,
-    pb.Warning.CODE_SIZE_SNAPPED: WarningCode.SIZE_SNAPPED,
-    pb.Warning.CODE_IMAGE_RECODED: WarningCode.IMAGE_RECODED,
-    pb.Warning.CODE_EXPERT_IDLE: WarningCode.EXPERT_IDLE,
-    pb.Warning.CODE_OPTION_UNUSED: WarningCode.OPTION_UNUSED,
-    pb.Warning.CODE_PRIORITY_LOWERED: WarningCode.PRIORITY_LOWERED,
-}
+_STAGES = {pb.Stage.Value(f"STAGE_{stage.name}"): stage for stage in Stage}
+_WARNING_CODES = {pb.Warning.Code.Value(f"CODE_{code.name}"): code for code in WarningCode}
 
 
 def _read_image(choice: pb.Choice, metadata: pb.ImageMetadata) -> Image:

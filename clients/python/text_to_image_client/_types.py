@@ -194,6 +194,8 @@ class WarningCode(enum.StrEnum):
     EXPERT_IDLE = "expert_idle"
     OPTION_UNUSED = "option_unused"
     PRIORITY_LOWERED = "priority_lowered"
+    BATCH_REDUCED = "batch_reduced"
+    """Memory ran out, and later network calls had fewer rows, which can change the image's last bits."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class Environment:
     hardware: str
     """The GPU's name, or the processor's with the instruction set in use."""
     precision: str
-    """"fp32", "bf16" or "fp16"."""
+    """"fp32", "bf16", "fp16" or "fp8"."""
     fp32_math: str
     """How products of fp32 numbers are computed: "matmul ieee, convolution tf32"."""
     threads: int
@@ -394,7 +396,7 @@ class ModelInfo:
     device: str
     """"cuda", "mps" or "cpu"."""
     precision: str
-    """"fp32", "bf16" or "fp16"."""
+    """"fp32", "bf16", "fp16" or "fp8"."""
     schedulers: tuple[str, ...]
     defaults: Defaults
     limits: Limits

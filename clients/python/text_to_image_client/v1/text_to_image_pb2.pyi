@@ -816,7 +816,7 @@ class Environment(google.protobuf.message.Message):
     hardware: builtins.str
     """The GPU's name, or the processor's with the instruction set that torch uses of it: "Intel(R) Xeon(R), AVX512"."""
     precision: builtins.str
-    """"fp32", "bf16" or "fp16", as in GetModelResponse."""
+    """"fp32", "bf16", "fp16" or "fp8", as in GetModelResponse."""
     fp32_math: builtins.str
     """How products of fp32 numbers are computed, which other precisions have too, where the autoencoder falls back to
     fp32: "ieee", "tf32" or "bf16" for matrices, then for convolutions: "matmul ieee, convolution tf32".
@@ -1067,7 +1067,7 @@ class GetModelResponse(google.protobuf.message.Message):
     device: builtins.str
     """"cuda", "mps" or "cpu"."""
     precision: builtins.str
-    """"fp32", "bf16" or "fp16": the networks' arithmetic. Latents are fp32 throughout."""
+    """"fp32", "bf16", "fp16" or "fp8": the networks' arithmetic. Latents are fp32 throughout."""
     @property
     def schedulers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Values accepted in `sampling.scheduler`."""

@@ -44,6 +44,10 @@ _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
 _ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
 _PREVIEW_QUALITY = 80
 
+DEVICE_LOST = "DEVICE_LOST"
+"""The reason in google.rpc.ErrorInfo, which clients know a lost device by."""
+_ERROR_DOMAIN = pb.DESCRIPTOR.package  # "text_to_image.v1"
+
 
 class Loading(Exception):
     """The model is not ready yet."""
@@ -108,7 +112,9 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     events.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
     events.DeviceFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    events.DeviceLost: grpc.StatusCode.UNAVAILABLE,
+    # Nobody retries ABORTED unasked, neither gRPC nor a proxy: the same request may cost the next device, too.
+    events.DeviceLost: grpc.StatusCode.ABORTED,
+    events.DeviceUnavailable: grpc.StatusCode.UNAVAILABLE,
     Loading: grpc.StatusCode.UNAVAILABLE,
     events.Draining: grpc.StatusCode.UNAVAILABLE,
     events.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -365,7 +371,7 @@ def _size(
 
 
 def status_of(error: Exception) -> status_pb2.Status:
-    """The google.rpc.Status of an error in STATUS, with its details: BadRequest or RetryInfo."""
+    """Return the google.rpc.Status of an error in STATUS, with its details: BadRequest, RetryInfo or ErrorInfo."""
     status = status_pb2.Status(code=STATUS[type(error)].value[0], message=str(error))
     if isinstance(error, InvalidRequest):
         status.details.add().Pack(
@@ -378,6 +384,8 @@ def status_of(error: Exception) -> status_pb2.Status:
         )
     elif isinstance(error, events.Refused) and error.retry_after < math.inf:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
+    elif isinstance(error, events.DeviceLost):
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=DEVICE_LOST, domain=_ERROR_DOMAIN))
     return status
 
 

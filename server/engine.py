@@ -36,6 +36,7 @@ from server.events import (
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
+    DeviceUnavailable,
     Draining,
     Ended,
     EngineError,
@@ -219,6 +220,7 @@ class Engine:
         self._calls_per_step: dict[str, float] = {}  # by scheduler, as planning showed
         self._too_large: tuple[int, float] = (0, -math.inf)  # pixels times rows that had no room at all, until when
         self._began: dict[int, float] = {}  # when the calls in flight began, by thread
+        self._in_flight: dict[int, Sequence[Job]] = {}  # the jobs of these calls, by thread
         self._overlapped: set[int] = set()  # threads whose call in flight has had another beside it
         self._overlap_from = math.inf  # when calls may be handed to the side thread (again)
         self._side_queue: deque[Job] = deque()
@@ -260,7 +262,7 @@ class Engine:
         network calls there is a Preview, with a `preview_interval` of 0 never. `jobs_of_caller` stands, if given, in
         place of that of the limits.
 
-        Raises Draining, DeviceLost or Refused; later troubles arrive as Failed.
+        Raises Draining, DeviceUnavailable or Refused; later troubles arrive as Failed.
         """
         with self._changed:
             if self._refusing is not None:
@@ -310,12 +312,19 @@ class Engine:
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Fail every job now, because the call in flight will not come back. The device thread is left where it is."""
+        """Fail every job now, because the call in flight will not come back. The device thread is left where it is.
+
+        The jobs of calls in flight end with DeviceLost, since one of them may be why; all others DeviceUnavailable.
+        """
         with self._changed:
             self._stopping = True
-            self._refusing = DeviceLost("the device does not answer; this server is about to end")
+            self._refusing = DeviceUnavailable("the device does not answer; this server is about to end")
+            suspects = {job for jobs in self._in_flight.values() for job in jobs}
             for job in list(self._jobs.values()):
-                self._end(job, Failed(self._refusing))
+                lost = DeviceLost(
+                    "the device does not answer since a call for this request; this server is about to end"
+                )
+                self._end(job, Failed(lost if job in suspects else self._refusing))
 
     def join(self, timeout: float) -> bool:
         """Wait for the device thread to end; False if it still runs after `timeout` seconds."""
@@ -448,7 +457,7 @@ class Engine:
             if self._stopping:
                 return None
             self._side_job = self._side_queue.popleft()
-            self._call_begins()
+            self._call_begins([self._side_job])
             self._changed.notify_all()  # there is room for another
             return self._side_job
 
@@ -480,7 +489,7 @@ class Engine:
                 if now >= self._overlap_from and not self._side_queue and len(self._ahead) < model.max_batch:
                     for task in self._schedule.choose_ahead(Stage.ENCODE):
                         self._hand_over(task, model, ahead=True)
-                self._call_begins()
+                self._call_begins(jobs)
                 return jobs
 
     def _begun(self, task: Task, model: Model) -> Job:
@@ -501,16 +510,18 @@ class Engine:
         self._side_queue.append(self._begun(task, model))
         self._changed.notify_all()
 
-    def _call_begins(self) -> None:
-        """Note that this thread begins a call. With the lock held."""
+    def _call_begins(self, jobs: Sequence[Job]) -> None:
+        """Note that this thread begins a call for these jobs. With the lock held."""
         thread = threading.get_ident()
         if self._began:
             self._overlapped |= {thread, *self._began}
         self._began[thread] = self._clock()
+        self._in_flight[thread] = jobs
 
     def _call_ends(self) -> None:
         """Note that this thread's call, if one is in flight, has ended. With the lock held."""
         self._began.pop(threading.get_ident(), None)
+        self._in_flight.pop(threading.get_ident(), None)
         self._overlapped.discard(threading.get_ident())
 
     def _sweep(self) -> None:

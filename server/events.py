@@ -21,7 +21,11 @@ class Draining(EngineError):
 
 
 class DeviceLost(EngineError):
-    """The device does not answer any more."""
+    """The device does not answer any more, and this job has a part in the call that does not come back."""
+
+
+class DeviceUnavailable(EngineError):
+    """The device does not answer any more, and the job has no part in that: it is refused, or waits between calls."""
 
 
 class Refused(EngineError):

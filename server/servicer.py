@@ -74,7 +74,10 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         async with self.statuses("Generate", request_id, context):
             caller = auth.caller_of(context)
             card, task = self.parse(request, request_id, caller)
-            return await self.answer(self.begin(request, contract.in_one_message(task), card, caller, context))
+            recording = self.begin(request, contract.in_one_message(task), card, caller, context)
+            with recording.listening() as messages:
+                await _commit(context)
+                return await _whole_answer(recording.task, messages)
 
     async def StreamGenerate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         request_id = contract.request_id_of(request)
@@ -124,15 +127,6 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         timeout = context.time_remaining()
         return self._recordings.begin(request, task, card, math.inf if timeout is None else timeout, caller)
 
-    async def answer(self, recording: Recording) -> pb.GenerateResponse:
-        """All that a recording has, once its job has ended. Raises what that ended with."""
-        choices: dict[int, pb.Choice] = {}
-        with recording.listening() as messages:
-            async for message in messages:
-                if message.HasField("choice"):
-                    choices[message.choice.choice_index] = message.choice.choice
-        return contract.whole_answer(recording.task, choices, message.done.metadata)
-
     def parse_all(
         self,
         requests: Sequence[pb.GenerateRequest],
@@ -172,12 +166,13 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
         Raises what Recordings.begin raises, and what any of the jobs ended with.
         """
-        with contextlib.ExitStack() as begun:
-            recordings = []
+        with contextlib.ExitStack() as listening:  # which ends all jobs when another is not admitted, or fails
+            answers = []
             for request, task in asked:
-                recordings.append(self.begin(request, task, card, caller, context))
-                begun.callback(recordings[-1].cancel)  # for when another is not admitted, or fails
-            return await asyncio.gather(*map(self.answer, recordings))
+                messages = listening.enter_context(self.begin(request, task, card, caller, context).listening())
+                answers.append((task, messages))
+            await _commit(context)
+            return await asyncio.gather(*(_whole_answer(task, messages) for task, messages in answers))
 
     async def _tell(self, recording: Recording, after: int, context: Context) -> None:
         """Hand a recording's messages on, as long as the client reads them."""
@@ -237,3 +232,22 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._under_way.discard(context)
         if not self._under_way:
             self._idle.set()
+
+
+async def _commit(context: Context) -> None:
+    """Send the headers of a unary answer once its jobs are admitted.
+
+    gRPC's libraries and proxies retry only what has no headers yet. Without them a request that costs a server its
+    device, or that a proxy gives up, begins again on the next server, and on the one after that. A stream needs no such
+    thing: its first event brings its headers, and comes at once.
+    """
+    await context.send_initial_metadata(())
+
+
+async def _whole_answer(task: Task, messages: AsyncIterator[pb.StreamGenerateResponse]) -> pb.GenerateResponse:
+    """Collect a job's messages to its end. Raises what that ended with."""
+    choices: dict[int, pb.Choice] = {}
+    async for message in messages:
+        if message.HasField("choice"):
+            choices[message.choice.choice_index] = message.choice.choice
+    return contract.whole_answer(task, choices, message.done.metadata)

@@ -22,8 +22,9 @@ from server.events import Coded, Ended, Observation
 
 _STOP_SECONDS = 3.0  # for the last spans to leave; a collector that does not answer must not hold up the end
 
-# The server's own fault, by OpenTelemetry's conventions for RPC.
+# The server's own fault, by OpenTelemetry's conventions for RPC; and ABORTED, which is a lost device here.
 _FAULTS = {
+    grpc.StatusCode.ABORTED,
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNIMPLEMENTED,

@@ -1,6 +1,7 @@
 """Real server processes, and the few words in which the tests talk to them."""
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -22,6 +23,16 @@ SERVICE = "text_to_image.v1.TextToImageService"
 
 # As long as the limits allow, so that a test can act while it runs: 8 images of 150 steps and as many decodes.
 LONG_JOB = {"parameter": {"n": 8}, "sampling": {"steps": 150}}
+
+# Options of a channel that retries every method as the Python client does by default.
+_RETRY_POLICY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+RETRIES = [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}]}))]
 
 
 def request(prompt: str = "a cat", **fields: object) -> pb.GenerateRequest:

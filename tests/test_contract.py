@@ -330,6 +330,8 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
         (events.Refused("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (contract.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
         (events.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
+        (events.DeviceUnavailable("about to end"), grpc.StatusCode.UNAVAILABLE),
+        (events.DeviceLost("hangs"), grpc.StatusCode.ABORTED),
         (events.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
         (events.Cancelled("gone"), grpc.StatusCode.CANCELLED),
         (events.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
@@ -349,3 +351,9 @@ def test_a_bad_request_and_a_full_queue_carry_googles_details():
     assert bad.field_violations[0].field == "data.prompt"
     assert contract.status_of(events.Refused("full", 2.5)).details[0].Unpack(retry)
     assert retry.retry_delay.ToSeconds() == 2
+
+
+def test_a_lost_device_is_named_by_google_s_error_info():
+    lost = error_details_pb2.ErrorInfo()
+    assert contract.status_of(events.DeviceLost("hangs")).details[0].Unpack(lost)
+    assert (lost.reason, lost.domain) == ("DEVICE_LOST", "text_to_image.v1")

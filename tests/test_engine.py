@@ -20,6 +20,7 @@ from server.events import (
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
+    DeviceUnavailable,
     Draining,
     Ended,
     Failed,
@@ -457,15 +458,30 @@ def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: Ste
     clock.now += 100
     assert engine.busy == 100
     engine.abandon()
-    for events in jobs:
-        terminal = events.to_the_end()[-1]
-        assert isinstance(terminal, Failed)
-        assert isinstance(terminal.error, DeviceLost)
-    with pytest.raises(DeviceLost):
+    endings = [events.to_the_end()[-1] for events in jobs]
+    assert [type(each.error) for each in endings] == [DeviceLost, DeviceUnavailable]  # the second only waited
+    with pytest.raises(DeviceUnavailable):
         engine.submit("job", REQUEST, Events())
     model.allow(100)
     assert engine.join(60)
     assert all(events.is_over() for events in jobs)
+
+
+def test_every_job_of_the_shared_call_that_hangs_is_lost_and_no_other(model: SteppedModel):
+    model.max_batch = 2
+    engine = Engine(Limits(jobs=3))
+    engine.start(lambda: model).result(timeout=60)
+    jobs = [Events() for _ in range(3)]
+    for seed, events in enumerate(jobs):
+        engine.submit(f"job {seed}", replace(REQUEST, seeds=(seed,)), events)
+    while (call := model.calls.get(timeout=60))[0] != "step":
+        model.allow()
+    engine.abandon()
+    lost = [seed for seed, events in enumerate(jobs) if isinstance(events.to_the_end()[-1].error, DeviceLost)]
+    assert len(lost) == 2
+    assert call[1] in lost
+    model.allow(100)
+    assert engine.join(60)
 
 
 @pytest.mark.parametrize("call", ["encode", "step", "decode"])

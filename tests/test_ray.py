@@ -22,7 +22,9 @@ import grpc
 import pytest
 import tiny_ensemble
 import yaml
-from serving import LONG_JOB, ROOT, SERVICE, ServerProcess, digests, first_step, request
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from serving import LONG_JOB, RETRIES, ROOT, SERVICE, ServerProcess, digests, first_step, request
 
 from server.model_ray_v1alpha import user_defined_pb2 as user_defined
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
@@ -275,11 +277,19 @@ def test_a_lost_replica_is_unavailable_and_another_takes_its_place(ray: RayServe
             return f"{error.code().name}: {error.details()}"
         return "finished"
 
+    def unary_outcome() -> str:
+        """Of a call that gRPC would make again, had the ingress not sent its headers."""
+        with grpc.insecure_channel(ray.target, RETRIES) as channel:
+            call = pb_grpc.TextToImageServiceStub(channel).Generate.future(request(requestId="lost", **LONG_JOB))
+            call.initial_metadata()  # which come before the answer
+            started.append(4)
+            return f"{call.code().name}: {call.details()}"
+
     started: list[int] = []
     before = len(ray.lines)
-    with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(outcome, number) for number in range(4)]
-        while len(started) < 2:
+    with ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(unary_outcome), *(pool.submit(outcome, number) for number in range(4))]
+        while len(started) < 2 or 4 not in started:
             time.sleep(0.05)
         replicas = ray.processes("ServeReplica")
         assert len(replicas) == 2
@@ -400,7 +410,10 @@ def test_a_device_that_does_not_answer_is_given_up_with_its_replica(
     before = len(changed.lines)
     with pytest.raises(grpc.RpcError) as caught:
         stub.Generate(request("hang"), metadata=(faulty,), timeout=PATIENCE)
-    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert caught.value.code() == grpc.StatusCode.ABORTED
     assert "device does not answer" in caught.value.details()
+    lost = error_details_pb2.ErrorInfo()
+    assert rpc_status.from_call(caught.value).details[0].Unpack(lost)
+    assert lost.reason == "DEVICE_LOST"
     changed.wait_for_log("replica: serving", before)
     assert stub.Generate(request(sampling={"steps": 2}), metadata=(faulty,), timeout=PATIENCE).data.choices

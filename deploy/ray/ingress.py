@@ -1,14 +1,16 @@
 """What Ray Serve's gRPC proxies register: our services, and around Ray's own handling what Ray drops on the way.
 
 A proxy hands a call's message and metadata to a replica and its answers back. It does not hand on the deadline, has no
-way for a stream's error to bring details, and tells a lost replica as INTERNAL with Python's own words. Here, in the
-proxy's process, the deadline becomes metadata, a replica's last word of a failed call becomes that call's status (see
-replica.py), and a lost replica becomes UNAVAILABLE, which clients retry.
+way for a stream's error to bring details, sends no headers before a unary answer, and tells a lost replica as INTERNAL
+with Python's own words. Here, in the proxy's process, the deadline becomes metadata, a replica's last word of a failed
+call becomes that call's status (see replica.py), and a lost replica becomes UNAVAILABLE, which gRPC retries where no
+replica had admitted the call: the unary methods that begin a job are streams between here and the replicas, and their
+headers leave when the replica sends a first, empty message.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 SECONDS_LEFT = "t2i-seconds-left"
 """Metadata between proxy and replica: how long the caller still waits. What callers send under this name is dropped."""
+
+JOBS = ("Generate", "__call__")
+"""The unary methods that begin a job."""
 
 _LOST = "the replica that had this call is gone; try again"
 
@@ -65,6 +70,8 @@ class _Around(grpc.GenericRpcHandler):
         decode = decoded_by(handler.request_deserializer)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), decode)
+        if details.method.rpartition("/")[2] in JOBS:
+            return grpc.unary_unary_rpc_method_handler(_job(handler.unary_stream), decode)  # Ray has both ways for each
         return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), decode)
 
 
@@ -113,30 +120,61 @@ def _unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     return unary
 
 
+def _job(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    async def job(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        """The replica's first message says that the call is admitted, and commits it; the second is the answer."""
+        admitted, answer = False, b""
+
+        async def take(message: bytes) -> None:
+            nonlocal admitted, answer
+            if admitted:
+                answer = message
+            else:
+                await context.send_initial_metadata(())
+            admitted = True
+
+        await _receive(behaviour, request, context, take)
+        return answer
+
+    return job
+
+
 def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Ray's generator runs in a task of its own, so that the end of the call always finds it waiting for a replica,
-        which it then cancels; left in the middle of a message, it would not."""
-        await abort_if_undecodable(request, context)
-        call = _Call(context)
-        messages: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-        async def receive() -> None:
-            try:
-                async for message in behaviour(request, call):
-                    if message or not call.ended:  # none of ours is empty but the one that only brings the end
-                        messages.put_nowait(message)
-            finally:
-                messages.put_nowait(None)
-
-        receiving = asyncio.create_task(receive())
-        try:
-            while (message := await messages.get()) is not None:
-                await context.write(message)
-            await receiving
-            call.finish()
-        finally:
-            receiving.cancel()
-            await asyncio.wait((receiving,))  # what it asks of the context after the call's end, gRPC dies of
+        await _receive(behaviour, request, context, context.write)
 
     return stream
+
+
+async def _receive(
+    behaviour: Callable[..., Any],
+    request: Any,
+    context: grpc.aio.ServicerContext[Any, Any],
+    take: Callable[[bytes], Awaitable[None]],
+) -> None:
+    """Hand a replica's messages to `take`, but for the one that only brings the call's end.
+
+    Ray's generator runs in a task of its own, so that the end of the call always finds it waiting for a replica, which
+    it then cancels; left in the middle of a message, it would not.
+    """
+    await abort_if_undecodable(request, context)
+    call = _Call(context)
+    messages: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def receive() -> None:
+        try:
+            async for message in behaviour(request, call):
+                if message or not call.ended:  # none of ours is empty but what is first of a unary answer, or the end
+                    messages.put_nowait(message)
+        finally:
+            messages.put_nowait(None)
+
+    receiving = asyncio.create_task(receive())
+    try:
+        while (message := await messages.get()) is not None:
+            await take(message)
+        await receiving
+        call.finish()
+    finally:
+        receiving.cancel()
+        await asyncio.wait((receiving,))  # what it asks of the context after the call's end, gRPC dies of

@@ -52,6 +52,22 @@ def _unary(method: str) -> Callable[..., Any]:
     return unary
 
 
+def _job(method: str) -> Callable[..., Any]:
+    """A unary method that begins a job: an empty message when that is admitted, then the answer (see ingress.py)."""
+
+    async def job(self: "Replica", request: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
+        context = Context(grpc_context)
+        answering = asyncio.create_task(self.answer(method, request, context))
+        try:
+            async for message in context.written(answering):
+                yield message
+            yield Empty() if context.code() else answering.result()
+        finally:
+            answering.cancel()
+
+    return job
+
+
 def _stream(method: str) -> Callable[..., Any]:
     async def stream(self: "Replica", request: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
         context = Context(grpc_context)
@@ -87,18 +103,18 @@ class Replica:
         self._watching = asyncio.create_task(self._service.watch_device())
         log.info("serving %s", card.name)
 
-    Generate = _unary("/text_to_image.v1.TextToImageService/Generate")
+    Generate = _job("/text_to_image.v1.TextToImageService/Generate")
     StreamGenerate = _stream("/text_to_image.v1.TextToImageService/StreamGenerate")
     Attach = _stream("/text_to_image.v1.TextToImageService/Attach")
     Cancel = _unary("/text_to_image.v1.TextToImageService/Cancel")
     GetModel = _unary("/text_to_image.v1.TextToImageService/GetModel")
-    __call__ = _unary("/model.ray.v1alpha.UserDefinedService/__call__")
+    __call__ = _job("/model.ray.v1alpha.UserDefinedService/__call__")
 
     async def check_health(self) -> None:
         """Raises DeviceLost when the device does not answer any more: Ray then ends this process and starts another."""
         if self._watching.done():
             self._service.metrics.state("lost")
-            self._service.engine.abandon()  # every call hears UNAVAILABLE before
+            self._service.engine.abandon()  # every call ends with a status before
             self._watching.result()
 
     async def __del__(self) -> None:
@@ -178,6 +194,10 @@ class Context:
 
     def add_done_callback(self, callback: "Callable[[Context], None]") -> None:
         self._callbacks.append(callback)
+
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        """Send an empty message, which is a unary method's first, and what the ingress sends headers for."""
+        await self.write(Empty())
 
     async def write(self, message: Any) -> None:
         self._messages.put_nowait(message)

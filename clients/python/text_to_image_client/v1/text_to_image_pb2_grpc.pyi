@@ -36,8 +36,13 @@ class TextToImageServiceStub:
       RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
                           message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-      UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
+      UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
+                          again, or another server
+      ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
+                          reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
+                          most once
       INTERNAL            the model failed on this request, and on this request alone
+    Generate sends its headers once the request is admitted, so gRPC retries by itself only what was refused before.
     And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
       UNAUTHENTICATED     there is no token, or one that is not known
     """
@@ -92,8 +97,13 @@ class TextToImageServiceAsyncStub:
       RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
                           message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
       DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-      UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
+      UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
+                          again, or another server
+      ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
+                          reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
+                          most once
       INTERNAL            the model failed on this request, and on this request alone
+    Generate sends its headers once the request is admitted, so gRPC retries by itself only what was refused before.
     And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
       UNAUTHENTICATED     there is no token, or one that is not known
     """
@@ -150,8 +160,13 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
           RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
                               message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
           DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
-          UNAVAILABLE         the model is loading, the server is draining, or its device is lost; try again, or another
+          UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
+                              again, or another server
+          ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
+                              reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
+                              most once
           INTERNAL            the model failed on this request, and on this request alone
+        Generate sends its headers once the request is admitted, so gRPC retries by itself only what was refused before.
         And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
           UNAUTHENTICATED     there is no token, or one that is not known
         """

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
+import forking
 import grpc
 from google.protobuf import json_format
 
@@ -60,7 +61,7 @@ class Logged:
 
     patience = PATIENCE
 
-    def __init__(self, process: "subprocess.Popen[str]", told: IO[str] | None) -> None:
+    def __init__(self, process: "subprocess.Popen[str] | forking.ForkedProcess", told: IO[str] | None) -> None:
         assert told is not None
         self.process = process
         self.lines: list[str] = []
@@ -95,16 +96,24 @@ class Logged:
 
 
 class ServerProcess(Logged):
-    """`python -m server`, or another program around it, on a free port of this machine, its log line by line."""
+    """`python -m server`, or another program around it, on a free port of this machine, its log line by line.
 
-    def __init__(self, *flags: str, program: Sequence[str] = ("-m", "server"), **environment: str) -> None:
-        process = subprocess.Popen(
-            [sys.executable, *program, "--listen", "127.0.0.1:0", *flags],
-            cwd=ROOT,
-            env=os.environ | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    Unless it is to start `cold`, or a variable of its environment matters to what Python imports, it is forked from a
+    process that has imported torch.
+    """
+
+    def __init__(
+        self, *flags: str, program: Sequence[str] = ("-m", "server"), cold: bool = False, **environment: str
+    ) -> None:
+        arguments = [*program, "--listen", "127.0.0.1:0", *flags]
+        whole = os.environ | environment
+        process: forking.ForkedProcess | subprocess.Popen[str]
+        if not cold and forking.suits(whole):
+            process = forking.start(arguments, whole, ROOT)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True
+            )
         super().__init__(process, process.stderr)
 
     @property

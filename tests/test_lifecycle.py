@@ -16,7 +16,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 def test_the_port_is_open_but_not_serving_until_the_first_image_is_made(start_server):
-    server = start_server()
+    server = start_server(cold=True)
     with connect(server) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE
@@ -72,7 +72,7 @@ def test_a_call_that_outlives_the_grace_period_hears_unavailable(start_server, h
 
 @pytest.mark.parametrize("moment", ["loading the model", "warming up"])
 def test_sigterm_before_it_is_ready_stops_the_server_without_its_ever_serving(start_server, moment: str):
-    server = start_server()
+    server = start_server(cold=True)
     server.wait_for_log(moment)
     server.terminate()
     assert server.wait() == 0

@@ -21,25 +21,26 @@ from server import contract
 from server.contract import Unauthenticated
 from server.domain import Caller
 from server.settings import Settings
+from server.standard_services import OPEN_METHODS
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Probes carry no token. Reflection tells no more than the published proto files, and --no-reflection ends it.
-_OPEN = (
-    "/grpc.health.v1.Health/",
-    "/grpc.reflection.",
+_OPEN = {
+    *OPEN_METHODS,
     "/inference.GRPCInferenceService/ServerLive",
     "/inference.GRPCInferenceService/ServerReady",
     "/model.model.v1alpha.ModelPublicService/Liveness",
     "/model.model.v1alpha.ModelPublicService/Readiness",
-)
+}
 
 _STREAM_SECONDS = 86_400  # what a call may last beyond its connection's age: no job should need as long
 _ANSWER_SECONDS = 20.0  # at most, for a peer's answer to a ping, and for its first bytes
 _PING_SECONDS = 10  # between pings of a client: gRPC's own default would cut off those that look after a long call
 _PINGS = 2  # too early ones, after which the connection is closed
+METADATA_BYTES = 16 * 1024
+"""How much metadata a call may have, by HPACK's count: names, values, and 32 bytes for each."""
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
@@ -156,7 +157,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        if not handler_call_details.method.startswith(_OPEN):
+        if handler_call_details.method not in _OPEN:
             try:
                 _caller.set(self._find(handler_call_details.invocation_metadata))
             except Unauthenticated as error:
@@ -229,6 +230,9 @@ def connection_options(settings: Settings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_concurrent_streams", settings.max_streams),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        # Between a soft and a hard limit gRPC refuses calls at random, so they are one.
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
         ("grpc.max_connection_age_ms", _ms(settings.connection_seconds)),
         ("grpc.max_connection_age_grace_ms", _ms(_STREAM_SECONDS)),
         # A peer that is gone without a word is noticed by its silence, whether calls are under way or not.

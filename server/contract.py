@@ -64,6 +64,13 @@ class Undecodable(Exception):
         super().__init__("the request's bytes are not the Protobuf message that this method takes")
 
 
+class Unimplemented(Exception):
+    """No such method is served here."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path[:200]} is not served here; GetModel and reflection show what is")
+
+
 class Stalled(Exception):
     """The client has left its stream unread for too long."""
 
@@ -108,6 +115,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     # gRPC's own libraries say INTERNAL, which is what operators are woken for; but it is the caller who is at fault.
     Undecodable: grpc.StatusCode.INVALID_ARGUMENT,
+    Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     events.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -1,37 +1,50 @@
-"""What is no message of its method is told as the caller's fault, for every method of a server.
+"""Answers in plain words what gRPC's own libraries answer in Python's: undecodable messages and missing methods.
 
 gRPC itself would say UNKNOWN, with the exception's own text, and log a traceback for each.
 """
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from server import contract
-from server.contract import Undecodable
+from server.contract import Undecodable, Unimplemented
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Decoding(grpc.aio.ServerInterceptor):
-    """Ends calls whose bytes cannot be decoded with Undecodable's status."""
+    """Ends calls whose bytes cannot be decoded with Undecodable's status, and those of no method with Unimplemented's.
+
+    A method is missing where no service has its name, and where a servicer has left it as generated code has it.
+    """
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        path = handler_call_details.method
         handler: Any = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(partial(_refuse, Unimplemented(path)))
+        if handler.request_deserializer is None:
             return handler  # type: ignore[no-any-return]
-        coding = decoded_by(handler.request_deserializer), handler.response_serializer
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(_checked(handler.unary_unary), *coding)
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_checked(handler.unary_stream), *coding)
-        return grpc.stream_stream_rpc_method_handler(_each_checked(handler.stream_stream), *coding)
+        kind = "_".join(
+            "stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)
+        )
+        behaviour = getattr(handler, kind)
+        checked = _each_checked if handler.request_streaming else _checked
+        if inspect.isasyncgenfunction(behaviour):
+            behaviour = _written(behaviour)
+        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(  # type: ignore[no-any-return]
+            checked(behaviour, path), decoded_by(handler.request_deserializer), handler.response_serializer
+        )
 
 
 def decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -46,25 +59,44 @@ def decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return decoded
 
 
-def _checked(behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+def _checked(behaviour: Callable[[Any, Context], Awaitable[Any]], path: str) -> Any:
     async def checked(request: Any, context: Context) -> Any:
         await abort_if_undecodable(request, context)
-        return await behaviour(request, context)
+        try:
+            return await behaviour(request, context)
+        except NotImplementedError:  # our own servicers end no call by it: see TextToImageServicer.statuses
+            return await contract.abort(context, Unimplemented(path))
 
     return checked
 
 
-def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]) -> Any:
+def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], Awaitable[Any]], path: str) -> Any:
     async def decodable(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async for request in requests:
             await abort_if_undecodable(request, context)
             yield request
 
-    async def checked(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        async for response in behaviour(decodable(requests, context), context):
-            yield response
+    async def checked(requests: AsyncIterator[Any], context: Context) -> Any:
+        try:
+            return await behaviour(decodable(requests, context), context)
+        except NotImplementedError:
+            return await contract.abort(context, Unimplemented(path))
 
     return checked
+
+
+def _written(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+    """As an async generator, but as a coroutine that writes what that yields."""
+
+    async def written(request: Any, context: Context) -> None:
+        async for response in behaviour(request, context):
+            await context.write(response)
+
+    return written
+
+
+async def _refuse(error: Exception, _: Any, context: Context) -> None:
+    await contract.abort(context, error)
 
 
 async def abort_if_undecodable(request: Any, context: Context) -> None:

@@ -15,12 +15,9 @@ from typing import Any
 import grpc
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_health.v1.health import aio as health
 from grpc_health.v1.health_pb2 import HealthCheckResponse
-from grpc_reflection.v1alpha import reflection
 
-from server import auth, instill
+from server import auth, instill, standard_services
 from server.decoding import Decoding
 from server.engine import Model
 from server.events import DeviceLost
@@ -31,6 +28,7 @@ from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.open_inference import OpenInferenceServicer
 from server.service import CannotTellMetrics, Service
 from server.settings import Settings
+from server.standard_services import HEALTH, HealthServicer
 from server.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -60,7 +58,6 @@ class Server:
         self._servicer = self._service.servicer
         self._engine = self._service.engine
         self._metrics = self._service.metrics
-        self._health = health.HealthServicer()
         self._credentials = auth.server_credentials(settings)
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
@@ -76,6 +73,7 @@ class Server:
         self._servers = [self._grpc]
         others = {KSERVE: settings.kserve, INSTILL: settings.instill, INSTILL_PUBLIC: settings.instill}
         self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
+        self._health = HealthServicer(("", *self._faces))
         self.device_is_busy = False
         """Whether a call of the model, or its compiling, still went on when everything else had stopped."""
         self._lost = False
@@ -119,7 +117,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
-            reflection.enable_server_reflection((*self._faces, HEALTH, reflection.SERVICE_NAME), self._grpc)
+            standard_services.add_reflection((*self._faces, HEALTH), self._grpc)
         if self._settings.channelz:
             channelz.add_channelz_servicer(self._grpc)
         address = _bind(self._grpc, self._settings.listen, self._credentials)

@@ -51,6 +51,14 @@ INSTILL_PUBLIC = model_public.DESCRIPTOR.services_by_name["ModelPublicService"].
 KSERVE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID = "x-request-id"
 
+# By name, since a caller can ask for any number of methods that are not there, and each would be a label.
+_METHODS = {
+    f"/{service.full_name}/{method.name}"
+    for file in (pb.DESCRIPTOR, user_defined.DESCRIPTOR, model_public.DESCRIPTOR, oip.DESCRIPTOR)
+    for service in file.services_by_name.values()
+    for method in service.methods
+}
+
 Behavior = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -303,9 +311,9 @@ class Calls(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         handler = await continuation(handler_call_details)
-        service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
-        if handler is None or service not in (SERVICE, INSTILL, INSTILL_PUBLIC, KSERVE):
+        if handler is None or handler_call_details.method not in _METHODS:
             return handler
+        service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
         kind = "_".join(
             "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
         )

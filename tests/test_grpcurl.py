@@ -38,6 +38,7 @@ def messages(output: str) -> list[dict]:
 def test_list_and_describe_show_the_contract(server):
     assert set(grpcurl(server, "list").stdout.split()) == {
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
         SERVICE,
     }

@@ -48,6 +48,13 @@ DEVICE_LOST = "DEVICE_LOST"
 """The reason in google.rpc.ErrorInfo, which clients know a lost device by."""
 _ERROR_DOMAIN = pb.DESCRIPTOR.package  # "text_to_image.v1"
 
+# What a call may end with: message, details and our own metadata, as they travel. Most gRPC clients take 8 KiB of
+# trailers, and report what is larger as RESOURCE_EXHAUSTED.
+TRAILER_BYTES = 7 * 1024
+_DETAILS = "grpc-status-details-bin"
+_HEADER_BYTES = 32  # that HPACK (RFC 7541, 4.1) counts for each header, in addition to its name and value
+_FIELD_BYTES, _DESCRIPTION_BYTES, _MESSAGE_BYTES_OF_STATUS = 128, 512, 1024  # each in UTF-8, longer ones are cut
+
 
 class Loading(Exception):
     """The model is not ready yet."""
@@ -378,30 +385,84 @@ def _size(
     return fitting["sampling.width"], fitting["sampling.height"]
 
 
-def status_of(error: Exception) -> status_pb2.Status:
-    """Return the google.rpc.Status of an error in STATUS, with its details: BadRequest, RetryInfo or ErrorInfo."""
-    status = status_pb2.Status(code=STATUS[type(error)].value[0], message=str(error))
+def violations_of_all(found: Mapping[Violation, Sequence[int]], name_of: Callable[[str, str], str]) -> list[Violation]:
+    """One violation for each that was found, whichever requests of a batch have it.
+
+    `name_of` makes the name of a field from the field and the places of these requests.
+    """
+    named = (Violation(name_of(each.field, places(indices)), each.description) for each, indices in found.items())
+    return list(dict.fromkeys(named))
+
+
+def places(indices: Sequence[int]) -> str:
+    """Which elements of a batch have one and the same violation, in ascending order: "0-2,5"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def status_of(error: Exception, room: int = TRAILER_BYTES) -> status_pb2.Status:
+    """Return the google.rpc.Status of an error in STATUS, with its details: BadRequest, RetryInfo or ErrorInfo.
+
+    It takes at most `room` bytes of a call's trailers: of an InvalidRequest it has the first violations, as many as
+    fit, and the number of the others.
+    """
     if isinstance(error, InvalidRequest):
-        status.details.add().Pack(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
-                    for each in error.violations
-                ]
-            )
-        )
-    elif isinstance(error, events.Refused) and error.retry_after < math.inf:
+        return _bad_request(error.violations, room)
+    message = _cut(str(error), _MESSAGE_BYTES_OF_STATUS)
+    status = status_pb2.Status(code=STATUS[type(error)].value[0], message=message)
+    if isinstance(error, events.Refused) and error.retry_after < math.inf:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
     elif isinstance(error, events.DeviceLost):
         status.details.add().Pack(error_details_pb2.ErrorInfo(reason=DEVICE_LOST, domain=_ERROR_DOMAIN))
     return status
 
 
+def _bad_request(violations: Sequence[Violation], room: int) -> status_pb2.Status:
+    shown: list[Violation] = []
+    status = status_pb2.Status(code=STATUS[InvalidRequest].value[0])
+    for each in violations:
+        shown.append(Violation(_cut(each.field, _FIELD_BYTES), _cut(each.description, _DESCRIPTION_BYTES)))
+        others = len(violations) - len(shown)
+        longer = status_pb2.Status(
+            code=status.code, message=str(InvalidRequest(shown)) + (f"; and {others} more" if others else "")
+        )
+        bad_request = error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+                for each in shown
+            ]
+        )
+        longer.details.add().Pack(bad_request)
+        if len(shown) > 1 and _trailer_bytes(longer) > room:
+            break
+        status = longer
+    return status
+
+
+def _cut(text: str, most: int) -> str:
+    """The text's beginning, at most so many bytes of UTF-8."""
+    coded = text.encode()
+    return text if len(coded) <= most else coded[: most - 3].decode(errors="ignore") + "..."
+
+
+def _trailer_bytes(status: status_pb2.Status) -> int:
+    """What a status takes of a call's trailers: the message percent-encoded, and the details in base64."""
+    message = sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in status.message.encode())
+    details: int = -(-status.ByteSize() * 4 // 3)
+    names = sum(_HEADER_BYTES + len(name) for name in ("grpc-status", "grpc-message", _DETAILS))
+    return names + 2 + message + details
+
+
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> None:
     """End a call by an error in STATUS: code, message, and trailing metadata with the details."""
-    status = status_of(error)
-    # What abort is given takes the place of what was set before.
-    details = (*(context.trailing_metadata() or ()), ("grpc-status-details-bin", status.SerializeToString()))
+    ours = tuple(context.trailing_metadata() or ())
+    status = status_of(error, TRAILER_BYTES - sum(_HEADER_BYTES + len(name) + len(value) for name, value in ours))
+    details = (*ours, (_DETAILS, status.SerializeToString()))  # which take the place of what was set before
     await context.abort(STATUS[type(error)], status.message, trailing_metadata=details)
 
 

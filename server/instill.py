@@ -91,9 +91,9 @@ def _health(serving: bool) -> public.HealthCheckResponse:
     return status(status=status.SERVING_STATUS_SERVING if serving else status.SERVING_STATUS_NOT_SERVING)
 
 
-def name_of(field: str, index: int) -> str:
-    """What these faces call a field of request number `index`."""
-    return f"task_inputs[{index}].{field}"
+def name_of(field: str, places: str) -> str:
+    """What these faces call a field of the requests at `places`, such as "0" or "0-2,5"."""
+    return f"task_inputs[{places}].{field}"
 
 
 def _shared(task: Task, inputs: int) -> Task:
@@ -109,18 +109,19 @@ def read(inputs: Sequence[Struct], most: int) -> list[pb.GenerateRequest]:
     """The requests that the inputs make. Raises InvalidRequest with all that keeps them from making them."""
     if len(inputs) > most:
         raise InvalidRequest([Violation("task_inputs", f"must be at most {most}, are {len(inputs)}")])
-    wrong: list[Violation] = []
+    found: dict[Violation, list[int]] = {}
     unknown: list[str] = []
     requests = []
     for index, given in enumerate(inputs):
         bad: list[Violation] = []
         requests.append(_request(given, bad, unknown))
-        wrong += (Violation(name_of(each.field, index), each.description) for each in bad)
+        for each in bad:
+            found.setdefault(each, []).append(index)
     if unknown:
         told = ", ".join(repr(each[:_LONGEST_TOLD]) for each in unknown[:_MOST_TOLD])
         log.warning("ignored keys of the task's inputs, %d that are not known here: %s", len(unknown), told)
-    if wrong:
-        raise InvalidRequest(wrong)
+    if found:
+        raise InvalidRequest(contract.violations_of_all(found, name_of))
     return requests
 
 

@@ -161,10 +161,10 @@ class Batch:
         output = self.requests[0].output
         return output.max_message_bytes if output.HasField("max_message_bytes") else contract.DEFAULT_MESSAGE_BYTES
 
-    def name_of(self, field: str, index: int) -> str:
-        """What this face calls a field of request number `index`."""
+    def name_of(self, field: str, places: str) -> str:
+        """What this face calls a field of the requests at `places`, such as "0" or "0-2,5"."""
         name = _NAMES.get(field, field)
-        return f"{name}[{index}]" if name in self.each else name
+        return f"{name}[{places}]" if name in self.each else name
 
 
 def read(message: oip.ModelInferRequest, max_prompts: int) -> Batch:

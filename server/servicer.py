@@ -132,31 +132,34 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         requests: Sequence[pb.GenerateRequest],
         request_id: str | None,
         caller: Caller,
-        name_of: Callable[[str, int], str],
+        name_of: Callable[[str, str], str],
         number: str,
     ) -> list[Task]:
         """The tasks of a call that asks for several at once and is answered by one message.
 
-        Raises Loading, and InvalidRequest with all that is wrong with any, by the names that `name_of` has for the
-        fields of each, and `number` is for what makes too many images.
+        Raises Loading, and InvalidRequest with all that is wrong with any: one violation for all requests that have it,
+        by the name that `name_of` has for its field in these (see contract.places). `number` is the field for what
+        makes too many images.
         """
         _, limits = self.model(caller)
-        wrong: list[Violation] = []
+        found: dict[Violation, list[int]] = {}
         tasks: list[Task] = []
         for index, request in enumerate(requests):
             try:
                 _, task = self.parse(request, request_id, caller)
             except InvalidRequest as error:
-                wrong += (Violation(name_of(each.field, index), each.description) for each in error.violations)
+                for each in error.violations:
+                    found.setdefault(each, []).append(index)
                 continue
             tasks.append(contract.in_one_message(task))
+        wrong = contract.violations_of_all(found, name_of)
         images = sum(len(task.image.seeds) for task in tasks)
         if images > limits.max_images:
             wrong.append(
                 Violation(number, f"must make at most {limits.max_images} images of all prompts, makes {images}")
             )
         if wrong:
-            raise InvalidRequest(tuple(dict.fromkeys(wrong)))
+            raise InvalidRequest(wrong)
         return tasks
 
     async def answer_all(

@@ -14,11 +14,12 @@ from functools import partial
 
 from pydantic import ValidationError
 
+from server.addresses import CannotListen
 from server.auth import Unusable
 from server.checkpoint import CheckpointError
 from server.content_filter import UnusableFilter
 from server.events import DeviceLost
-from server.lifecycle import CannotListen, CannotWriteReadyFile, Server
+from server.lifecycle import CannotWriteReadyFile, Server
 from server.service import WarmUpFailed, load
 from server.settings import Settings
 from server.telemetry import log_to_stderr

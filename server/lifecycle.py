@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from server import auth, instill, standard_services
+from server import addresses, auth, instill, standard_services
 from server.decoding import Decoding
 from server.engine import Model
 from server.events import DeviceLost
@@ -26,7 +27,7 @@ from server.instill import InstillServicer, ModelPublicServicer
 from server.model_model_v1alpha import model_public_pb2_grpc as public_grpc
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.open_inference import OpenInferenceServicer
-from server.service import CannotTellMetrics, Service
+from server.service import Service
 from server.settings import Settings
 from server.standard_services import HEALTH, HealthServicer
 from server.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
@@ -36,10 +37,6 @@ log = logging.getLogger(__name__)
 
 # After the grace period: what calls get to hear their status, connections to close, and the device to end its call.
 _CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
-
-
-class CannotListen(Exception):
-    """The address could not be bound."""
 
 
 class CannotWriteReadyFile(Exception):
@@ -89,7 +86,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        self._tell_metrics()
+        self._service.tell_metrics()
         address = await self._open_port()
         try:
             await self._unless_stopped(self._get_ready(address))
@@ -97,12 +94,6 @@ class Server:
             await self._drain()
         finally:
             await self._stop()
-
-    def _tell_metrics(self) -> None:
-        try:
-            self._service.tell_metrics()
-        except CannotTellMetrics as error:
-            raise CannotListen(str(error)) from error
 
     def _on_signal(self) -> None:
         (self._hurrying if self._stopping.is_set() else self._stopping).set()
@@ -197,7 +188,7 @@ class Server:
             return
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            unfinished.write_text(f"{address}\n")
+            unfinished.write_text(address.replace(",", "\n") + "\n")
             unfinished.replace(path)
         except OSError as error:
             raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
@@ -210,11 +201,6 @@ async def _let_calls_end() -> None:
 
 
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
-    """The address that the server is then bound to. Raises CannotListen."""
-    try:
-        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
-    except RuntimeError:  # older versions of gRPC return port 0 instead
-        port = 0
-    if port == 0:
-        raise CannotListen(f"cannot listen on {listen}: in use, or no address of this machine")
-    return f"{listen.rpartition(':')[0]}:{port}"
+    """The addresses that the server is then bound to. Raises CannotListen."""
+    secure = credentials and partial(server.add_secure_port, server_credentials=credentials)
+    return addresses.bind(listen, secure or server.add_insecure_port)

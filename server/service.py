@@ -33,10 +33,6 @@ log = logging.getLogger(__name__)
 _LOOKS = 20  # at the device, in the time after which it is given up
 
 
-class CannotTellMetrics(Exception):
-    """The address for metrics could not be bound."""
-
-
 class WarmUpFailed(Exception):
     """The model is loaded but cannot make an image."""
 
@@ -67,16 +63,11 @@ class Service:
             self._traces.observe(observation)
 
     def tell_metrics(self) -> None:
-        """Tell Prometheus, where the settings name an address for it. Raises CannotTellMetrics."""
+        """Tell Prometheus, where the settings name an address for it. Raises CannotListen."""
         if self._settings.metrics_listen is None:
             return
         self.metrics.registry.register(Present(self.engine, lambda: self.servicer.detached))
-        try:
-            address = self.metrics.listen(self._settings.metrics_listen)
-        except OSError as error:
-            raise CannotTellMetrics(
-                f"cannot tell metrics on {self._settings.metrics_listen}: {error.strerror}"
-            ) from error
+        address = self.metrics.listen(self._settings.metrics_listen)
         log.info("metrics on http://%s/metrics", address)
 
     async def open(self) -> ModelCard:

@@ -4,7 +4,6 @@
 embedded mini ensemble is served; with `--base` alone, the base without a refiner.
 """
 
-import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -12,16 +11,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server import addresses
 from server.scheduling import Limits, Order
 
 OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
-
-
-def _address(value: str) -> str:
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}", value) or int(value.rpartition(":")[2]) > 65535:
-        raise ValueError("give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535")
-    return value
 
 
 def _sizes(value: str) -> str:
@@ -34,14 +28,6 @@ def _filter(value: str) -> str:
     if value != OPEN_NSFW and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
         raise ValueError(f"give {OPEN_NSFW}, or MODULE:NAME of what makes a filter of your own")
     return value
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Settings(BaseSettings):
@@ -64,15 +50,20 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    listen: Annotated[str, AfterValidator(_address)] = Field(
-        "127.0.0.1:50051", description="HOST:PORT to serve on; port 0 takes a free one and tells it in --ready-file"
+    listen: Annotated[str, AfterValidator(addresses.checked)] = Field(
+        "127.0.0.1:50051",
+        description="HOST:PORT or unix:PATH to serve on, or several with commas between; port 0 takes a free one, "
+        "which is in --ready-file; who may write to a socket's file, by the umask, may call",
     )
     ready_file: Path | None = Field(
-        None, description="write the bound HOST:PORT into this file once the model is ready, and remove it at the end"
-    )
-    health_listen: Annotated[str, AfterValidator(_address)] | None = Field(
         None,
-        description="HOST:PORT for health checks alone, without TLS or tokens: for Kubernetes' gRPC probes",
+        description="write the bound addresses into this file, a line each, once the model is ready; removed at the "
+        "end",
+    )
+    health_listen: Annotated[str, AfterValidator(addresses.checked)] | None = Field(
+        None,
+        description="HOST:PORT or unix:PATH for health checks alone, without TLS or tokens: for Kubernetes' gRPC "
+        "probes",
     )
     tls_certificate: Path | None = Field(
         None, description="certificate chain, PEM, to serve with TLS alone; read anew when it changes"
@@ -200,7 +191,7 @@ class Settings(BaseSettings):
         description="serve what Instill Core calls its models by, too, and of its public API what draws with them",
     )
     channelz: bool = Field(False, description="gRPC channelz: what connections and sockets are doing, for debugging")
-    metrics_listen: Annotated[str, AfterValidator(_address)] | None = Field(
+    metrics_listen: Annotated[str, AfterValidator(addresses.checked_port)] | None = Field(
         None, description="HOST:PORT to tell Prometheus metrics on; port 0 takes a free one and tells it in the log"
     )
     log_format: Literal["text", "json"] = Field("text", description="how a line of the log is written")
@@ -235,7 +226,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _tokens_are_not_given_away(self) -> Self:
-        exposed = self.tls_certificate is None and not _is_loopback(self.listen)
+        exposed = self.tls_certificate is None and not addresses.are_local(self.listen)
         if self.tokens is not None and exposed and not self.plaintext_tokens:
             raise ValueError(
                 "--tokens on an address other than loopback needs --tls-certificate and --tls-key, since whoever "

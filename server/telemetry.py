@@ -11,11 +11,15 @@ import json
 import logging
 import os
 import re
+import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import grpc
 from prometheus_client import (
@@ -28,10 +32,12 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client import start_http_server as start_metrics_server
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
 from prometheus_client.registry import Collector
 
+from server import addresses
+from server.addresses import CannotListen
 from server.domain import ModelCard, Stage
 from server.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
 from server.inference_v2 import open_inference_pb2 as oip
@@ -247,10 +253,44 @@ class Metrics:
         self._request_seconds.labels(method).observe(seconds)
 
     def listen(self, address: str) -> str:
-        """Tell them over HTTP from a thread of its own; the bound HOST:PORT. Raises OSError."""
-        host, _, port = address.rpartition(":")
-        server, _ = start_metrics_server(int(port), host.strip("[]"), self.registry)
-        return f"{host}:{server.server_port}"
+        """Answer Prometheus over HTTP from threads of their own; the bound HOST:PORT. Raises CannotListen.
+
+        As gRPC does, a wildcard is bound for IPv4 and IPv6, and a name with every address that it has.
+        """
+        application = make_wsgi_app(self.registry)
+        for host, port in addresses.literal_addresses(address):
+            wildcard = host in addresses.WILDCARDS and socket.has_dualstack_ipv6()
+            server_class = _MetricsServer6 if wildcard or ":" in host else _MetricsServer
+            try:
+                server = make_server("::" if wildcard else host, port, application, server_class, _QuietHandler)
+            except OSError as error:
+                raise CannotListen(f"cannot listen on {address}: {error.strerror}") from error
+            threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+        return f"{address.rpartition(':')[0]}:{server.server_port}"
+
+
+class _MetricsServer(ThreadingWSGIServer):
+    """prometheus_client's server, which says in the log, not on stderr, that a scrape was broken off."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.warning("metrics were not sent: %s", sys.exc_info()[1])
+
+
+class _MetricsServer6(_MetricsServer):
+    """The same for IPv6 and, on a wildcard, for IPv4 too, whatever the machine's default is."""
+
+    address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(self.server_address[0] != "::"))
+        super().server_bind()
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Logs no request: they come every few seconds."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)

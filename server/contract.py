@@ -212,6 +212,11 @@ def name_of(message: pb.GenerateRequest | pb.AttachRequest | pb.CancelRequest) -
     return message.request_id if re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", message.request_id) else None
 
 
+def safe_name(given: str) -> str:
+    """Return `given` as a name that may come near a log: other characters become "_", and 128 are kept."""
+    return re.sub(r"[^A-Za-z0-9._:/-]", "_", given)[:128]
+
+
 def random_seed() -> int:
     return secrets.randbits(32)
 

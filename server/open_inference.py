@@ -5,6 +5,7 @@ checks, jobs, statuses and limits. Their answers become tensors.
 """
 
 import dataclasses
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from google.protobuf import json_format
 
 from server import __version__, auth, contract
 from server.contract import InvalidRequest, Task, UnknownModel, Violation
-from server.domain import ModelCard
+from server.domain import ModelCard, Notice
 from server.images import ImageTooLarge
 from server.inference_v2 import open_inference_pb2 as oip
 from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -41,8 +42,9 @@ _INPUTS = {
     "format": ("output.format", "BYTES"),
     "quality": ("output.quality", "UINT32"),
     "max_message_bytes": ("output.max_message_bytes", "UINT32"),
-    "priority": ("priority", "INT32"),
 }
+_PARAMETERS = ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output")
+"""Parameters of a request that are no inputs, with Triton's meanings (its schedule policy and sequence extensions)."""
 _OF_ALL = ("n", "max_message_bytes")  # which decide the shape of the one answer to all prompts
 _OUTPUTS = {
     "image": ("BYTES", 2),
@@ -72,6 +74,10 @@ _DATATYPES = {
 _JSON_BYTES, _JSON_BYTES_PER_IMAGE = 4096, 2048
 
 _LONGEST_ECHO = 64  # characters of what is not known here
+_LOWEST = 5  # of the protocol's priority levels; all below it are the same here
+
+_NO_SHARED_MEMORY = "must be in the message itself: shared memory is not used here"
+_NO_PARAMETERS = "must be without parameters of its own, of which none is known here"
 
 _Value = str | int | float
 
@@ -100,7 +106,9 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         return oip.ModelReadyResponse(ready=ready)
 
     async def ServerMetadata(self, request: oip.ServerMetadataRequest, context: Context) -> oip.ServerMetadataResponse:
-        return oip.ServerMetadataResponse(name="text-to-image-service", version=__version__)
+        return oip.ServerMetadataResponse(
+            name="text-to-image-service", version=__version__, extensions=["schedule_policy"]
+        )
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Context) -> oip.ModelMetadataResponse:
         async with self._first.statuses("ModelMetadata", None, context):
@@ -119,22 +127,42 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             )
 
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Context) -> oip.ModelInferResponse:
-        request_id = contract.request_id_of(pb.GenerateRequest(request_id=request.id))
+        request_id = contract.request_id_of(pb.GenerateRequest(request_id=contract.safe_name(request.id)))
         async with self._first.statuses("ModelInfer", request_id, context):
             caller = auth.caller_of(context)
             card, limits = self._first.model(caller)
             _check_served(card, request.model_name, request.model_version)
             batch = read(request, limits.max_images)
             tasks = self._first.parse_all(batch.requests, request_id, caller, batch.name_of, "n")
-            asked = [(each, _shared(task, len(tasks))) for each, task in zip(batch.requests, tasks, strict=True)]
-            answers = await self._first.answer_all(asked, card, caller, context)
+            echoed = len(request.id.encode())
+            asked = [
+                (each, _with_level(_shared(task, len(tasks), echoed), each.priority))
+                for each, task in zip(batch.requests, tasks, strict=True)
+            ]
+            answers = await self._first.answer_all(asked, card, caller, context, batch.timeout)
             return response(request, answers, batch.max_message_bytes)
 
 
-def _shared(task: Task, prompts: int) -> Task:
-    """The task with its share of the room that one message has for so many prompts."""
-    share = task.output.max_message_bytes // prompts - _JSON_BYTES - _JSON_BYTES_PER_IMAGE * len(task.image.seeds)
+def _shared(task: Task, prompts: int, echoed: int) -> Task:
+    """The task with its share of the room that one message has for so many prompts, and `echoed` bytes."""
+    room = (task.output.max_message_bytes - echoed) // prompts
+    share = room - _JSON_BYTES - _JSON_BYTES_PER_IMAGE * len(task.image.seeds)
     return dataclasses.replace(task, output=dataclasses.replace(task.output, max_message_bytes=max(0, share)))
+
+
+def _with_level(task: Task, priority: int) -> Task:
+    """The task with its warning of a lowered `priority` in the protocol's levels."""
+    lowered = f"level {_level(priority)} became {_level(task.priority)}, the highest that is allowed here"
+    warnings = (
+        dataclasses.replace(each, message=lowered) if each.notice is Notice.PRIORITY_LOWERED else each
+        for each in task.warnings
+    )
+    return dataclasses.replace(task, warnings=tuple(warnings))
+
+
+def _level(priority: int) -> int:
+    """The protocol's level for a priority of our own contract, -2 to 2, and the way back. 1 is the highest level."""
+    return 3 - priority
 
 
 def _is_served(card: ModelCard, name: str, version: str) -> bool:
@@ -151,10 +179,11 @@ def _check_served(card: ModelCard, name: str, version: str) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """The requests of all prompts, and which inputs had a value for each."""
+    """The requests of all prompts, which inputs had a value for each, and how many seconds all may take together."""
 
     requests: Sequence[pb.GenerateRequest]
     each: frozenset[str]
+    timeout: float = math.inf
 
     @property
     def max_message_bytes(self) -> int:
@@ -172,23 +201,31 @@ def read(message: oip.ModelInferRequest, max_prompts: int) -> Batch:
     # What is longer than all that is known here is not looked at, so that what is said of it cannot become long either.
     for part, count, most in (
         ("inputs", len(message.inputs), len(_INPUTS)),
-        ("parameters", len(message.parameters), len(_INPUTS)),
+        ("parameters", len(message.parameters), len(_INPUTS) + len(_PARAMETERS)),
         ("outputs", len(message.outputs), len(_OUTPUTS)),
     ):
         if count > most:
             raise InvalidRequest([Violation(part, f"must be at most {most}, are {count}")])
     wrong: list[Violation] = []
     values = dict(_tensors(message, wrong))
+    policy: dict[str, _Value] = {}
     for name, parameter in message.parameters.items():
+        value = getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
         if name in values:
-            wrong.append(Violation(name, "must be an input or a parameter, not both"))
-        values[name] = [getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")]
+            wrong.append(Violation(_short(name), "must be an input or a parameter, not both"))
+        if name in _PARAMETERS:
+            policy[name] = value
+        else:
+            values[name] = [value]
+    timeout, priority = _policy(policy, wrong)
     for name in sorted(values.keys() - _INPUTS.keys()):
-        wrong.append(Violation(_short(name), "is not known here; ModelMetadata tells what is"))
+        known = (
+            "must be a parameter, not an input" if name in _PARAMETERS else "is not known here; ModelMetadata has all"
+        )
+        wrong.append(Violation(_short(name), known))
         del values[name]
     for output in message.outputs:
-        if output.name not in _OUTPUTS or output.parameters:
-            wrong.append(Violation(_short(output.name), f"must be one of {', '.join(_OUTPUTS)}, without parameters"))
+        wrong += _output_violations(output)
     prompts = len(values.setdefault("prompt", [""]))
     if prompts > max_prompts:
         wrong.append(Violation("prompt", f"must have at most {max_prompts} elements, has {prompts}"))
@@ -200,14 +237,49 @@ def read(message: oip.ModelInferRequest, max_prompts: int) -> Batch:
     if wrong:
         raise InvalidRequest(wrong)
     each = frozenset(name for name, given in values.items() if len(given) > 1)
-    requests = [_request(message.id, {n: v[i % len(v)] for n, v in values.items()}, wrong) for i in range(prompts)]
+    name = contract.safe_name(message.id)
+    common = pb.GenerateRequest(request_id=name, priority=priority, output=pb.Output(raw=True))
+    requests = [_request(common, {n: v[i % len(v)] for n, v in values.items()}, wrong) for i in range(prompts)]
     if wrong:
         raise InvalidRequest(tuple(dict.fromkeys(wrong)))
-    return Batch(requests, each)
+    return Batch(requests, each, timeout)
 
 
-def _request(request_id: str, values: dict[str, _Value], wrong: list[Violation]) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(request_id=request_id, output=pb.Output(raw=True))
+def _policy(given: dict[str, _Value], wrong: list[Violation]) -> tuple[float, int]:
+    """The seconds that the call may take, and its priority in our own contract, from Triton's parameters.
+
+    What is wrong with them is added to `wrong`.
+    """
+    timeout, priority = given.get("timeout", 0), given.get("priority", 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        wrong.append(Violation("timeout", "must be a whole number of microseconds, or 0 for no limit"))
+        timeout = 0
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
+        levels = f"must be 0, the default, or a level: 1 is the highest, {_level(0)} the default, {_LOWEST} the lowest"
+        wrong.append(Violation("priority", levels))
+        priority = 0
+    for name in ("sequence_id", "sequence_start", "sequence_end"):
+        if given.get(name):
+            wrong.append(Violation(name, "must be left out: each image is drawn by itself, there are no sequences"))
+    return timeout / 1e6 if timeout else math.inf, _level(min(priority, _LOWEST)) if priority else 0
+
+
+def _output_violations(output: oip.ModelInferRequest.InferRequestedOutputTensor) -> Iterator[Violation]:
+    if output.name not in _OUTPUTS:
+        yield Violation(_short(output.name), f"must be one of {', '.join(_OUTPUTS)}")
+    for name, parameter in output.parameters.items():
+        if name.startswith("shared_memory"):
+            yield Violation(_short(output.name), _NO_SHARED_MEMORY)
+        elif name == "classification" and parameter.int64_param:
+            yield Violation(_short(output.name), "has no classes, so the parameter classification must be left out")
+        elif name not in ("classification", "binary_data"):
+            yield Violation(_short(output.name), _NO_PARAMETERS)
+
+
+def _request(common: pb.GenerateRequest, values: dict[str, _Value], wrong: list[Violation]) -> pb.GenerateRequest:
+    """A copy of `common` with the values of one prompt."""
+    request = pb.GenerateRequest()
+    request.CopyFrom(common)
     for name, value in values.items():
         path, datatype = _INPUTS[name]
         kind, words = _KINDS[datatype]
@@ -228,7 +300,6 @@ def _request(request_id: str, values: dict[str, _Value], wrong: list[Violation])
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "BYTES": ((str,), "text, BYTES"),
     "UINT32": ((int,), "an integer"),
-    "INT32": ((int,), "an integer"),
     "FP64": ((int, float), "a number"),
 }
 
@@ -250,7 +321,7 @@ def _json_name(path: str) -> str:
     return ".".join(names)
 
 
-_NAMES = {_json_name(path): name for name, (path, _) in _INPUTS.items()} | {"requestId": "id"}
+_NAMES = {_json_name(path): name for name, (path, _) in _INPUTS.items()}
 
 
 def _tensors(message: oip.ModelInferRequest, wrong: list[Violation]) -> Iterator[tuple[str, list[Any]]]:
@@ -276,8 +347,10 @@ def _elements(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None)
         raise _Malformed(f"must be of a datatype among {', '.join(_DATATYPES)}")
     if len(tensor.shape) not in (1, 2) or tensor.shape[0] < 1 or tuple(tensor.shape[1:]) not in ((), (1,)):
         raise _Malformed(f"must be of shape [b] or [b, 1], is {_short(str(list(tensor.shape)))}")
-    if tensor.parameters:
-        raise _Malformed("must be without parameters of its own, of which none is known here")
+    if any(name.startswith("shared_memory") for name in tensor.parameters):
+        raise _Malformed(_NO_SHARED_MEMORY)
+    if tensor.parameters.keys() - {"binary_data_size"}:
+        raise _Malformed(_NO_PARAMETERS)
     contents, raw_type = _DATATYPES[tensor.datatype]
     elements: list[Any]
     if raw is not None and tensor.HasField("contents"):

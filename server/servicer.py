@@ -121,11 +121,21 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         return card, contract.parse(request, request_id, card, limits)
 
     def begin(
-        self, request: pb.GenerateRequest, task: Task, card: ModelCard, caller: Caller, context: Context
+        self,
+        request: pb.GenerateRequest,
+        task: Task,
+        card: ModelCard,
+        caller: Caller,
+        context: Context,
+        timeout: float = math.inf,
     ) -> Recording:
-        """Begin the task's job, or join it. Raises what Recordings.begin raises."""
-        timeout = context.time_remaining()
-        return self._recordings.begin(request, task, card, math.inf if timeout is None else timeout, caller)
+        """Begin the task's job, or join it. Its deadline is that of the call, or in `timeout` seconds if that is sooner.
+
+        Raises what Recordings.begin raises.
+        """
+        if (remaining := context.time_remaining()) is not None:
+            timeout = min(timeout, remaining)
+        return self._recordings.begin(request, task, card, timeout, caller)
 
     def parse_all(
         self,
@@ -163,17 +173,22 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         return tasks
 
     async def answer_all(
-        self, asked: Sequence[tuple[pb.GenerateRequest, Task]], card: ModelCard, caller: Caller, context: Context
+        self,
+        asked: Sequence[tuple[pb.GenerateRequest, Task]],
+        card: ModelCard,
+        caller: Caller,
+        context: Context,
+        timeout: float = math.inf,
     ) -> list[pb.GenerateResponse]:
         """The answers to all requests of a call, in their order, or an error and none of them.
 
-        Raises what Recordings.begin raises, and what any of the jobs ended with.
+        `timeout` as in `begin`. Raises what Recordings.begin raises, and what any of the jobs ended with.
         """
         with contextlib.ExitStack() as listening:  # which ends all jobs when another is not admitted, or fails
             answers = []
             for request, task in asked:
-                messages = listening.enter_context(self.begin(request, task, card, caller, context).listening())
-                answers.append((task, messages))
+                recording = self.begin(request, task, card, caller, context, timeout)
+                answers.append((task, listening.enter_context(recording.listening())))
             await _commit(context)
             return await asyncio.gather(*(_whole_answer(task, messages) for task, messages in answers))
 

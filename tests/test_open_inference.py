@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -117,7 +118,7 @@ class TestRequests:
             message.parameters[name].string_param = value
         for name, value in {"n": 2, "height": 96, "quality": 80, "max_message_bytes": 99_999}.items():
             message.parameters[name].uint64_param = value
-        message.parameters["priority"].int64_param = -1
+        message.parameters["priority"].uint64_param = 4
         (made,) = open_inference.read(message, 8).requests
         assert made == pb.GenerateRequest(
             request_id="mine",
@@ -154,7 +155,30 @@ class TestRequests:
             (asked(texts("prompt", "a"), guidance_scale="much"), "guidance_scale", "must be a number"),
             (asked(texts("prompt", "a"), scheduler=3), "scheduler", "must be text, BYTES"),
             (asked(texts("prompt", "a"), format="gif"), "format", "cannot be gif"),
-            (asked(texts("prompt", "a"), **{f"p{number}": 1 for number in range(99)}), "parameters", "at most 15"),
+            (asked(texts("prompt", "a"), **{f"p{number}": 1 for number in range(99)}), "parameters", "at most 20"),
+            (asked(texts("prompt", "a"), timeout=-1), "timeout", "must be a whole number of microseconds"),
+            (asked(texts("prompt", "a"), timeout="1 s"), "timeout", "must be a whole number of microseconds"),
+            (asked(texts("prompt", "a"), timeout=True), "timeout", "must be a whole number of microseconds"),
+            (asked(texts("prompt", "a"), priority=-1), "priority", "1 is the highest, 3 the default, 5 the lowest"),
+            (asked(texts("prompt", "a"), priority="high"), "priority", "1 is the highest"),
+            (asked(texts("prompt", "a"), texts("priority", "1")), "priority", "must be a parameter, not an input"),
+            (asked(texts("prompt", "a"), sequence_id=7), "sequence_id", "there are no sequences"),
+            (asked(texts("prompt", "a"), sequence_id="x"), "sequence_id", "there are no sequences"),
+            (asked(texts("prompt", "a"), sequence_end=True), "sequence_end", "there are no sequences"),
+            (
+                asked(
+                    Tensor(name="prompt", datatype="BYTES", shape=[1], parameters={"shared_memory_region": Parameter()})
+                ),
+                "prompt",
+                "shared memory is not used here",
+            ),
+            (
+                oip.ModelInferRequest(
+                    outputs=[{"name": "image", "parameters": {"classification": Parameter(int64_param=3)}}]
+                ),
+                "image",
+                "has no classes",
+            ),
             (asked(texts("prompt", "a", "b"), texts("n", "1", "2")), "n", "must have one element, for all prompts"),
             (raw(("prompt", "BYTES", [2], packed(b"a"))), "prompt", "as its shape says, 2, has 1"),
             (raw(("prompt", "BYTES", [1], b"\xff\0\0\0a")), "prompt", "ends too early"),
@@ -195,6 +219,32 @@ class TestRequests:
         assert words in said[field]
         assert len(str(caught.value)) < 1000
 
+    @pytest.mark.parametrize(
+        ("level", "priority"), [(0, 0), (1, 2), (2, 1), (3, 0), (4, -1), (5, -2), (6, -2), (2**64 - 1, -2)]
+    )
+    def test_a_priority_is_a_level_as_the_protocol_means_it(self, level: int, priority: int):
+        message = asked(texts("prompt", "a"))
+        message.parameters["priority"].uint64_param = level
+        (made,) = open_inference.read(message, 8).requests
+        assert made.priority == priority
+
+    @pytest.mark.parametrize(("microseconds", "seconds"), [(0, math.inf), (1, 1e-6), (2_500_000, 2.5)])
+    def test_a_timeout_is_in_microseconds(self, microseconds: int, seconds: float):
+        assert open_inference.read(asked(texts("prompt", "a"), timeout=microseconds), 8).timeout == seconds
+
+    def test_what_clients_send_without_a_meaning_is_passed_over(self):
+        plain = asked(texts("prompt", "a"))
+        message = asked(texts("prompt", "a"), sequence_id=0, sequence_start=False, binary_data_output=True)
+        message.inputs[0].parameters["binary_data_size"].int64_param = 5
+        message.outputs.add(name="image").parameters["binary_data"].bool_param = True
+        assert open_inference.read(message, 8) == open_inference.read(plain, 8)
+
+    def test_any_id_is_a_name_that_may_come_near_a_log(self):
+        message = asked(texts("prompt", "a"))
+        message.id = "my req #1\n" + "é" * 200
+        (made,) = open_inference.read(message, 8).requests
+        assert made.request_id == ("my_req__1_" + "_" * 200)[:128]
+
     def test_everything_that_is_wrong_is_told_at_once(self):
         with pytest.raises(contract.InvalidRequest) as caught:
             open_inference.read(asked(texts("prompt", "a", "b"), seed=-1, format="gif", steps="few"), 8)
@@ -229,10 +279,9 @@ class TestModelInfer:
     def test_what_is_wrong_with_any_prompt_is_told_at_once_in_the_names_of_this_face(self, stub, model):
         prompts = texts("prompt", "a cat", " ")
         wrong = asked(prompts, model=model, steps=0, aspect_ratio="1:9", quality=0, scheduler="fast")
-        wrong.id = "not a name"
         code, said = refused(lambda: stub.ModelInfer(wrong, timeout=PATIENCE))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
-        assert set(said) == {"prompt[1]", "steps", "aspect_ratio", "quality", "scheduler", "id"}
+        assert set(said) == {"prompt[1]", "steps", "aspect_ratio", "quality", "scheduler"}
         assert said["prompt[1]"] == "is required and must not be blank"
 
     def test_all_prompts_together_make_no_more_images_than_one_request_may(self, stub, model):
@@ -281,9 +330,33 @@ class TestModelInfer:
         assert count() == before + 1
         kserve.wait_for_log(r"ModelInfer named-by-its-caller OK .* \[request_id=call-17 job=named-by-its-caller\]")
 
+    def test_any_id_is_echoed_and_the_log_has_a_safe_name(self, kserve, stub, model):
+        named = asked(texts("prompt", "x"), model=model, steps=1)
+        named.id = "my req #1"
+        assert stub.ModelInfer(named, timeout=PATIENCE).id == "my req #1"
+        kserve.wait_for_log(r"ModelInfer my_req__1 OK .* job=my_req__1\]")
+
+    def test_a_timeout_is_a_deadline_for_the_images(self, stub, model):
+        code, _ = refused(lambda: stub.ModelInfer(asked(texts("prompt", "x"), model=model, steps=150, timeout=200_000)))
+        assert code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+        generous = asked(texts("prompt", "x"), model=model, steps=1, timeout=PATIENCE * 1_000_000)
+        assert stub.ModelInfer(generous, timeout=PATIENCE).outputs
+
+    def test_a_priority_above_the_limit_is_lowered_with_a_warning_in_the_protocols_levels(self, stub, model):
+        made = stub.ModelInfer(asked(texts("prompt", "x"), model=model, steps=1, priority=1), timeout=PATIENCE)
+        (metadata,) = (json.loads(each) for each in made.outputs[3].contents.bytes_contents)
+        assert metadata["warnings"] == [
+            {
+                "code": "CODE_PRIORITY_LOWERED",
+                "field": "priority",
+                "message": "level 1 became 3, the highest that is allowed here",
+            },
+            *(each for each in metadata["warnings"] if each["code"] != "CODE_PRIORITY_LOWERED"),
+        ]
+
     def test_whatever_is_sent_is_answered_in_words(self, stub, model):
-        """Inputs and parameters of every kind, and a name that no request may have, lest one of them be drawn."""
-        names = st.sampled_from([*open_inference._INPUTS, "other"])
+        """Inputs and parameters of every kind, and an output that there is not, lest one of them be drawn."""
+        names = st.sampled_from([*open_inference._INPUTS, *open_inference._PARAMETERS, "other"])
         tensors = st.builds(
             Tensor,
             name=names,
@@ -306,7 +379,8 @@ class TestModelInfer:
             st.lists(st.binary(max_size=20), max_size=5),
         )
         def send(inputs, parameters, raw_contents) -> None:
-            sent = oip.ModelInferRequest(model_name=model, id="not a name", inputs=inputs, parameters=parameters)
+            sent = oip.ModelInferRequest(model_name=model, inputs=inputs, parameters=parameters)
+            sent.outputs.add(name="nothing")
             sent.raw_input_contents.extend(raw_contents)
             code, said = refused(lambda: stub.ModelInfer(sent, timeout=PATIENCE))
             assert code == grpc.StatusCode.INVALID_ARGUMENT
@@ -412,6 +486,7 @@ class TestTriton:
         assert found["inputs"]["prompt"] == ["BYTES", -1]
         assert set(found["inputs"]) == set(open_inference._INPUTS)
         assert found["outputs"]["image"] == ["BYTES", -1, -1]
+        assert found["extensions"] == ["schedule_policy"]
 
     def test_draws_what_the_first_face_draws(self, triton, first):
         drawn = outcome(triton("draw"))
@@ -437,6 +512,17 @@ class TestTriton:
 
     def test_gets_the_outputs_that_it_asks_for_and_no_others(self, triton):
         assert outcome(triton("choose")) == {"outputs": ["seed"], "seeds": [[0]]}
+
+    def test_its_own_parameters_mean_what_they_mean_to_triton(self, triton):
+        found = outcome(triton("policy"))
+        assert found["id"] == "my req #1"
+        assert "level 1 became 3, the highest that is allowed here" in found["warnings"]
+        status, message = found["late"]
+        assert status in ("StatusCode.RESOURCE_EXHAUSTED", "StatusCode.DEADLINE_EXCEEDED")
+        assert "deadline" in message
+        status, message = found["sequence"]
+        assert status == "StatusCode.INVALID_ARGUMENT"
+        assert "sequence_id: must be left out" in message
 
     def test_is_told_what_is_wrong(self, triton):
         found = outcome(triton("errors"))

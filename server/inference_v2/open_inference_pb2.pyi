@@ -122,7 +122,7 @@ class ServerMetadataResponse(google.protobuf.message.Message):
     version: builtins.str
     @property
     def extensions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Of the protocol; none."""
+        """Of the protocol: "schedule_policy", by which requests have a priority and a timeout."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class ModelInferRequest(google.protobuf.message.Message):
 
         @property
         def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___InferParameter]:
-            """None is known here."""
+            """None is known here, but "binary_data_size" is passed over."""
 
         @property
         def contents(self) -> global___InferTensorContents:
@@ -297,7 +297,7 @@ class ModelInferRequest(google.protobuf.message.Message):
         name: builtins.str
         @property
         def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___InferParameter]:
-            """None is known here."""
+            """None is known here, but "binary_data" and a "classification" of 0 are passed over."""
 
         def __init__(
             self,
@@ -337,10 +337,18 @@ class ModelInferRequest(google.protobuf.message.Message):
     model_version: builtins.str
     """"" or "1"."""
     id: builtins.str
-    """The caller's own name for the request, as `request_id` in text_to_image.v1."""
+    """The caller's own name for the request, any text, which the answer has again. In the server's log and in the output
+    "metadata" other characters than A-Z a-z 0-9 . _ : / - are "_", and 128 are kept.
+    """
     @property
     def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___InferParameter]:
-        """What could be an optional input tensor of one element, by its name."""
+        """What could be an optional input tensor of one element, by its name, and, as Triton has them:
+          timeout   microseconds that the answer may take; what cannot be met is RESOURCE_EXHAUSTED at once. 0: no limit
+          priority  1 is the highest level, 5 and above the lowest, 0 the default, which is 3. In text_to_image.v1 that is
+                    2, -2 and 0. Above the server's limit it is lowered, with a warning
+          sequence_id, sequence_start, sequence_end   0, "" or false, since images are drawn one by one
+          binary_data_output   passed over
+        """
 
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelInferRequest.InferInputTensor]: ...

@@ -9,6 +9,7 @@ import base64
 import json
 import queue
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -49,6 +50,7 @@ def look(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
         "ready": client.is_server_ready(),
         "models": [client.is_model_ready(model), client.is_model_ready(model, "2"), client.is_model_ready("other")],
         "server": [server.name, server.version],
+        "extensions": list(server.extensions),
         "inputs": {each.name: [each.datatype, *each.shape] for each in metadata.inputs},
         "outputs": {each.name: [each.datatype, *each.shape] for each in metadata.outputs},
         "versions": list(metadata.versions),
@@ -72,6 +74,25 @@ def choose(client: triton.InferenceServerClient, model: str) -> dict[str, object
     return {"outputs": [each.name for each in result.get_response().outputs], "seeds": result.as_numpy("seed").tolist()}
 
 
+def policy(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
+    """What `infer` sends of its own arguments, as parameters of Triton's."""
+    prompt = [texts("prompt", "x")]
+    options = {"request_id": "my req #1", "priority": 1, "timeout": 600_000_000, "parameters": {"steps": 1}}
+    drawn = told(client.infer(model, prompt, **options))
+    warnings = [warning["message"] for each in drawn["metadata"] for warning in each.get("warnings", [])]
+    late = failed(lambda: client.infer(model, prompt, timeout=200_000, parameters={"steps": 150}))
+    sequence = failed(lambda: client.infer(model, prompt, sequence_id=7, sequence_start=True))
+    return {"id": drawn["id"], "warnings": warnings, "late": late, "sequence": sequence}
+
+
+def failed(call: Callable[[], object]) -> list[str | None]:
+    try:
+        call()
+    except InferenceServerException as error:
+        return [error.status(), error.message()]
+    return [None, None]
+
+
 def errors(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
     cases = {
         "model": lambda: client.infer("other", [texts("prompt", "x")]),
@@ -79,13 +100,7 @@ def errors(client: triton.InferenceServerClient, model: str) -> dict[str, object
         "many": lambda: client.infer(model, [texts("prompt", "x")], parameters={"steps": 0, "n": 99, "colour": "red"}),
         "deadline": lambda: client.infer(model, [texts("prompt", "x")], parameters={"steps": 150}, client_timeout=0.2),
     }
-    found = {}
-    for name, call in cases.items():
-        try:
-            call()
-        except InferenceServerException as error:
-            found[name] = [error.status(), error.message()]
-    return found
+    return {name: failed(call) for name, call in cases.items()}
 
 
 def cancel(client: triton.InferenceServerClient, model: str) -> dict[str, object]:

@@ -6,6 +6,8 @@ Each input becomes a request of our own contract and goes the way of these: the 
 
 import dataclasses
 import logging
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.struct_pb2 import Struct, Value
@@ -25,6 +27,8 @@ MESSAGE_BYTES = 64 * 1024 * 1024
 """What a message of these faces may have, either way: Core has no way to ask for less, and raises its own limits."""
 
 _KEYS = {"data": {"prompt", "model"}, "parameter": {"aspect-ratio", "negative-prompt", "n", "seed"}}
+"""As Instill's schema spells them. Python's users write "_" for "-", which is understood too."""
+_WHOLE_NUMBER = re.compile(r" *[0-9]{1,10}(\.0*)? *", re.ASCII)
 _MOST_TOLD = 8  # unknown keys of a call that are named in the log,
 _LONGEST_TOLD = 64  # and of each so many characters
 
@@ -134,8 +138,7 @@ def _request(given: Struct, wrong: list[Violation], unknown: list[str]) -> pb.Ge
         elif value.WhichOneof("kind") != "struct_value":
             wrong.append(Violation(room, "must be an object"))
         else:
-            rooms[room] = dict(_given(value.struct_value))
-            unknown += (f"{room}.{key}" for key in rooms[room] if key not in _KEYS[room])
+            rooms[room] = _known(room, value.struct_value, wrong, unknown)
     data, parameter = rooms.get("data", {}), rooms.get("parameter", {})
     request = pb.GenerateRequest(parameter=pb.TaskParameter(n=1, seed=0), output=pb.Output(format=pb.FORMAT_JPEG_RGB))
     if "prompt" in data:
@@ -149,6 +152,19 @@ def _request(given: Struct, wrong: list[Violation], unknown: list[str]) -> pb.Ge
     if "seed" in parameter:
         request.parameter.seed = _integer("parameter.seed", parameter["seed"], wrong)
     return request
+
+
+def _known(room: str, struct: Struct, wrong: list[Violation], unknown: list[str]) -> dict[str, Value]:
+    """The keys that have a meaning in `room`, as the schema spells them."""
+    known: dict[str, Value] = {}
+    for key, value in _given(struct):
+        spelled = key.replace("_", "-")
+        if spelled not in _KEYS[room]:
+            unknown.append(f"{room}.{key}")
+        elif known.setdefault(spelled, value) != value:
+            both = f"is given twice, as {spelled} and {spelled.replace('-', '_')}, with different values; leave one out"
+            wrong.append(Violation(f"{room}.{spelled}", both))
+    return known
 
 
 def _given(struct: Struct) -> Iterator[tuple[str, Value]]:
@@ -165,9 +181,11 @@ def _text(field: str, value: Value, wrong: list[Violation]) -> str:
 
 
 def _integer(field: str, value: Value, wrong: list[Violation]) -> int:
-    """JSON knows one kind of number, and a Struct has it as a double."""
-    number = value.number_value
-    if value.WhichOneof("kind") != "number_value" or not number.is_integer() or not 0 <= number < 2**32:
+    """JSON knows one kind of number, and a Struct has it as a double. Forms and templates send it as text."""
+    number = value.number_value if value.WhichOneof("kind") == "number_value" else math.nan
+    if _WHOLE_NUMBER.fullmatch(value.string_value):
+        number = float(value.string_value)
+    if not number.is_integer() or not 0 <= number < 2**32:
         wrong.append(Violation(field, "must be a whole number of 0 to 4294967295"))
         return 0
     return int(number)

@@ -129,7 +129,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         context: Context,
         timeout: float = math.inf,
     ) -> Recording:
-        """Begin the task's job, or join it. Its deadline is that of the call, or in `timeout` seconds if that is sooner.
+        """Begin the task's job, or join it. Its deadline is the call's, or `timeout` seconds from now if sooner.
 
         Raises what Recordings.begin raises.
         """

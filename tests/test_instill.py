@@ -89,7 +89,16 @@ class TestRequests:
             ({"data": {"prompt": 3}}, "data.prompt", "must be a string"),
             (task(n=1.5), "parameter.n", "must be a whole number of 0 to 4294967295"),
             (task(n=-1), "parameter.n", "must be a whole number of 0 to 4294967295"),
-            (task(n="2"), "parameter.n", "must be a whole number of 0 to 4294967295"),
+            (task(n="two"), "parameter.n", "must be a whole number of 0 to 4294967295"),
+            (task(n=""), "parameter.n", "must be a whole number of 0 to 4294967295"),
+            (task(n="1.5"), "parameter.n", "must be a whole number of 0 to 4294967295"),
+            (task(n="-1"), "parameter.n", "must be a whole number of 0 to 4294967295"),
+            (task(seed="4294967296"), "parameter.seed", "must be a whole number of 0 to 4294967295"),
+            (
+                task(**{"aspect-ratio": "1:1", "aspect_ratio": "16:9"}),
+                "parameter.aspect-ratio",
+                "is given twice, as aspect-ratio and aspect_ratio, with different values; leave one out",
+            ),
             (task(n=True), "parameter.n", "must be a whole number of 0 to 4294967295"),
             (task(seed=2**32), "parameter.seed", "must be a whole number of 0 to 4294967295"),
             (task(**{"aspect-ratio": 1}), "parameter.aspect-ratio", "must be a string"),
@@ -108,6 +117,20 @@ class TestRequests:
         given.fields["parameter"].struct_value.fields["n"].number_value = number
         with pytest.raises(contract.InvalidRequest, match="must be a whole number"):
             instill.read([given], 8)
+
+    @pytest.mark.parametrize(
+        "spelled",
+        [
+            {"aspect_ratio": "16:9", "negative_prompt": "dogs", "n": 2.0, "seed": 7.0},
+            {"aspect-ratio": "16:9", "negative_prompt": "dogs", "n": "2", "seed": "7"},
+            {"aspect-ratio": "16:9", "aspect_ratio": "16:9", "negative-prompt": "dogs", "n": " 2.0 ", "seed": "007"},
+            {"aspect_ratio": None, "aspect-ratio": "16:9", "negative_prompt": "dogs", "n": 2, "seed": 7},
+        ],
+    )
+    def test_keys_are_understood_with_underscores_and_numbers_as_text(self, spelled, caplog):
+        parameter = {"aspect-ratio": "16:9", "negative-prompt": "dogs", "n": 2, "seed": 7}
+        assert instill.read([made(task("x", **spelled))], 8) == instill.read([made(task("x", **parameter))], 8)
+        assert not caplog.records
 
     def test_unknown_keys_are_ignored_with_one_warning_that_cannot_become_long(self, caplog):
         unknown = {f"key-{number}": 1 for number in range(1000)} | {"x" * 999: 1, "with\nnewline": 1}

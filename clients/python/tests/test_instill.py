@@ -18,6 +18,10 @@ from text_to_image_client._instill import parse_input
             {"aspect_ratio": "16:9", "negative_prompt": "dog", "n": 2, "seed": 0},
         ),
         ('{"data": {"prompt": "cat napping"}, "parameter": {"n": 2.0}}', {"n": 2}),
+        (
+            '{"data": {"prompt": "cat napping"}, "parameter": {"aspect_ratio": "16:9", "negative_prompt": "dog"}}',
+            {"aspect_ratio": "16:9", "negative_prompt": "dog"},
+        ),
     ],
 )
 def test_the_short_and_the_full_form_are_understood(text: str, options: dict[str, object]):
@@ -48,6 +52,10 @@ def test_the_short_and_the_full_form_are_understood(text: str, options: dict[str
         ),
         ('{"data": {"prompt": "cat"}, "parameter": {"n": NaN}}', {"parameter.n: must be a whole number, not NaN"}),
         ('{"data": {"prompt": "cat"}, "parameter": {"n": 1e999}}', {"must be a whole number, not Infinity"}),
+        (
+            '{"data": {"prompt": "cat"}, "parameter": {"aspect-ratio": "1:1", "aspect_ratio": "16:9"}}',
+            {"parameter.aspect-ratio: is given twice, as aspect-ratio and aspect_ratio, with different values"},
+        ),
         ('{"data": {"prompt": "cat"}, "parameter": null}', {"parameter: must be an object, not null"}),
     ],
 )

@@ -61,11 +61,15 @@ def _read(
     violations: list[FieldViolation],
 ) -> dict[str, Any]:
     """The values of `given` that `readers` accept; for every other field, a violation is added."""
-    values = {}
-    for name, value in given.items():
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("_", "-")  # Python's users write aspect_ratio, which the service understands too
         if name not in readers:
-            violations.append(FieldViolation(prefix + name, f"is not known; known are {', '.join(readers)}"))
+            violations.append(FieldViolation(prefix + key, f"is not known; known are {', '.join(readers)}"))
             continue
+        if key != name and given.get(name, value) != value:
+            both = f"is given twice, as {name} and {key}, with different values; leave one out"
+            violations.append(FieldViolation(prefix + name, both))
         try:
             values[name] = readers[name](value)
         except TypeError as error:

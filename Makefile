@@ -85,7 +85,7 @@ lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking,
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/released.json
 	$(BIN)/hadolint Dockerfile deploy/ray/Dockerfile
-	$(BIN)/shellcheck .ci/run scripts/*.sh
+	$(BIN)/shellcheck .ci/run scripts/*.sh findings/*.sh
 
 CHECKOV := .venv-checkov/bin/checkov --skip-download --quiet --compact
 

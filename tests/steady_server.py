@@ -16,6 +16,7 @@ from server import __main__ as program
 from server.domain import ImageRequest
 
 SECONDS = float(os.environ.get("STEADY_SECONDS", "0"))
+SLICE = 0.05
 
 
 class SteadyModel:
@@ -53,7 +54,11 @@ class SteadyModel:
         return np.full((*self._sizes[trajectory.seed], 3), 128, np.uint8)
 
     def _wait(self) -> None:
-        threading.Event().wait(SECONDS)
+        """As work does: no further after a pause of the process than before it."""
+        left = SECONDS
+        while left > 0:
+            threading.Event().wait(min(left, SLICE))
+            left -= SLICE
 
 
 if __name__ == "__main__":

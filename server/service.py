@@ -74,6 +74,8 @@ class Service:
         self._screening = content_filter.load(settings)
         self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
         gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
+        self.tokens = gates[0].files if gates else None
+        """The file of tokens, None where none are needed."""
         self.interceptors: list[grpc.aio.ServerInterceptor] = [Calls(self.metrics, self._traces), *gates, Decoding()]
         """What calls go through. The first sees every call, those that the others turn away included."""
         self._compiling: asyncio.Task[None] | None = None

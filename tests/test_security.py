@@ -229,7 +229,7 @@ class TestTls:
                 path.write_bytes((authority.folder / content).read_bytes() if isinstance(content, str) else content)
         wrong = Settings(tls_certificate=certificate, tls_key=key, tls_client_authority=authority.file)
         with pytest.raises(auth.Unusable, match=words):
-            auth.server_credentials(wrong)
+            auth.certificates_of(wrong)
 
     @pytest.mark.parametrize("wrong", ["certificates", "tokens"])
     def test_a_server_that_cannot_keep_strangers_out_ends_with_7(self, start_server, tmp_path, wrong):
@@ -449,7 +449,7 @@ class TestTokens:
         commands = section.split("```sh\n")[1].split("```")[0]
         made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
         files = {"tls_certificate": tmp_path / "server.crt", "tls_key": tmp_path / "server.key"}
-        assert auth.server_credentials(Settings(**files)) is not None
+        assert auth.server_credentials(auth.certificates_of(Settings(**files)), False) is not None
         caller = auth.TokenCheck(tmp_path / "tokens")._find(bearer(made.stdout.strip()))
         assert caller == Caller("alice", "alice", jobs=4, max_priority=1)
 

@@ -104,7 +104,13 @@ def chromium(_: pytest.FixtureRequest) -> Decode:
         uris = [f"data:{_media_type(file)};base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files]
         page = folder / "page.html"
         page.write_text((PROGRAMS / "page.html").read_text().replace("[/* data URIs */]", json.dumps(uris)))
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={folder / 'profile'}",
+        )
         shown = _run("chromium", *flags, "--virtual-time-budget=60000", "--dump-dom", f"file://{page}").decode()
         found = re.search(r'<pre id="pixels">(.*?)</pre>', shown, re.DOTALL)
         assert found is not None, shown[:1000]

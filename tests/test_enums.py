@@ -11,8 +11,9 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from serving import ROOT, request
 from stepped_model import CARD, ENVIRONMENT
 
-from server import contract, events, images
+from server import contract, events, images, open_inference
 from server.domain import Notice, Stage, Warning
+from server.inference_v2 import open_inference_pb2 as oip
 from server.settings import Settings
 from text_to_image_client import Format, OnDisconnect, WarningCode
 from text_to_image_client import Stage as ClientStage
@@ -141,6 +142,14 @@ def test_t2i_offers_every_format():
     (option,) = (each for each in main.commands["generate"].params if each.name == "format_")
     assert isinstance(option.type, click.Choice)
     assert {f"FORMAT_{word.upper()}" for word in option.type.choices} == set(pb.Format.keys()) - {"FORMAT_UNSPECIFIED"}
+
+
+def test_kserves_face_takes_every_format_by_its_word():
+    message = oip.ModelInferRequest()
+    for number in values("Format"):
+        message.parameters["format"].string_param = pb.Format.Name(number).removeprefix("FORMAT_").lower()
+        (made,) = open_inference.read(message, 8).requests
+        assert made.output.format == number
 
 
 def test_the_readme_names_every_format():

@@ -146,6 +146,10 @@ def test_the_same_made_by_the_same_has_no_differences(made: Provenance, result: 
             {"versions": {"torch": "2.14.0", "cudnn": "9"}},
             ["server: 0.1.0 then, none now", "torch: 2.13.0+cpu then, 2.14.0 now", "cudnn: none then, 9 now"],
         ),
+        (
+            {"versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}},  # after FORMAT_JPEG was RGB
+            ["coding: none then, 2 now"],
+        ),
         ({}, ["environment: in something that this client is too old to name"]),
     ],
 )

@@ -43,10 +43,11 @@ def checked_port(value: str) -> str:
 
 def are_local(value: str) -> bool:
     """Whether only this machine can reach all of these addresses."""
-    return all(each.startswith("unix:") or _is_loopback(host_and_port(each)[0]) for each in value.split(","))
+    return all(each.startswith("unix:") or is_loopback(host_and_port(each)[0]) for each in value.split(","))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or number, is this machine itself."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

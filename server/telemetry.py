@@ -56,6 +56,7 @@ INSTILL = user_defined.DESCRIPTOR.services_by_name["UserDefinedService"].full_na
 INSTILL_PUBLIC = model_public.DESCRIPTOR.services_by_name["ModelPublicService"].full_name
 KSERVE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID = "x-request-id"
+_TRACE_PROTOCOLS = ("grpc", "http/protobuf")  # the first is the default
 
 # By name, since a caller can ask for any number of methods that are not there, and each would be a label.
 _METHODS = {
@@ -400,17 +401,31 @@ def _trace_id_of_caller(metadata: Mapping[str, Any]) -> str:
 
 
 def traces_of_environment() -> "Traces | None":
-    """Traces, if OpenTelemetry's own environment variables name a collector for them."""
-    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    """Traces, if OpenTelemetry's own environment variables name a collector for them and can be used."""
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
-    if off or not any(os.environ.get(name) for name in endpoints):
+    endpoint = _of_exporter("ENDPOINT")
+    if off or not endpoint:
+        return None
+    protocol = _of_exporter("PROTOCOL") or _TRACE_PROTOCOLS[0]
+    if protocol.strip().lower() not in _TRACE_PROTOCOLS:
+        served = " or ".join(_TRACE_PROTOCOLS)
+        log.warning("no traces: OTEL_EXPORTER_OTLP_PROTOCOL is %r; what can be sent is %s", protocol, served)
         return None
     try:
         from server.traces import Traces  # the packages that it needs are an extra, and take long to import
     except ImportError as error:
         log.warning("no traces, although the environment names a collector: %s; install the extra [telemetry]", error)
         return None
-    return Traces()
+    try:
+        return Traces(protocol.strip().lower(), endpoint)
+    except Exception as error:  # noqa: BLE001  # whatever a library makes of its variables; the service can do without
+        log.warning("no traces: OpenTelemetry cannot use its variables: %s", error)
+        return None
+
+
+def _of_exporter(name: str) -> str:
+    """A variable of OpenTelemetry's, that for traces before that for everything."""
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 
 # The log.

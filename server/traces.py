@@ -9,15 +9,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
+import requests
 from opentelemetry import propagate, trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from server import __version__
+from server.addresses import is_loopback
 from server.events import Coded, Ended, Observation
 
 _STOP_SECONDS = 3.0  # for the last spans to leave; a collector that does not answer must not hold up the end
@@ -49,13 +53,28 @@ class CallSpan:
             self._span.set_status(trace.StatusCode.ERROR, code.name)
 
 
-class Traces:
-    """Spans on their way to a collector, in batches and from a thread of their own."""
+def _exporter(protocol: str, endpoint: str) -> SpanExporter:
+    """What sends spans by "grpc" or "http/protobuf". To a collector on this machine it uses no proxy."""
+    is_here = is_loopback(urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or "")
+    if protocol == "grpc":
+        options: Any = (("grpc.enable_http_proxy", 0),) if is_here else None
+        return GrpcExporter(channel_options=options)
+    session = requests.Session()
+    session.trust_env = not is_here
+    return HttpExporter(session=session)
 
-    def __init__(self) -> None:
+
+class Traces:
+    """Spans on their way to a collector, in batches and from a thread of their own.
+
+    `protocol` is "grpc" or "http/protobuf", `endpoint` the collector's as the environment has it. Raises what
+    OpenTelemetry raises of variables that it cannot use.
+    """
+
+    def __init__(self, protocol: str, endpoint: str) -> None:
         named = OTELResourceDetector().detect().attributes
         self._provider = TracerProvider(resource=Resource.create({"service.name": "text-to-image", **named}))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._provider.add_span_processor(BatchSpanProcessor(_exporter(protocol, endpoint)))
         self._tracer = self._provider.get_tracer("text-to-image", __version__)
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What an operator sees: real servers, a real collector of traces, and Prometheus' own tools where they are there."""
 
+import http.server
 import itertools
 import json
 import re
@@ -38,6 +39,9 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self._spans: list[tuple[str, Span]] = []
         self._changed = threading.Condition()
+        self._start()
+
+    def _start(self) -> None:
         self._server = grpc.server(ThreadPoolExecutor(1))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -66,6 +70,32 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def stop(self) -> None:
         self._server.stop(None).wait()
+
+
+class HttpCollector(Collector):
+    """The same over HTTP, as OTLP has it: POST of the message to /v1/traces."""
+
+    def _start(self) -> None:
+        collector = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf":
+                    collector.Export(trace_service_pb2.ExportTraceServiceRequest.FromString(body), None)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.target = f"127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
 
 
 def attributes(span: Span) -> dict[str, object]:
@@ -278,6 +308,47 @@ class TestTraces:
             monkeypatch.setenv(name, value)
         assert traces_of_environment() is None
         assert caplog.text == ""
+
+    @pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+    def test_they_go_by_http_where_the_environment_says_so_and_past_any_proxy(self, start_server, variable):
+        collector = HttpCollector()
+        protocols = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"} | {variable: "http/protobuf"}
+        server = start_server(
+            program=("tests/steady_server.py",), cold=True,
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{collector.target}", OTEL_BSP_SCHEDULE_DELAY="50",
+            http_proxy="http://127.0.0.1:9", no_proxy="", NO_PROXY="", **protocols,
+        ).wait_until_ready()  # fmt: skip
+        with connect(server) as channel:
+            stub = pb_grpc.TextToImageServiceStub(channel)
+            stub.Generate(request(), metadata=(TRACEPARENT, ("x-request-id", "by-http")), timeout=PATIENCE)
+        service, call, children = collector.call("by-http")
+        assert (service, call.trace_id.hex()) == ("text-to-image", TRACE)
+        assert "decode" in {each.name for each in children}
+        collector.stop()
+
+    @pytest.mark.parametrize(
+        ("variables", "words"),
+        [
+            ({"PROTOCOL": "http/json"}, "'http/json'; what can be sent is grpc or http/protobuf"),
+            (
+                {"TRACES_PROTOCOL": "carrier pigeon", "PROTOCOL": "grpc"},
+                "'carrier pigeon'; what can be sent is grpc",
+            ),
+            ({"TIMEOUT": "soon"}, "no traces: OpenTelemetry cannot use its variables: .*soon"),
+            ({"COMPRESSION": "zip"}, "no traces: OpenTelemetry cannot use its variables: .*zip"),
+            (
+                {"PROTOCOL": "http/protobuf", "ENDPOINT": "http://[::1"},
+                "no traces: OpenTelemetry cannot use its variables",
+            ),
+        ],
+    )
+    def test_what_the_environment_says_wrong_is_one_warning_and_no_end(self, monkeypatch, caplog, variables, words):
+        for name, value in {"ENDPOINT": "http://127.0.0.1:9", **variables}.items():
+            monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{name}", value)
+        assert traces_of_environment() is None
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert re.search(words, record.getMessage())
 
     def test_without_the_packages_that_it_takes_the_log_says_what_to_install(self, monkeypatch, caplog):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")

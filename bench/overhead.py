@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from server import images, service
 from server.domain import ImageRequest, default_request
 from server.engine import Engine
+from server.scheduling import Order
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -40,7 +41,7 @@ async def main() -> None:
     runs = options.runs
 
     settings = Settings()
-    engine = Engine(settings.queue, settings.schedule)
+    engine = Engine(settings.queue, Order(settings.schedule))
     thread = Bare()
     card = (await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))).card
     servicer = TextToImageServicer(engine, settings)

@@ -12,8 +12,6 @@ import os
 import sys
 from functools import partial
 
-from pydantic import ValidationError
-
 from server.addresses import CannotListen
 from server.auth import Unusable
 from server.checkpoint import CheckpointError
@@ -21,7 +19,7 @@ from server.content_filter import UnusableFilter
 from server.events import DeviceLost
 from server.lifecycle import CannotWriteReadyFile, Server
 from server.service import WarmUpFailed, load
-from server.settings import Settings
+from server.settings import BadSettings, Settings, read
 from server.telemetry import log_to_stderr
 
 log = logging.getLogger("server")
@@ -39,11 +37,10 @@ _EXIT_CODES: dict[type[Exception], int] = {
 def main() -> int:
     """Run the server; returns its exit code."""
     try:
-        settings = Settings(_cli_parse_args=True)
-    except ValidationError as error:
-        for each in error.errors():
-            flag = "--" + "-".join(map(str, each["loc"])).replace("_", "-") + ": " if each["loc"] else ""
-            print(f"python -m server: {flag}{each['msg']}", file=sys.stderr)  # noqa: T201
+        settings = read(sys.argv[1:])
+    except BadSettings as error:
+        for problem in error.problems:
+            print(f"python -m server: {problem}", file=sys.stderr)  # noqa: T201
         return 2
     log_to_stderr(settings.log_level, settings.log_format)
 

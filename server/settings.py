@@ -4,17 +4,21 @@
 embedded mini ensemble is served; with `--base` alone, the base without a refiner.
 """
 
+import os
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from server import addresses
-from server.scheduling import Limits, Order
+from server.scheduling import Limits
 
 OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
+_HUGE = 2**53  # beyond it a float does not hold every whole number
+_LONGEST_ECHO = 64  # characters of a value that is shown again
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -30,11 +34,25 @@ def _filter(value: str) -> str:
     return value
 
 
+def _name(value: str) -> str:
+    if not (value.strip() and value.isprintable() and len(value) <= 128):
+        raise ValueError("give a name of 1 to 128 characters, on one line")
+    return value
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("must not be empty")  # which Path takes for the folder that the process is in
+    return value
+
+
+_Path = Annotated[Path, BeforeValidator(_not_empty)]
+
+
 class Settings(BaseSettings):
     """Text to image over gRPC with the Stable Diffusion XL ensemble of experts.
 
-    Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops, SIGHUP reads tokens and
-    certificates again (or, when the terminal is gone, drains). Exit codes: 0 stopped when asked,
+    Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops. Exit codes: 0 stopped when asked,
     1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
     6 the device did not answer any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 and up:
     the checkpoint or the device, each said in one sentence.
@@ -56,7 +74,7 @@ class Settings(BaseSettings):
         description="HOST:PORT or unix:PATH to serve on, or several with commas between; port 0 takes a free one, "
         "which is in --ready-file; who may write to a socket's file, by the umask, may call",
     )
-    ready_file: Path | None = Field(
+    ready_file: _Path | None = Field(
         None,
         description="write the bound addresses into this file, a line each, once the model is ready; removed at the "
         "end",
@@ -66,14 +84,14 @@ class Settings(BaseSettings):
         description="HOST:PORT or unix:PATH for health checks alone, without TLS or tokens: for Kubernetes' gRPC "
         "probes",
     )
-    tls_certificate: Path | None = Field(
+    tls_certificate: _Path | None = Field(
         None, description="certificate chain, PEM, to serve with TLS alone; read anew when it changes"
     )
-    tls_key: Path | None = Field(None, description="the certificate's key, PEM, not encrypted")
-    tls_client_authority: Path | None = Field(
+    tls_key: _Path | None = Field(None, description="the certificate's key, PEM, not encrypted")
+    tls_client_authority: _Path | None = Field(
         None, description="certificates of authorities, PEM; only clients with a certificate of theirs can connect"
     )
-    tokens: Path | None = Field(
+    tokens: _Path | None = Field(
         None,
         description="file of lines NAME SHA256; only calls with such a token are served; read anew when it changes",
     )
@@ -88,16 +106,16 @@ class Settings(BaseSettings):
     keepalive_seconds: float = Field(
         60, ge=1, le=7200, description="after so long a silence a peer is asked whether it is there, and else let go"
     )
-    base: Path | None = Field(None, description="folder of the base expert in the diffusers layout; default: embedded")
-    refiner: Path | None = Field(
+    base: _Path | None = Field(None, description="folder of the base expert in the diffusers layout; default: embedded")
+    refiner: _Path | None = Field(
         None, description="folder of the refiner; default: embedded, or none when --base is given"
     )
-    preview_decoder: Path | None = Field(
+    preview_decoder: _Path | None = Field(
         None,
         description="folder of a TAESD (diffusers' AutoencoderTiny) that draws previews; default: a fitted linear map",
     )
-    model_name: str | None = Field(
-        None, min_length=1, description="name that clients see and may ask for; default: the checkpoint's own"
+    model_name: Annotated[str, AfterValidator(_name)] | None = Field(
+        None, description="name that clients see and may ask for; default: the checkpoint's own"
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto takes the first of cuda, mps, cpu")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
@@ -110,8 +128,8 @@ class Settings(BaseSettings):
         description="keep on the device only the network that works and the others in the host's memory: slow, for a "
         "device that is too small",
     )
-    schedule: Order = Field(
-        Order.SHORTEST,
+    schedule: Literal["shortest", "first-come"] = Field(
+        "shortest",
         description="shortest: short requests and deadlines first, fair between callers, nobody waits for ever; "
         "first-come: each to its end in the order of arrival",
     )
@@ -122,9 +140,14 @@ class Settings(BaseSettings):
         le=10_000,
         description="requests of one caller, a host or a token's name, admitted at once; default: --max-queue",
     )
-    max_queue_pixels: int = Field(2**28, ge=4096, description="pixels of all images of the requests admitted at once")
+    max_queue_pixels: int = Field(
+        2**28, ge=4096, le=_HUGE, description="pixels of all images of the requests admitted at once"
+    )
     max_queue_bytes: int = Field(
-        2**30, ge=2**20, description="memory that the requests admitted at once may need for their images and latents"
+        2**30,
+        ge=2**20,
+        le=_HUGE,
+        description="memory that the requests admitted at once may need for their images and latents",
     )
     max_batch: int = Field(
         1, ge=1, le=64, description="images that share a network call; every call then costs as much as a full one"
@@ -140,7 +163,7 @@ class Settings(BaseSettings):
         "with AVX2 by kernels of our own, or full, each compiled as a whole, for minutes; on CUDA every call is then "
         "one graph; auto: blocks on a CPU with AVX2 and a C++ compiler, which takes seconds, else off",
     )
-    compile_cache: Path | None = Field(
+    compile_cache: _Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"
     )
     compile_while_serving: bool = Field(
@@ -154,13 +177,19 @@ class Settings(BaseSettings):
         "size the model was trained on",
     )
     device_seconds: float = Field(
-        300, gt=0, description="after so long in one call of the model the device is given up, and the server with it"
+        300,
+        gt=0,
+        le=86_400,
+        description="after so long in one call of the model the device is given up, and the server with it",
     )
     max_images: int = Field(8, ge=1, le=64, description="largest n of a request")
     max_steps: int = Field(150, ge=1, le=1000, description="largest number of denoising steps of a request")
     max_prompt_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest prompt, in characters")
     max_pixels: int | None = Field(
-        None, ge=4096, description="largest width x height; default: four times the area the model was trained on"
+        None,
+        ge=4096,
+        le=_HUGE,
+        description="largest width x height; default: four times the area the model was trained on",
     )
     max_priority: int = Field(
         0, ge=-2, le=2, description="highest priority of a request; a higher one is lowered to it"
@@ -183,6 +212,7 @@ class Settings(BaseSettings):
     retention_bytes: int = Field(
         256 * 1024 * 1024,
         ge=0,
+        le=_HUGE,
         description="memory for detached jobs that have ended; the oldest are forgotten beyond it",
     )
     reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
@@ -199,43 +229,32 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @model_validator(mode="after")
-    def _refiner_needs_a_base(self) -> Self:
-        if self.refiner is not None and self.base is None:
-            raise ValueError("--refiner was given without --base; give both folders, or neither")
+    def _contradicts_nothing(self) -> Self:
+        if problems := list(self._contradictions()):
+            raise ValueError("\n".join(problems))
         return self
 
-    @model_validator(mode="after")
-    def _what_is_compiled_has_a_way(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
+        """A sentence for each group of flags that do not go together. `read` puts the names that were typed."""
+        if self.refiner is not None and self.base is None:
+            yield "--refiner was given without --base; give both folders, or neither"
         asked = self.compile_while_serving or self.warm_up is not None
         if (asked and self.compile == "auto") or (self.compile == "off" and (asked or self.compile_cache is not None)):
-            raise ValueError("--compile-cache, --compile-while-serving and --warm-up are for --compile blocks or full")
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_offloaded_works_alone(self) -> Self:
+            yield "--compile-cache, --compile-while-serving and --warm-up are for --compile blocks or full"
         if self.offload and (self.compile not in ("auto", "off") or self.overlap):
-            raise ValueError("--offload moves networks about, so leave --compile off, and --overlap too")
-        return self
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> Self:
+            yield "--offload moves networks about, so leave --compile off, and --overlap too"
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("--tls-certificate and --tls-key go together; give both files, or neither")
+            yield "--tls-certificate and --tls-key go together; give both files, or neither"
         if self.tls_client_authority is not None and self.tls_certificate is None:
-            raise ValueError("--tls-client-authority needs --tls-certificate and --tls-key")
-        return self
-
-    @model_validator(mode="after")
-    def _tokens_are_not_given_away(self) -> Self:
+            yield "--tls-client-authority needs --tls-certificate and --tls-key"
         exposed = self.tls_certificate is None and not addresses.are_local(self.listen)
         if self.tokens is not None and exposed and not self.plaintext_tokens:
-            raise ValueError(
+            yield (
                 "--tokens on an address other than loopback needs --tls-certificate and --tls-key, since whoever "
                 "hears a token can use it; or --plaintext-tokens, if a proxy in front of this does TLS"
             )
         if self.plaintext_tokens and self.tokens is None:
-            raise ValueError("--plaintext-tokens was given without --tokens")
-        return self
+            yield "--plaintext-tokens was given without --tokens"
 
     @property
     def queue(self) -> Limits:
@@ -259,3 +278,75 @@ class Settings(BaseSettings):
         if self.base is None:
             return EMBEDDED / "base", EMBEDDED / "refiner"
         return self.base, self.refiner
+
+
+class BadSettings(Exception):
+    """Flags or variables that cannot be used. `problems` has a sentence for each, with the name that was typed."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+def read(arguments: Sequence[str] = ()) -> Settings:
+    """Read the settings from flags and from T2I_... variables. Raises BadSettings; --help ends the process."""
+    try:
+        return Settings(_cli_parse_args=list(arguments), _cli_exit_on_error=False)
+    except SettingsError as error:
+        words = "".join(
+            c if c.isprintable() else ascii(c)[1:-1] for c in str(error).removeprefix("error parsing CLI: ")
+        )
+        raise BadSettings([f"{_shortened(words, 4 * _LONGEST_ECHO)}; --help lists the flags"]) from error
+    except ValidationError as error:
+        raise BadSettings([words for each in error.errors() for words in _words(each, arguments)]) from error
+
+
+def _words(error: Any, arguments: Sequence[str]) -> list[str]:
+    """What is wrong with one field, or with several together, in words of our own."""
+    context = error.get("ctx", {})
+    bounds = {name: str(bound).removesuffix(".0") for name, bound in context.items()}
+    if not error["loc"]:
+        names = re.compile("|".join(f"--{field.replace('_', '-')}(?![a-z-])" for field in Settings.model_fields))
+        problems = str(context["error"]).split("\n")
+        return [names.sub(lambda found: _typed(found[0], arguments), each) for each in problems]
+    match error["type"]:
+        case "int_parsing" | "int_parsing_size" | "int_from_float" | "int_type":
+            words = "must be a whole number"
+        case "float_parsing" | "float_type":
+            words = "must be a number"
+        case "bool_parsing" | "bool_type":
+            words = "must be true or false"
+        case "greater_than_equal":
+            words = f"must be at least {bounds['ge']}"
+        case "less_than_equal":
+            words = f"must be at most {bounds['le']}"
+        case "greater_than":
+            words = f"must be above {bounds['gt']}"
+        case "literal_error":
+            words = f"must be one of {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
+        case "string_unicode":
+            words = "must be text in UTF-8"
+        case "value_error":
+            words = str(context["error"])
+        case _:
+            words = error["msg"]
+    given = error["input"]
+    echo = f", is {_shortened(ascii(given), _LONGEST_ECHO)}" if isinstance(given, str) and given else ""
+    return [f"{_typed(_flag(str(error['loc'][0])), arguments)}: {words}{echo}"]
+
+
+def _typed(flag: str, arguments: Sequence[str]) -> str:
+    """The flag, or the variable in its place if that was given."""
+    typed = {each.partition("=")[0] for each in arguments}
+    variable = f"T2I_{flag.removeprefix('--').replace('-', '_').upper()}"
+    if flag in typed or f"--no-{flag.removeprefix('--')}" in typed:
+        return flag
+    return next((name for name in os.environ if name.upper() == variable), flag)
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

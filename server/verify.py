@@ -7,10 +7,8 @@ ends with the server's exit codes for checkpoints, which server/checkpoint.py ha
 import argparse
 import sys
 
-from pydantic import ValidationError
-
 from server import checkpoint
-from server.settings import Settings
+from server.settings import BadSettings, read
 
 
 def main() -> int:
@@ -21,9 +19,9 @@ def main() -> int:
     )
     wanted = parser.parse_args().fingerprint
     try:
-        folders = Settings().experts
-    except ValidationError as error:
-        parser.error("; ".join(each["msg"] for each in error.errors()))
+        folders = read().experts
+    except BadSettings as error:
+        parser.error(str(error))
     try:
         found = checkpoint.inspect(*folders).fingerprint()
         if wanted is not None and found != wanted:

@@ -214,7 +214,7 @@ class TestFiltersThatCannotBeHad:
             ("own_filters:Redness", 8, "own_filters:Redness cannot be found: module 'own_filters' has no attribute"),
             ("own_filters:Nameless", 8, "own_filters:Nameless makes is no content filter: it needs a name and a score"),
             ("own_filters:BrokenFromTheStart", 5, "cannot judge the first image: the weights are for another size"),
-            ("own_filters.Blueness", 2, "--content-filter: Value error, give open-nsfw, or MODULE:NAME"),
+            ("own_filters.Blueness", 2, "--content-filter: give open-nsfw, or MODULE:NAME"),
         ],
     )
     def test_they_end_the_server_before_it_serves_in_one_sentence(self, start_server, name, code, words):

@@ -102,11 +102,11 @@ def test_every_flag_is_an_environment_variable_too(start_server):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max-queue", "0"], "--max-queue: Input should be greater than or equal to 1"),
-        (["--listen", "nowhere"], "--listen: Value error, give HOST:PORT"),
+        (["--max-queue", "0"], "--max-queue: must be at least 1, is '0'"),
+        (["--listen", "nowhere"], "--listen: give HOST:PORT"),
         (["--refiner", "somewhere"], "--refiner was given without --base"),
-        (["--compile-while-serving"], "--compile-while-serving and --warm-up are for --compile blocks or full"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--compile-while-serving"], "--compile-while-serving and --warm-up are for T2I_COMPILE blocks or full"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; --help lists the flags"),
     ],
 )
 def test_bad_flags_are_told_in_words_with_exit_code_2(start_server, flags: list[str], words: str):

@@ -24,7 +24,7 @@ from server import contract
 from server.instill import InstillServicer
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from server.service import Service, load
-from server.settings import Settings
+from server.settings import read
 from server.telemetry import log_to_stderr
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -91,7 +91,7 @@ class Replica:
     """
 
     async def __init__(self) -> None:
-        settings = Settings()
+        settings = read()
         log_to_stderr(settings.log_level, settings.log_format)
         self._service = Service(settings, partial(load, settings))
         self._service.tell_metrics()

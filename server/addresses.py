@@ -36,7 +36,8 @@ def checked(value: str) -> str:
 
 def checked_port(value: str) -> str:
     """One HOST:PORT, as it is. Raises ValueError."""
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s,:\[\]]+):[0-9]{1,5}", value) or int(value.rpartition(":")[2]) > 65535:
+    matched = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^\s,:\[\]]+):([0-9]{1,5})", value)
+    if matched is None or int(matched[1]) > 65535:
         raise ValueError("give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535")
     return value
 

@@ -1,66 +1,92 @@
-"""The real server around a model without weights whose calls take a fixed time, so that it starts in a second or two.
+"""The real server around a model without weights or torch, whose every call takes a fixed time.
 
-STEADY_SECONDS is the time of each call (default: 0). A prompt with "hang" in it never comes back from the encoders.
+STEADY_SECONDS in the environment is the time of a call in seconds, by default 0. An image is of one colour, which its
+prompt and seed decide. A prompt with "hang" in it never comes back from the encoders. A process is ready in a second.
 """
 
+import hashlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
-from stepped_model import CARD, Path, Prompt
 
 from server import __main__ as program
-from server.domain import ImageRequest
+from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
+from server.settings import Settings
 
-SECONDS = float(os.environ.get("STEADY_SECONDS", "0"))
-SLICE = 0.05
+ENVIRONMENT = Environment({"steady": "1"}, "none", "fp32", "ieee", 0, 1, "off")
+CARD = ModelCard(
+    "steady", "0" * 64, True, "cpu", "fp32", ("euler", "dpmpp_2m"), 64, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that is encoded."""
+
+    warnings: tuple[Warning, ...] = ()
+    environment: Environment = ENVIRONMENT
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image on its way: the base has its share of the steps, the refiner the others."""
+
+    request: ImageRequest
+    seed: int
+    warnings: tuple[Warning, ...] = ()
+    batch_key: str = ""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        base = max(1, round(self.request.steps * self.request.high_noise_frac))
+        return (Stage.BASE,) * base + (Stage.REFINER,) * (self.request.steps - base)
 
 
 class SteadyModel:
-    """Two calls of the base, one of the refiner, and a grey image."""
+    """Calls take `seconds` each."""
 
-    max_batch = 1
     overlaps = False
 
-    def __init__(self) -> None:
-        self.card = replace(CARD, name="steady", native_side=64)
-        self._sizes: dict[int, tuple[int, int]] = {}
+    def __init__(self, seconds: float, max_batch: int) -> None:
+        self.card = CARD
+        self.max_batch = max_batch
+        self._seconds = seconds
+
+    def limit_batch(self, images: int) -> None:
+        self.max_batch = images
 
     def encode(self, request: ImageRequest) -> Prompt:
         if "hang" in request.prompt:
             threading.Event().wait()
-        self._wait()
+        time.sleep(self._seconds)
         return Prompt()
 
-    def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
-        self._sizes[seed] = request.height, request.width
-        return Path(seed)
+    def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Image:
+        return Image(request, seed)
 
-    def step(self, trajectories: Sequence[Path], meanwhile: Callable[[], None]) -> None:
+    def step(self, trajectories: Sequence[Image], meanwhile: Callable[[], None]) -> None:
         meanwhile()
-        self._wait()
+        time.sleep(self._seconds)
 
-    def limit_batch(self, images: int) -> None:
-        pass
+    def preview(self, trajectory: Image) -> np.ndarray:
+        return self.decode(trajectory)[::8, ::8]
 
-    def preview(self, trajectory: Path) -> np.ndarray:
-        return np.full((1, 1, 3), 128, np.uint8)
+    def decode(self, trajectory: Image) -> np.ndarray:
+        time.sleep(self._seconds)
+        request = trajectory.request
+        colour = hashlib.sha256(f"{request.prompt}\0{trajectory.seed}".encode()).digest()[:3]
+        return np.broadcast_to(np.frombuffer(colour, np.uint8), (request.height, request.width, 3)).copy()
 
-    def decode(self, trajectory: Path) -> np.ndarray:
-        self._wait()
-        return np.full((*self._sizes[trajectory.seed], 3), 128, np.uint8)
 
-    def _wait(self) -> None:
-        """As work does: no further after a pause of the process than before it."""
-        left = SECONDS
-        while left > 0:
-            threading.Event().wait(min(left, SLICE))
-            left -= SLICE
+def load(settings: Settings) -> SteadyModel:
+    return SteadyModel(float(os.environ.get("STEADY_SECONDS", "0")), settings.max_batch)
 
 
 if __name__ == "__main__":
-    program.load = lambda settings: SteadyModel()
+    program.load = load
     sys.exit(program.main())

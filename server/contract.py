@@ -48,12 +48,13 @@ DEVICE_LOST = "DEVICE_LOST"
 """The reason in google.rpc.ErrorInfo, which clients know a lost device by."""
 _ERROR_DOMAIN = pb.DESCRIPTOR.package  # "text_to_image.v1"
 
-# What a call may end with: message, details and our own metadata, as they travel. Most gRPC clients take 8 KiB of
-# trailers, and report what is larger as RESOURCE_EXHAUSTED.
-TRAILER_BYTES = 7 * 1024
+# What a call may end with: message, details and our own metadata, as they travel. nginx takes one page of 4096 bytes
+# (grpc_buffer_size) and makes UNAVAILABLE of what is larger, which clients retry; most gRPC clients take 8 KiB and
+# report what is larger as RESOURCE_EXHAUSTED.
+TRAILER_BYTES = 4000
 _DETAILS = "grpc-status-details-bin"
 _HEADER_BYTES = 32  # that HPACK (RFC 7541, 4.1) counts for each header, in addition to its name and value
-_FIELD_BYTES, _DESCRIPTION_BYTES, _MESSAGE_BYTES_OF_STATUS = 128, 512, 1024  # each in UTF-8, longer ones are cut
+_FIELD_BYTES, _DESCRIPTION_BYTES, _MESSAGE_BYTES_OF_STATUS = 128, 384, 768  # each in UTF-8, longer ones are cut
 
 
 class Loading(Exception):

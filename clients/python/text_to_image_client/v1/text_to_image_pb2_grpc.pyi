@@ -31,7 +31,7 @@ class TextToImageServiceStub:
     """The whole answer at once.
 
     Errors, here and in StreamGenerate:
-      INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 7 KiB of
+      INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
                           trailers, with the message; that ends with "and 57 more" if there are others
       ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
       RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
@@ -93,7 +93,7 @@ class TextToImageServiceAsyncStub:
     """The whole answer at once.
 
     Errors, here and in StreamGenerate:
-      INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 7 KiB of
+      INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
                           trailers, with the message; that ends with "and 57 more" if there are others
       ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
       RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
@@ -157,7 +157,7 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
         """The whole answer at once.
 
         Errors, here and in StreamGenerate:
-          INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 7 KiB of
+          INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
                               trailers, with the message; that ends with "and 57 more" if there are others
           ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
           RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The

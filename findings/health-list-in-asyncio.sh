@@ -5,7 +5,7 @@
 #   "Unexpected <class 'NotImplementedError'>: Method not implemented!", and the server's log has a traceback for each.
 # With: grpcio 1.85.1, grpcio-health-checking 1.85.1.
 # Why it matters: any stranger who asks a health service what it lists fills the log with tracebacks, and a traceback
-#   means a fault to whoever watches it. Override List, or answer it before it is reached.
+#   means a fault to those who watch the log. Override List, or answer it before it is reached.
 # Output seen: UNIMPLEMENTED Unexpected <class 'NotImplementedError'>: Method not implemented!; tracebacks in the log:
 #   1
 set -euo pipefail

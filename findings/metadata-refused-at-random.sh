@@ -6,8 +6,8 @@
 # With: grpcio 1.85.1.
 # Why it matters: a service says one limit for metadata, and callers take RESOURCE_EXHAUSTED for a full queue.
 # Output seen: 18000 bytes of metadata, 40 calls: {'OK': 21, 'RESOURCE_EXHAUSTED': 19} with the soft limit alone,
-#   {'RESOURCE_EXHAUSTED': 40} with both limits; 15000 bytes: {'OK': 40} with both. The split of the first differs
-#   from run to run.
+#   {'RESOURCE_EXHAUSTED': 40} with both limits; 15000 bytes: {'OK': 40} with both. The split of the first differs from
+#   run to run.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

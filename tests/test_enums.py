@@ -8,6 +8,7 @@ import click
 import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor
+from grpc_health.v1 import health_pb2
 from serving import ROOT, request
 from stepped_model import CARD, ENVIRONMENT
 
@@ -15,7 +16,7 @@ from server import contract, events, images, open_inference
 from server.domain import Notice, Stage, Warning
 from server.inference_v2 import open_inference_pb2 as oip
 from server.settings import Settings
-from text_to_image_client import Format, OnDisconnect, WarningCode
+from text_to_image_client import Format, OnDisconnect, ServingStatus, WarningCode
 from text_to_image_client import Stage as ClientStage
 from text_to_image_client._messages import build_request, read_event, read_request, read_result
 from text_to_image_client.cli import main
@@ -136,6 +137,10 @@ def test_words_are_the_contracts_names(words: Any, numbers: Any):
     prefix = numbers.Name(0).removesuffix("UNSPECIFIED")
     named = {f"{prefix}{word.upper()}" for word in words} | {numbers.Name(0)}
     assert named == set(numbers.keys())
+
+
+def test_the_client_has_every_status_of_health_checks():
+    assert set(ServingStatus) == set(health_pb2.HealthCheckResponse.ServingStatus.keys())
 
 
 def test_t2i_offers_every_format():

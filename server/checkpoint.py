@@ -15,6 +15,7 @@ CheckpointError
 └── CannotCompile    17: the networks cannot be compiled on this machine
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -24,9 +25,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails
 from safetensors import SafetensorError, safe_open
 
 BASE_PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -186,7 +188,9 @@ def _base(folder: Path) -> Checkpoint:
         raise WrongExpert(
             f"{folder} holds a refiner where the base belongs; give it to --refiner, and the base to --base"
         )
-    return _inspect(folder, BASE_PARTS)
+    base = _inspect(folder, BASE_PARTS)
+    defaults(base)  # what is wrong with them is said now, not after the weights are loaded
+    return base
 
 
 def _refiner(folder: Path) -> Checkpoint:
@@ -217,20 +221,32 @@ class Defaults:
     """What a request gets where it says nothing: SDXL's own values, unless the base's folder has a defaults.json."""
 
     name: str = ""
-    steps: int = 40
-    guidance_scale: float = 5.0
-    high_noise_frac: float = 0.8
+    steps: Annotated[int, Field(ge=1, le=1000)] = 40
+    guidance_scale: Annotated[float, Field(ge=0, le=50)] = 5.0
+    high_noise_frac: Annotated[float, Field(gt=0, le=1)] = 0.8
 
 
 def defaults(base: Checkpoint) -> Defaults:
-    """The defaults of a base. Raises MissingPart if its defaults.json cannot be understood."""
+    """The defaults of a base. Raises MissingPart, with all that is wrong with its defaults.json."""
     file = base.folder / "defaults.json"
     if file not in base.configs:
         return Defaults()
     try:
         return TypeAdapter(Defaults).validate_json(file.read_bytes(), strict=True)
     except ValidationError as error:
-        raise MissingPart(f"{file} cannot be understood; fetch the checkpoint again") from error
+        wrong = "; ".join(map(_why_no_default, error.errors()))
+        raise MissingPart(f"{file} cannot be used: {wrong}") from error
+
+
+def _why_no_default(error: ErrorDetails) -> str:
+    name = ".".join(map(str, error["loc"]))
+    known = ", ".join(field.name for field in dataclasses.fields(Defaults))
+    if error["type"] == "unexpected_keyword_argument":
+        return f'"{name}" is no default that it can set, take it out; it can set {known}'
+    if not name:
+        return f"it must be a JSON object of {known}"
+    rule = error["msg"].removeprefix("Input should be ")
+    return f'"{name}" must be {rule}, not {json.dumps(error["input"])}'
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """`python -m server.verify`: are the weights whole, and those that are wanted? Says so without loading them.
 
-For a step before the server starts, such as an init container. It takes the server's own T2I_BASE and T2I_REFINER, and
-ends with the server's exit codes for checkpoints, which server/checkpoint.py has.
+For a step before the server starts, such as an init container. It takes the server's own --base and --refiner, or
+T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints, which server/checkpoint.py has.
 """
 
 import argparse
 import sys
 
 from server import checkpoint
-from server.settings import BadSettings, read
+from server.settings import BadSettings, Settings, read
 
 
 def main() -> int:
@@ -17,9 +17,12 @@ def main() -> int:
     parser.add_argument(
         "--fingerprint", metavar="SHA256", help="what the weights must have, as this command or GetModel told it"
     )
-    wanted = parser.parse_args().fingerprint
+    for flag in ("base", "refiner"):
+        parser.add_argument(f"--{flag}", metavar="DIR", help=Settings.model_fields[flag].description)
+    given = vars(parser.parse_args())
+    wanted = given.pop("fingerprint")
     try:
-        folders = read().experts
+        folders = read([f"--{flag}={folder}" for flag, folder in given.items() if folder is not None]).experts
     except BadSettings as error:
         parser.error(str(error))
     try:

@@ -117,8 +117,23 @@ def grow(folder: Path) -> None:
         (write("refiner/scheduler/scheduler_config.json", ""), MissingPart, "cannot be read as JSON"),
         (dangle, MissingPart, "cannot be read (No such file or directory)"),
         (weights_of_the_other_expert, MissingPart, "refiner does not fit together ("),
-        (write("base/defaults.json", '{"stepz": 3}'), MissingPart, "cannot be understood"),
-        (write("base/defaults.json", '{"steps": "many"}'), MissingPart, "cannot be understood"),
+        (
+            write("base/defaults.json", '{"scheduler": "heun", "steps": 3}'),
+            MissingPart,
+            '"scheduler" is no default that it can set, take it out; it can set name, steps, guidance_scale, high_',
+        ),
+        (
+            write("base/defaults.json", '{"steps": "many", "stepz": 3}'),
+            MissingPart,
+            '; "stepz" is no default that it can set',
+        ),
+        (write("base/defaults.json", '{"steps": 0}'), MissingPart, '"steps" must be greater than or equal to 1, not 0'),
+        (
+            write("base/defaults.json", '{"guidance_scale": 51}'),
+            MissingPart,
+            "must be less than or equal to 50, not 51",
+        ),
+        (write("base/defaults.json", "[]"), MissingPart, "defaults.json"),
         (
             write(f"base/{UNET}", POINTER),
             GitLfsPointer,
@@ -316,6 +331,11 @@ class TestVerify:
         verified = self.verify(whole)
         assert (verified.returncode, verified.stdout) == (0, f"{load(whole).card.fingerprint}\n")
         assert self.verify(whole, "--fingerprint", verified.stdout.strip()).returncode == 0
+
+    def test_its_flags_stand_before_the_environment(self, whole: Path, folder: Path):
+        (folder / "base" / UNET).write_text(POINTER)
+        verified = self.verify(folder, "--base", str(whole / "base"), "--refiner", str(whole / "refiner"))
+        assert (verified.returncode, verified.stdout) == (0, self.verify(whole).stdout)
 
     def test_other_weights_than_those_that_were_named_are_refused_with_16(self, whole: Path):
         verified = self.verify(whole, "--fingerprint", "0" * 64)

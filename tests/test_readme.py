@@ -27,6 +27,11 @@ def test_the_table_of_flags_is_that_of_the_settings():
     assert "\n".join(flag_table()) in README, "\n".join(["paste this into the README:", *flag_table()])
 
 
+def test_the_fingerprint_in_the_example_is_that_of_the_embedded_weights():
+    told = set(re.findall(r'"fingerprint": "([0-9a-f]{64})"', README))
+    assert told == {checkpoint.inspect(*Settings().experts).fingerprint()}
+
+
 def test_every_exit_code_is_told():
     codes = {0, 1, 2, *command._EXIT_CODES.values()}
     codes |= {kind.exit_code for kind in checkpoint.CheckpointError.__subclasses__()}

@@ -44,6 +44,8 @@ _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
 _ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
 _PREVIEW_QUALITY = 80
 
+ADMITTED = (("t2i-admitted", "1"),)
+"""The headers of a unary answer, by which a client knows that the server has begun the request."""
 DEVICE_LOST = "DEVICE_LOST"
 """The reason in google.rpc.ErrorInfo, which clients know a lost device by."""
 _ERROR_DOMAIN = pb.DESCRIPTOR.package  # "text_to_image.v1"

@@ -262,7 +262,7 @@ class Engine:
         network calls there is a Preview, with a `preview_interval` of 0 never. `jobs_of_caller` stands, if given, in
         place of that of the limits.
 
-        Raises Draining, DeviceUnavailable or Refused; later troubles arrive as Failed.
+        Raises Draining, DeviceUnavailable, Refused or DeadlineExceeded; later troubles arrive as Failed.
         """
         with self._changed:
             if self._refusing is not None:
@@ -359,7 +359,7 @@ class Engine:
     # Admission.
 
     def _check(self, task: Task, request: ImageRequest, now: float) -> None:
-        """Raises Refused if the task cannot be admitted now."""
+        """Raises Refused if the task cannot be admitted now, DeadlineExceeded if it never can in its time."""
         size, until = self._too_large
         if now < until and _rows(request) * request.width * request.height >= size:
             raise Refused(
@@ -370,6 +370,8 @@ class Engine:
         if (refusal := self._schedule.refusal(task, now)) is not None:
             retry_after = max(_LEAST_WAIT, refusal.retry_after)
             when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", were it alone"
+            if refusal.reason is Reason.DEADLINE and retry_after == math.inf:
+                raise DeadlineExceeded(self._why(refusal, task) + when)  # no room that others leave would help
             raise Refused(self._why(refusal, task) + when, retry_after)
 
     def _why(self, refusal: Refusal, task: Task) -> str:

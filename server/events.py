@@ -37,7 +37,7 @@ class Refused(EngineError):
 
 
 class DeadlineExceeded(EngineError):
-    """The deadline passed before the job was finished."""
+    """The deadline passed before the job was finished, or is too early for it even were it alone."""
 
 
 class Cancelled(EngineError):

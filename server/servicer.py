@@ -259,7 +259,7 @@ async def _commit(context: Context) -> None:
     device, or that a proxy gives up, begins again on the next server, and on the one after that. A stream needs no such
     thing: its first event brings its headers, and comes at once.
     """
-    await context.send_initial_metadata(())
+    await context.send_initial_metadata(contract.ADMITTED)
 
 
 async def _whole_answer(task: Task, messages: AsyncIterator[pb.StreamGenerateResponse]) -> pb.GenerateResponse:

@@ -530,7 +530,7 @@ class TestTriton:
             "model": "StatusCode.NOT_FOUND",
             "prompt": "StatusCode.INVALID_ARGUMENT",
             "many": "StatusCode.INVALID_ARGUMENT",
-            "deadline": "StatusCode.RESOURCE_EXHAUSTED",
+            "deadline": "StatusCode.DEADLINE_EXCEEDED",
         }
         assert found["prompt"][1] == "prompt: is required and must not be blank"
         assert "colour: is not known here" in found["many"][1]

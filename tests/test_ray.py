@@ -28,7 +28,7 @@ from serving import LONG_JOB, RETRIES, ROOT, SERVICE, ServerProcess, digests, fi
 
 from server.model_ray_v1alpha import user_defined_pb2 as user_defined
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
-from text_to_image_client import InvalidRequest, NotFound, Refused, TextToImage
+from text_to_image_client import DeadlineExceeded, InvalidRequest, NotFound, TextToImage
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -187,7 +187,7 @@ def test_streams_that_are_broken_off_at_any_moment_leave_the_ingress_alive(
 
 @pytest.mark.smoke
 def test_a_deadline_reaches_the_engine_which_refuses_what_cannot_meet_it(ray: RayServe):
-    with TextToImage(ray.target, retries=0) as client, pytest.raises(Refused, match="deadline cannot be met"):
+    with TextToImage(ray.target, retries=0) as client, pytest.raises(DeadlineExceeded, match="cannot be met"):
         client.generate("a cat", n=8, steps=150, timeout=5)
 
 

@@ -320,7 +320,7 @@ class TestLettingGo:
     def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_time(self, stub):
         with pytest.raises(grpc.RpcError) as caught:
             stub.Generate(request(**LONG_JOB), timeout=1)
-        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert re.search(
             r"the deadline cannot be met: the last image could be there in \d+\.\d s", caught.value.details()
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from server.contract import ADMITTED
 from server.decoding import abort_if_undecodable, decoded_by
 from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -130,7 +131,7 @@ def _job(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             if admitted:
                 answer = message
             else:
-                await context.send_initial_metadata(())
+                await context.send_initial_metadata(ADMITTED)
             admitted = True
 
         await _receive(behaviour, request, context, take)

@@ -34,16 +34,18 @@ class TextToImageServiceStub:
       INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
                           trailers, with the message; that ends with "and 57 more" if there are others
       ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-      RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
-                          message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
-      DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
+      RESOURCE_EXHAUSTED  no room for the request, or no time now: it, or one admitted before, would miss its deadline.
+                          The message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
+      DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step. Or it is too
+                          early even were no other request there, which is said at once, with the predicted time
       UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
                           again, or another server
       ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
                           reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
                           most once
       INTERNAL            the model failed on this request, and on this request alone
-    Generate sends its headers once the request is admitted, so gRPC retries by itself only what was refused before.
+    Generate sends its headers, "t2i-admitted: 1", once the request is admitted, so gRPC retries by itself only what was
+    refused before.
     And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
       UNAUTHENTICATED     there is no token, or one that is not known
     """
@@ -96,16 +98,18 @@ class TextToImageServiceAsyncStub:
       INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
                           trailers, with the message; that ends with "and 57 more" if there are others
       ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-      RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
-                          message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
-      DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
+      RESOURCE_EXHAUSTED  no room for the request, or no time now: it, or one admitted before, would miss its deadline.
+                          The message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
+      DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step. Or it is too
+                          early even were no other request there, which is said at once, with the predicted time
       UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
                           again, or another server
       ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
                           reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
                           most once
       INTERNAL            the model failed on this request, and on this request alone
-    Generate sends its headers once the request is admitted, so gRPC retries by itself only what was refused before.
+    Generate sends its headers, "t2i-admitted: 1", once the request is admitted, so gRPC retries by itself only what was
+    refused before.
     And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
       UNAUTHENTICATED     there is no token, or one that is not known
     """
@@ -160,16 +164,18 @@ class TextToImageServiceServicer(metaclass=abc.ABCMeta):
           INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
                               trailers, with the message; that ends with "and 57 more" if there are others
           ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-          RESOURCE_EXHAUSTED  no room for the request, or no time: it, or one admitted before, would miss its deadline. The
-                              message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
-          DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step
+          RESOURCE_EXHAUSTED  no room for the request, or no time now: it, or one admitted before, would miss its deadline.
+                              The message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
+          DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step. Or it is too
+                              early even were no other request there, which is said at once, with the predicted time
           UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
                               again, or another server
           ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
                               reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
                               most once
           INTERNAL            the model failed on this request, and on this request alone
-        Generate sends its headers once the request is admitted, so gRPC retries by itself only what was refused before.
+        Generate sends its headers, "t2i-admitted: 1", once the request is admitted, so gRPC retries by itself only what was
+        refused before.
         And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
           UNAUTHENTICATED     there is no token, or one that is not known
         """

@@ -23,6 +23,7 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 class ScriptedService(pb_grpc.TextToImageServiceServicer):
     """Answers call after call with what stands in `script`: a message, a list of events, an error's status, or a deed.
 
+    A pair of a code and words is an end without the service's own details, as a proxy or a broken connection makes it.
     `hold` is a pause that lasts until the caller is gone; `gone` is set then.
     """
 
@@ -45,6 +46,8 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
         answer = self.script.get_nowait()
         if answer is self.hold:
             self.gone.wait()
+        if isinstance(answer, tuple):
+            context.abort(*answer)
         if callable(answer):
             answer(context)
         if isinstance(answer, status_pb2.Status):
@@ -58,6 +61,8 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
         for event in answer if isinstance(answer, list) else [answer]:
             if event is self.hold:
                 self.gone.wait()
+            elif isinstance(event, tuple):
+                context.abort(*event)
             elif isinstance(event, status_pb2.Status):
                 context.abort_with_status(rpc_status.to_status(event))
             else:

@@ -97,6 +97,50 @@ def test_an_image_that_came_smaller_coded_gets_the_name_that_fits(service, answe
     assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
 
 
+@pytest.mark.parametrize("command", [("generate", "cat"), ("attach", "mine")])
+def test_an_image_that_came_otherwise_coded_overwrites_no_file_that_nobody_named(service, answer, tmp_path, command):
+    answer(media_type="image/jpeg")
+    (tmp_path / "cat.jpg").write_bytes(b"of somebody else")
+    result = t2i(*command, "-o", str(tmp_path / "cat.png"), "--target", service.target)
+    assert result.exit_code == 0
+    assert f"{tmp_path / 'cat.1.jpg'}  128x96" in result.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "cat.jpg": b"of somebody else",
+        "cat.1.jpg": b"image 0",
+    }
+
+
+def test_a_time_to_try_again_is_said_once(service, status, tmp_path):
+    details = RetryInfo(retry_delay=Duration(seconds=3, nanos=984_250_000))
+    service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "9 requests are waiting; try again in 4.0 s", details))
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.stderr == "Error: 9 requests are waiting; try again in 4.0 s\n"
+
+
+def test_a_request_that_is_made_again_is_said(service, status, answer, tmp_path):
+    service.answer([pb.StreamGenerateResponse(queued=pb.Queued()), status(grpc.StatusCode.UNAVAILABLE, "gone")])
+    answer()
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert lines[:3] == ["queued", "the server that had the request is gone; another one draws it", "queued, 1 ahead"]
+
+
+def test_a_timeout_is_6_in_words(service, tmp_path):
+    service.answer([pb.StreamGenerateResponse(queued=pb.Queued()), service.hold])
+    arguments = ("-o", str(tmp_path / "cat.jpg"), "--timeout", "0.5", "--target", service.target)
+    result = t2i("generate", "cat", *arguments)
+    assert result.exit_code == 6
+    assert "Error: the timeout passed before the answer was complete" in result.stderr
+
+
+def test_what_is_too_large_for_grpc_is_12(service, tmp_path):
+    service.answer((grpc.StatusCode.RESOURCE_EXHAUSTED, "received metadata size exceeds soft limit (9000 vs. 8192)"))
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 12
+    assert "Error: received metadata size exceeds" in result.stderr
+
+
 def test_every_option_reaches_the_request(service, answer, tmp_path):
     answer()
     options = {
@@ -293,7 +337,8 @@ def test_a_job_that_is_not_kept_is_9(service, status, command):
             "\n  data.prompt: is blank\n  parameter.n: is 9",
         ),
         ("RESOURCE_EXHAUSTED", RetryInfo(retry_delay=Duration(seconds=3)), 5, "words (try again in 3 s)"),
-        ("DEADLINE_EXCEEDED", None, 6, "Error: the timeout passed"),
+        ("RESOURCE_EXHAUSTED", None, 5, "Error: words"),
+        ("DEADLINE_EXCEEDED", None, 6, "Error: words"),
         ("ALREADY_EXISTS", None, 10, "Error: words"),
         ("CANCELLED", None, 130, "Error: words"),
     ],
@@ -306,12 +351,14 @@ def test_each_kind_of_failure_has_its_exit_code(service, status, tmp_path, code,
     assert "Traceback" not in result.output
 
 
-def test_a_negative_seed_is_bad_input_like_any_other(service, tmp_path):
+def test_a_negative_seed_is_bad_input_like_any_other(service, status, tmp_path):
+    service.answer(status(grpc.StatusCode.INVALID_ARGUMENT))
     result = t2i("generate", "cat", "--seed=-1", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 3
     assert "parameter.seed" in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this machine has no /dev/full")
 def test_a_disk_that_is_full_is_said_so(service, answer, tmp_path):
     answer()
     (tmp_path / "cat.jpg").symlink_to("/dev/full")

@@ -1,5 +1,6 @@
 """Requests are built, and answers read, without a channel."""
 
+import re
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from text_to_image_client import (
     Warning,
     WarningCode,
 )
-from text_to_image_client._messages import build_request, read_event, read_model, read_request, read_result
+from text_to_image_client._messages import _RULES, build_request, read_event, read_model, read_request, read_result
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
@@ -82,7 +83,7 @@ def test_what_becomes_of_a_job_has_its_number_in_the_contract(choice: OnDisconne
 
 def test_a_format_newer_than_this_client_is_read_and_refused_when_it_is_asked_for():
     newer = read_request(pb.GenerateRequest(output=pb.Output(format=99)))  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match=r"output\.format: must be one of jpeg, .* not '99'"):
+    with pytest.raises(InvalidRequest, match=r"output\.format: format must be one of jpeg, .* is '99'"):
         build_request("cat", {"format": newer["format"]})
 
 
@@ -113,8 +114,9 @@ def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
         "output.format",
         "onDisconnect",
     }
-    assert "must be one of cancel, detach, not 'stay'" in str(caught.value)
-    assert "must be one of jpeg, png, webp, jpeg_subsampled, webp_lossless, jpeg_rgb, not 'gif'" in str(caught.value)
+    assert "on_disconnect must be one of cancel, detach, is 'stay'" in str(caught.value)
+    assert f"format must be one of {', '.join(Format)}, is 'gif'" in str(caught.value)
+    assert "seed must be a whole number from 0 to 4294967295, is -1" in str(caught.value)
 
 
 def test_an_option_that_does_not_exist_is_a_type_error():
@@ -200,3 +202,30 @@ def test_the_served_model_is_read_with_its_sizes():
     assert model.content_filter is None
     response.content_filter.name, response.content_filter.threshold = "open-nsfw 1.0.0", 0.5
     assert read_model(response).content_filter == ContentFilter("open-nsfw 1.0.0", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("prompt", None, "data.prompt: prompt must be text, is None"),
+        ("prompt", b"\xff" * 99, r"data.prompt: prompt must be text, is b.\\xff\\xff.*\.\.\. \(bytes\)"),
+        ("steps", 3.5, "sampling.steps: steps must be a whole number from 1 to .*, is 3.5"),
+        ("seed", 2**32, "parameter.seed: seed must be a whole number from 0 to 4294967295, is 4294967296"),
+        ("guidance_scale", "high", "sampling.guidanceScale: guidance_scale must be a number from 0 to 50, is 'high'"),
+        ("width", "64", "sampling.width: width must be a whole number of pixels .*, is '64'"),
+        ("request_id", 7, "requestId: request_id must be text of at most 128 characters .*, is 7"),
+        ("priority", 2**40, "priority: priority must be a whole number from -2 to 2, is 1099511627776"),
+    ],
+)
+def test_what_a_message_cannot_carry_is_said_by_keyword_range_and_value(name: str, value: object, words: str):
+    with pytest.raises(InvalidRequest) as caught:
+        build_request(**({"prompt": "cat", "options": {}} | (  # type: ignore[arg-type]
+            {"prompt": value} if name == "prompt" else {"options": {name: value}}
+        )))  # fmt: skip
+    assert re.fullmatch(words, str(caught.value)), caught.value
+    for python in ("Traceback", "expected", "argument", "object cannot"):
+        assert python not in str(caught.value)
+
+
+def test_every_option_has_words_for_what_it_must_be():
+    assert _RULES.keys() == {"prompt", *GenerateOptions.__annotations__}

@@ -1,5 +1,10 @@
 """Images save themselves byte for byte and show themselves in notebooks."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +71,45 @@ def test_a_result_shows_its_images_and_escapes_its_warnings():
 def test_a_result_takes_instills_shape():
     output = Result((IMAGE,), (), "id", "mini", "abc", ENVIRONMENT, 0.0, 1.0, {}).to_instill()
     assert output == {"data": {"choices": [{"finish-reason": "success", "image": IMAGE.data_uri}]}}
+
+
+RECIPES = """
+from text_to_image_client import Image, Provenance, Request, TextToImage
+
+def again(client: TextToImage, image: Image, made: Provenance, request: Request) -> None:
+    client.generate(**image.request)
+    client.generate(**(image.request | {"seed": 8}))
+    client.stream(**(image.request | {"seed": 8, "on_disconnect": "detach"}), timeout=5)
+    client.generate(**made.request(steps=30))
+    client.generate(**(made.request(1) | {"format": "png"}))
+    client.generate(request.get("prompt", ""), seed=request.get("seed"))
+"""
+MISTAKES = """
+from text_to_image_client import Image, TextToImage
+
+def again(client: TextToImage, image: Image) -> None:
+    client.generate("cat", seed="8")
+    client.generate("cat", sed=8)
+"""
+
+
+@pytest.mark.slow
+def test_pyright_and_mypy_take_the_recipes_of_the_readme_and_find_mistakes(tmp_path: Path):
+    if shutil.which("npm") is None:
+        pytest.skip("apt-get install npm")
+    install = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error", "pyright@1.1.414"]
+    subprocess.run(install, cwd=tmp_path, check=True)
+    (tmp_path / "recipes.py").write_text(RECIPES)
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
+    client = str(Path(__file__).parents[1])
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [client], "include": ["*.py"]}))
+    pyright = [tmp_path / "node_modules" / ".bin" / "pyright", "--outputjson", "--pythonpath", sys.executable]
+    found = subprocess.run(pyright, cwd=tmp_path, capture_output=True, text=True, check=False)
+    errors = [each for each in json.loads(found.stdout)["generalDiagnostics"] if each["severity"] == "error"]
+    assert [Path(each["file"]).name for each in errors] == ["mistakes.py"] * 2, found.stdout
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--ignore-missing-imports", "recipes.py"]
+    checked = subprocess.run(mypy, cwd=tmp_path, env=os.environ | {"MYPYPATH": client}, text=True, capture_output=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_a_format_is_known_by_the_name_of_a_file():

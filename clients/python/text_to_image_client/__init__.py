@@ -11,6 +11,7 @@ from ._exceptions import (
     Refused,
     ServerError,
     TextToImageError,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "Stage",
     "TextToImage",
     "TextToImageError",
+    "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "Warning",

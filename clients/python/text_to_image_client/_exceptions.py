@@ -4,22 +4,25 @@ TextToImageError
 ├── InvalidRequest     INVALID_ARGUMENT: the request breaks a rule; `.violations` names every bad field
 ├── Unavailable        UNAVAILABLE: nobody there, the model is loading, or the server is draining
 ├── Refused            RESOURCE_EXHAUSTED: the queue is full; `.retry_after` says for how long
+├── TooLarge           RESOURCE_EXHAUSTED of gRPC itself: a message or its metadata exceed a limit, here or on the way
 ├── Unauthenticated    UNAUTHENTICATED: the service needs a token, or does not know this one
 ├── NotFound           NOT_FOUND: no detached job has this name, or no longer
 ├── AlreadyExists      ALREADY_EXISTS: the name is that of another detached job
-├── DeadlineExceeded   DEADLINE_EXCEEDED: the call's timeout passed
-├── Cancelled          CANCELLED: the call was given up, here or on its way
+├── DeadlineExceeded   DEADLINE_EXCEEDED: the call's timeout passed, or is too short for the request
+├── Cancelled          CANCELLED: the call was given up, here or on its way, or its client is closed
 └── ServerError        every other status: the server failed
 """
 
+import copyreg
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
@@ -33,6 +36,7 @@ __all__ = [
     "Refused",
     "ServerError",
     "TextToImageError",
+    "TooLarge",
     "Unauthenticated",
     "Unavailable",
 ]
@@ -56,6 +60,11 @@ class TextToImageError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own calls the class with `args` alone, which lack the code. This way an error of a worker process
+        # arrives whole: the attributes are set, and no __init__ is called.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     @classmethod
     def _from_status(cls, message: str, code: grpc.StatusCode, details: Status) -> Self:
@@ -113,6 +122,10 @@ class Refused(TextToImageError):
         return cls(message, code)
 
 
+class TooLarge(TextToImageError):
+    """A message or its metadata exceed a limit of gRPC itself, here, at the server or on the way."""
+
+
 class Unauthenticated(TextToImageError):
     """The service needs a token, or does not know the one that was sent."""
 
@@ -126,11 +139,11 @@ class AlreadyExists(TextToImageError):
 
 
 class DeadlineExceeded(TextToImageError):
-    """The call's timeout passed before its answer was complete."""
+    """The call's timeout passed before its answer was complete, or is too short for the request on this server."""
 
 
 class Cancelled(TextToImageError):
-    """The call was given up before its answer was complete."""
+    """The call was given up before its answer was complete, or its client is closed."""
 
 
 class ServerError(TextToImageError):
@@ -158,13 +171,71 @@ def translated(target: str) -> Iterator[None]:
         raise error_from(error, target) from error
 
 
+TIMEOUT = "the timeout passed before the answer was complete"
+
+
+def closed_error() -> Cancelled:
+    """The error of a call to a client that is closed."""
+    return Cancelled("this client is closed; make another one", grpc.StatusCode.CANCELLED)
+
+
 def error_from(error: grpc.RpcError, target: str) -> TextToImageError:
     """The tree's error for gRPC's `error` in a call to `target`."""
     code = error.code()
     message = error.details() or code.name
+    details = _details(error)
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{target}: {message}"
-    return _BY_CODE.get(code, ServerError)._from_status(message, code, _details(error))
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details.code:
+        message = TIMEOUT  # in gRPC's words "Deadline Exceeded", or "Stream removed (Deadline Exceeded)"
+    kind = _BY_CODE.get(code, ServerError)
+    if kind is Refused and not details.code and _TOO_LARGE.search(message):
+        kind = TooLarge
+    return kind._from_status(message, code, details)
+
+
+# In gRPC's own words, those of its C core and of other languages' servers: "received metadata size exceeds hard limit",
+# "Received message larger than max (5 vs. 4)", "trying to send message larger than max".
+_TOO_LARGE = re.compile(r"(metadata|message|header).*(exceed|larger|too large)", re.IGNORECASE)
+
+# What gRPC says of a connection that broke, or of a proxy that cut a call, under INTERNAL, UNKNOWN and CANCELLED. A
+# server's own errors never say it: theirs come with a status in words of their own.
+_BROKEN = re.compile(r"RST_STREAM|Stream removed|http2|HTTP/2|HTTP status|Socket closed|Connection reset|GOAWAY", re.I)
+_BROKEN_CODES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
+_NOT_CONNECTED = re.compile("failed to connect|DNS|name resol|connections to all backends", re.IGNORECASE)
+
+DOMAIN = "text_to_image.v1"
+"""Of google.rpc.ErrorInfo in the service's errors."""
+DEVICE_LOST = "DEVICE_LOST"
+"""The reason in the ErrorInfo of a job whose device did not answer any more."""
+
+
+def is_broken(error: grpc.RpcError) -> bool:
+    """Whether the connection to the server broke, or was never made: nothing is known of what the server did."""
+    code = error.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    return code in _BROKEN_CODES and not _details(error).code and bool(_BROKEN.search(error.details() or ""))
+
+
+def is_gone(error: grpc.RpcError, admitted: bool) -> bool:
+    """Whether the server that had the request is gone, so that another one may have it.
+
+    `admitted` says whether the server is known to have begun it. A request that was refused before, or that reached
+    no server at all, is gRPC's to send again.
+    """
+    if error.code() is grpc.StatusCode.ABORTED:
+        return _reason(error) == DEVICE_LOST
+    if not is_broken(error):
+        return False
+    answered = bool(_details(error).code)  # the server's own words, and not those of a broken connection
+    return admitted or not (answered or _NOT_CONNECTED.search(error.details() or ""))
+
+
+def _reason(error: grpc.RpcError) -> str:
+    info = ErrorInfo()
+    reasons = [info.reason for each in _details(error).details if each.Unpack(info) and info.domain == DOMAIN]
+    return reasons[0] if reasons else ""
 
 
 def _details(error: grpc.RpcError) -> Status:

@@ -1,6 +1,7 @@
 """Between the contract's messages and this client's types, both ways. Pure: no channel, no clock, no file."""
 
 import enum
+import secrets
 from typing import Any, cast
 
 from google.protobuf.duration_pb2 import Duration
@@ -34,6 +35,8 @@ from .v1 import text_to_image_pb2 as pb
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """What a channel of this client takes; every request tells the server so."""
 
+_REFUSED_MESSAGE_BYTES = 1  # a server takes 16 KiB to 64 MiB
+
 _FIELDS = {
     "model": "data.model",
     "aspect_ratio": "parameter.aspect_ratio",
@@ -62,25 +65,96 @@ _ENUMS: dict[str, tuple[type[enum.StrEnum], Any]] = {
 """Where an option is a word here and a number there."""
 
 
+_WHOLE = "a whole number"
+_RULES = {
+    "prompt": "text",
+    "model": "text",
+    "aspect_ratio": 'text such as "16:9"',
+    "negative_prompt": "text",
+    "n": f"{_WHOLE} from 1 to the server's limits.max_images",
+    "seed": f"{_WHOLE} from 0 to 4294967295",
+    "steps": f"{_WHOLE} from 1 to the server's limits.max_steps",
+    "guidance_scale": "a number from 0 to 50",
+    "high_noise_frac": "a number above 0 and at most 1",
+    "scheduler": "text, one of those that model() lists",
+    "width": f"{_WHOLE} of pixels from limits.min_side to limits.max_side of the server",
+    "height": f"{_WHOLE} of pixels from limits.min_side to limits.max_side of the server",
+    "format": f"one of {', '.join(Format)}",
+    "quality": f"{_WHOLE} from 1 to 100",
+    "preview_interval": f"{_WHOLE} from 0 on",
+    "request_id": "text of at most 128 characters of A-Z a-z 0-9 . _ : / -",
+    "priority": f"{_WHOLE} from -2 to 2",
+    "on_disconnect": f"one of {', '.join(OnDisconnect)}",
+}
+"""What each argument must be, for the words of those that no message can carry."""
+
+
 def build_request(prompt: str, options: GenerateOptions) -> pb.GenerateRequest:
     """The message that asks for `prompt`, with raw bytes instead of base64.
 
     Raises InvalidRequest, naming every bad field, for what a message cannot even carry: a negative seed, a lone
     surrogate. Whether a value makes sense is the server's to say. Raises TypeError for an option that does not exist.
     """
+    request, violations = draft_request(prompt, options)
+    if violations:
+        raise invalid(violations)
+    return request
+
+
+def draft_request(prompt: str, options: GenerateOptions) -> tuple[pb.GenerateRequest, tuple[FieldViolation, ...]]:
+    """The message of `build_request` without what it cannot carry, and what is wrong with that."""
     if unknown := options.keys() - _FIELDS.keys():
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
     request = pb.GenerateRequest(output=pb.Output(raw=True, max_message_bytes=MAX_MESSAGE_BYTES))
-    given = {"data.prompt": prompt} | {_FIELDS[name]: value for name, value in options.items() if value is not None}
+    given = {"prompt": prompt} | {name: value for name, value in options.items() if value is not None}
     violations = []
-    for path, value in given.items():
+    for name, value in given.items():
+        path = _FIELDS.get(name, "data.prompt")
         try:
             _set(request, path, _number_of(path, value) if path in _ENUMS else value)
-        except (TypeError, ValueError) as error:
-            violations.append(FieldViolation(_json_path(path), str(error)))
-    if violations:
-        raise InvalidRequest("the request cannot be sent", violations=tuple(violations))
+        except (TypeError, ValueError):
+            violations.append(FieldViolation(_json_path(path), f"{name} must be {_RULES[name]}, is {_shown(value)}"))
+    return request, tuple(violations)
+
+
+def with_seed(request: pb.GenerateRequest) -> pb.GenerateRequest:
+    """The request with a random seed where it has none, so that it means the same images on any server.
+
+    A detached one stays as it is: the same request under its name joins the job, so it must look the same each time.
+    """
+    if request.on_disconnect != pb.ON_DISCONNECT_DETACH and not request.parameter.HasField("seed"):
+        request.parameter.seed = secrets.randbits(32)
     return request
+
+
+def as_refusable(request: pb.GenerateRequest) -> pb.GenerateRequest:
+    """The request with a limit that every server refuses, so that it names what else is wrong and draws nothing."""
+    refusable = pb.GenerateRequest()
+    refusable.CopyFrom(request)
+    refusable.output.max_message_bytes = _REFUSED_MESSAGE_BYTES
+    return refusable
+
+
+def with_those_of_the_server(
+    violations: tuple[FieldViolation, ...], found: tuple[FieldViolation, ...]
+) -> tuple[FieldViolation, ...]:
+    """The violations of a draft, and of those that the server found in `as_refusable` the ones that are the caller's.
+
+    The server takes a field that could not be carried for one that was left out.
+    """
+    known = {violation.field for violation in violations} | {_json_path("output.max_message_bytes")}
+    return (*violations, *(violation for violation in found if violation.field not in known))
+
+
+def invalid(violations: tuple[FieldViolation, ...]) -> InvalidRequest:
+    """The error that names all violations."""
+    return InvalidRequest("; ".join(map(str, violations)), violations=violations)
+
+
+def _shown(value: object) -> str:
+    """The value in at most about 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:40]}... ({type(value).__name__})"
 
 
 def read_request(message: pb.GenerateRequest) -> Request:
@@ -119,7 +193,7 @@ def _json_path(path: str) -> str:
 def _number_of(path: str, value: object) -> int:
     words, numbers = _ENUMS[path]
     if value not in list(words):
-        raise ValueError(f"must be one of {', '.join(words)}, not {value!r}")
+        raise ValueError
     return cast("int", numbers.Value(_prefix(numbers) + str(value).upper()))
 
 

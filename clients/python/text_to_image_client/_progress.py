@@ -28,6 +28,9 @@ class Display(Protocol):
     def finish(self, choice_index: int, line: str) -> None:
         """Say `line`, now that image `choice_index` is finished."""
 
+    def say(self, line: str) -> None:
+        """Say `line` amid what is shown."""
+
 
 def display_for(console: Console, images: int | None) -> Display:
     """The display that suits `console` and a request for so many images, None for a number that is yet to be seen."""
@@ -98,6 +101,9 @@ class LiveDisplay:
                 if index == choice_index:
                     self._drop(row)
             self._bars.refresh()
+        self.say(line)
+
+    def say(self, line: str) -> None:
         self._bars.console.print(Text(line), soft_wrap=True)
 
     def _settle(self) -> None:
@@ -118,6 +124,7 @@ class PlainDisplay:
         self._console = console
         self._images = images
         self._told = 0.0
+        self._newest: tuple[int, Stage, int] | None = None
 
     def __enter__(self) -> Self:
         self._told = time.monotonic()
@@ -131,12 +138,20 @@ class PlainDisplay:
     def show(self, event: Queued | Progress) -> None:
         if isinstance(event, Queued):
             self._print(", ".join(filter(None, ("queued", _ahead(event), _left(event.eta)))))
-        elif event.step == event.steps or time.monotonic() - self._told >= _PLAIN_SECONDS:
+        elif self._is_new_end(event) or time.monotonic() - self._told >= _PLAIN_SECONDS:
             counted = f"{_label(event, self._images)} {event.step}/{event.steps}"
             self._print(", ".join(filter(None, (counted, _left(event.eta)))))
 
     def finish(self, choice_index: int, line: str) -> None:
+        self.say(line)
+
+    def say(self, line: str) -> None:
         self._print(line)
+
+    def _is_new_end(self, event: Progress) -> bool:
+        """Whether the event ends a stage, and does not only repeat the newest one, as servers do in a long silence."""
+        newest, self._newest = self._newest, (event.choice_index, event.stage, event.step)
+        return event.step == event.steps and self._newest != newest
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)

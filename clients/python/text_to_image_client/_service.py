@@ -139,17 +139,17 @@ class Service:
         Raises ServiceFailed when the process ends first, at once, or when `seconds` have passed.
         """
         deadline = time.monotonic() + seconds
-        address = None
+        address, last = None, "it has no address yet"
         while time.monotonic() < deadline:
             address = address or self.address()
-            if address is not None and _is_serving(address):
+            if address is not None and (last := _why_not_serving(address)) == "":
                 return address
             try:
                 status = self.process.wait(timeout=0.1)
             except subprocess.TimeoutExpired:
                 continue
             raise self._ended(status)
-        raise ServiceFailed(f"the service was not ready within {seconds:g} s", self.log())
+        raise ServiceFailed(f"the service was not ready within {seconds:g} s: {last}", self.log())
 
     def _ended(self, status: int) -> ServiceFailed:
         log = self.log()
@@ -181,10 +181,12 @@ def running(launch: Launch, directory: Path) -> Iterator[Service]:
             process.wait()
 
 
-def _is_serving(address: str) -> bool:
+def _why_not_serving(address: str) -> str:
+    """Why the service is not ready, "" if it is."""
     try:
         # A fresh channel each time: an old one would wait longer and longer between its attempts to connect.
         with TextToImage(address, timeout=2, retries=0) as client:
-            return client.health() is ServingStatus.SERVING
-    except TextToImageError:
-        return False
+            status = client.health()
+    except TextToImageError as error:
+        return str(error)
+    return "" if status is ServingStatus.SERVING else f"its health is {status}"

@@ -9,7 +9,9 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Required, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
+
+from ._files import write_whole
 
 __all__ = [
     "ContentFilter",
@@ -112,10 +114,14 @@ class GenerateOptions(TypedDict, total=False):
     """A `Preview` event for every so many network calls of an image. Default 0, none. Not of `generate`."""
 
 
-class Request(GenerateOptions):
-    """A whole request, the keyword arguments of `generate` and `stream`: client.generate(**request)."""
+class Request(GenerateOptions, total=False):
+    """A whole request, the keyword arguments of `generate` and `stream`: client.generate(**request).
 
-    prompt: Required[str]
+    It always has a prompt. To type checkers it need not have one, so that they take `request | {"seed": 8}`: pyright
+    checks the right side against the type of the left one.
+    """
+
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,8 @@ class Image:
     def save(self, path: str | Path) -> Path:
         """Write the image as it is, byte for byte, and return the path.
 
-        Raises ValueError if the name promises another format: an image is never coded again behind your back.
+        The file is whole or not there: on a full disk, what was there before stays. Raises ValueError if the name
+        promises another format, since an image is never coded again behind your back, and OSError.
         """
         return _write(Path(path), self.data, self.format)
 
@@ -180,8 +187,7 @@ def _write(path: Path, data: bytes, format_: Format) -> Path:
             f"{path} cannot hold an image/{format_}: name it {path.with_suffix(format_.suffixes[0]).name}, "
             "or ask for another format"
         )
-    path.write_bytes(data)
-    return path
+    return write_whole(path, data)
 
 
 class WarningCode(enum.StrEnum):
@@ -318,7 +324,7 @@ class Preview:
     """As in Queued."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture, and return the path. Raises ValueError if the name does not promise a JPEG."""
+        """Write the picture as `Image.save` does. Raises ValueError unless the name promises a JPEG."""
         return _write(Path(path), self.image, Format.JPEG)
 
     def _repr_jpeg_(self) -> bytes:

@@ -5,6 +5,7 @@ What a program may want goes to stdout, what a person wants to stderr, and the k
 
 import contextlib
 import datetime
+import errno
 import json
 import signal
 import tempfile
@@ -29,9 +30,11 @@ from ._exceptions import (
     Refused,
     ServerError,
     TextToImageError,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
+from ._files import write_whole
 from ._instill import parse_input
 from ._messages import build_request
 from ._progress import display_for
@@ -69,6 +72,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     NotFound: 9,
     AlreadyExists: 10,
     Unauthenticated: 11,
+    TooLarge: 12,
     Cancelled: 130,
 }
 """An error that is not here ends with 1; click ends with 2 when the command line is wrong."""
@@ -81,12 +85,13 @@ Exit codes:
   3    bad input; every bad field is named
   4    not reachable, loading or draining; of `health`: not SERVING
   5    refused, the queue is full
-  6    the timeout passed
+  6    the timeout passed, or is too short for the request
   7    of `run`: the service did not start
   8    of `generate --like --strict`: something differs from what it was
   9    no detached job has this name, or it is no longer kept
   10   the name is that of another detached job
   11   the service needs a token, or does not know this one
+  12   a message or its metadata are larger than gRPC takes, here or on the way
   130  cancelled
 """
 
@@ -102,6 +107,12 @@ class _Commands(click.Group):
                 click.echo(error.log, err=True, nl=False)
             _say(f"Error: {_explain(error)}", "red")
             ctx.exit(EXIT_CODES.get(type(error), 1))
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends in silence when nobody reads what it prints
+            named = f"{error.filename}: " if error.filename else ""
+            _say(f"Error: {named}{error.strerror or error}", "red")
+            ctx.exit(1)
         except KeyboardInterrupt:
             _say("Cancelled.")
             ctx.exit(EXIT_CODES[Cancelled])
@@ -110,7 +121,7 @@ class _Commands(click.Group):
 def _target_option(command: _Command) -> _Command:
     return click.option(
         "--target",
-        metavar="HOST:PORT",
+        metavar="TARGET",
         default=lambda: click.get_current_context().find_root().params["target"],
         show_default="that of t2i",
         help="The service to talk to.",
@@ -125,12 +136,12 @@ def _file_option(name: str, variable: str, text: str) -> Callable[[_Command], _C
 @click.group(cls=_Commands, epilog=_EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--target",
-    metavar="HOST:PORT",
+    metavar="TARGET",
     envvar="T2I_TARGET",
     show_envvar=True,
     default="127.0.0.1:50051",
     show_default=True,
-    help="The service to talk to; may also stand behind the command.",
+    help="The service to talk to: HOST:PORT, HOST for port 50051, or unix:/PATH; may also stand behind the command.",
 )
 @click.option("--tls", is_flag=True, envvar="T2I_TLS", show_envvar=True, help="Use TLS; implied by the next three.")
 @_file_option("--tls-authority", "T2I_TLS_AUTHORITY", "Certificates to trust, PEM.  [default: those of gRPC]")
@@ -327,7 +338,7 @@ def _tell(result: Result, metadata: Path | None, as_json: bool) -> None:
         _say(f"Warning: {warning}", "yellow")
     if metadata is not None:
         with _told_by_name(metadata):
-            metadata.write_text(json.dumps(result.metadata, indent=2) + "\n", "utf-8")
+            write_whole(metadata, (json.dumps(result.metadata, indent=2) + "\n").encode())
     if as_json:
         click.echo(json.dumps(result.metadata, indent=2))
 
@@ -364,9 +375,12 @@ def _follow(events: EventStream, output: Path, n: int | None, preview: Path | No
 
     Each of `n` images is saved as soon as it is there. Where n is not known, neither are the names until all are there.
     """
-    began = time.monotonic()
+    began, resubmitted = time.monotonic(), 0
     with display_for(Console(stderr=True), n) as display:
         for event in events:
+            if events.resubmitted > resubmitted:
+                resubmitted = events.resubmitted
+                display.say("the server that had the request is gone; another one draws it")
             match event:
                 case Done(result):
                     for index, image in enumerate(result.images if n is None else ()):
@@ -389,10 +403,10 @@ def _numbered(path: Path, index: int, n: int) -> Path:
 
 def _saved(image: Image, path: Path, seconds: float) -> str:
     """Save the image and return the line that tells so."""
-    if Format.of(path) is not image.format:  # the server coded it smaller, and warns of it
-        path = path.with_suffix(image.format.suffixes[0])
+    named = Format.of(path) is image.format  # else the server coded it smaller, and warns of it
+    path = path if named else path.with_suffix(image.format.suffixes[0])
     with _told_by_name(path):
-        image.save(path)
+        path = write_whole(path, image.data, overwrite=named)
     calls = f"base {image.base_calls}" + (f" + refiner {image.refiner_calls}" if image.refiner_calls else "")
     told = [str(path), f"{image.width}x{image.height}", f"seed {image.seed}", f"{calls} steps", f"{seconds:.1f} s"]
     if image.finish_reason != "success":
@@ -406,7 +420,7 @@ def _told_by_name(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise click.FileError(str(path), error.strerror) from error
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
 
 
 @main.command()
@@ -523,9 +537,7 @@ def _log_of(service: Service) -> Iterator[None]:
 def _explain(error: Exception) -> str:
     if isinstance(error, InvalidRequest) and len(error.violations) > 1:
         return "\n  ".join(["the request has more than one fault", *map(str, error.violations)])
-    if isinstance(error, DeadlineExceeded):
-        return "the timeout passed"  # in gRPC's words "Stream removed (Deadline Exceeded)"
-    if isinstance(error, Refused) and error.retry_after is not None:
+    if isinstance(error, Refused) and error.retry_after is not None and "try again in" not in str(error):
         return f"{error} (try again in {error.retry_after:g} s)"
     return str(error)
 

@@ -1,0 +1,201 @@
+"""Errors arrive whole from worker processes, and gRPC's own are told apart from the service's."""
+
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+import text_to_image_client
+from text_to_image_client import (
+    AsyncTextToImage,
+    Cancelled,
+    FieldViolation,
+    InvalidRequest,
+    Refused,
+    TextToImage,
+    TextToImageError,
+    TooLarge,
+)
+
+CODE = grpc.StatusCode.UNAVAILABLE
+ERRORS = [
+    InvalidRequest("bad", CODE, (FieldViolation("data.prompt", "must not be blank"),)),
+    Refused("full", CODE, 2.5),
+    *(
+        kind("words", CODE)
+        for kind in vars(text_to_image_client).values()
+        if isinstance(kind, type) and issubclass(kind, TextToImageError) and kind not in (InvalidRequest, Refused)
+    ),
+]
+
+
+def fail(error: TextToImageError) -> None:
+    raise error
+
+
+def fail_in_a_call(target: str) -> None:
+    with TextToImage(target, retries=0) as client:
+        client.generate("cat")
+
+
+def described(error: BaseException) -> tuple[Any, ...]:
+    return type(error), str(error), error.args, vars(error)
+
+
+def test_every_error_is_tried():
+    assert {type(error) for error in ERRORS} >= set(TextToImageError.__subclasses__())
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_is_copied_whole(error: TextToImageError):
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert described(pickle.loads(pickle.dumps(error, protocol))) == described(error)
+    assert described(copy.copy(error)) == described(error)
+
+
+def test_an_error_leaves_its_worker_process_whole_and_the_pool_goes_on(service, status):
+    service.answer(status(grpc.StatusCode.ALREADY_EXISTS, "words"))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for error in ERRORS:
+            caught = pool.submit(fail, error).exception(60)
+            assert caught is not None
+            assert described(caught) == described(error)
+        caught = pool.submit(fail_in_a_call, service.target).exception(60)
+        assert isinstance(caught, text_to_image_client.AlreadyExists)
+        assert (caught.message, caught.code) == ("words", grpc.StatusCode.ALREADY_EXISTS)
+
+
+async def test_an_error_of_asyncio_is_copied_whole(service, status):
+    service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"))
+    async with AsyncTextToImage(service.target) as client:
+        with pytest.raises(Refused) as caught:
+            await client.generate("cat")
+    assert described(pickle.loads(pickle.dumps(caught.value))) == described(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "received metadata size exceeds soft limit (14123 vs. 8192); :path:...",
+        "received initial metadata size exceeds limit",
+        "received trailing metadata size exceeds hard limit (23000 vs. 16384)",
+        "Received message larger than max (4201636 vs. 4194304)",
+        "CLIENT: Sent message larger than max (70000000 vs. 67108864)",
+        "grpc: received message larger than max (5 vs. 4)",
+    ],
+)
+def test_what_is_too_large_for_grpc_is_no_full_queue(service, words):
+    service.answer((grpc.StatusCode.RESOURCE_EXHAUSTED, words))
+    with TextToImage(service.target) as client, pytest.raises(TooLarge) as caught:
+        client.generate("cat")
+    assert str(caught.value) == words
+
+
+def test_what_grpc_itself_finds_too_large_is_so(service):
+    with (
+        TextToImage(service.target, token="x" * 40_000, retries=0) as client,
+        pytest.raises(TooLarge, match="metadata"),
+    ):
+        client.generate("cat")
+    assert service.requests == []
+
+
+def test_what_the_service_refuses_stays_refused_whatever_its_words(service, status):
+    service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message of this request is larger than what waits"))
+    with TextToImage(service.target) as client, pytest.raises(Refused):
+        client.generate("cat")
+
+
+def test_a_client_that_is_closed_says_so(service):
+    with TextToImage(service.target) as client:
+        pass
+    calls = [
+        lambda: client.generate("cat"),
+        lambda: client.stream("cat"),
+        lambda: client.attach("mine"),
+        lambda: client.cancel("mine"),
+        client.model,
+        client.health,
+    ]
+    for call in calls:
+        with pytest.raises(Cancelled, match="this client is closed; make another one"):
+            call()
+
+
+@pytest.mark.parametrize("used", [True, False])
+async def test_an_async_client_that_is_closed_says_so(service, status, used):
+    service.answer(status(grpc.StatusCode.INTERNAL))
+    async with AsyncTextToImage(service.target) as client:
+        if used:
+            with pytest.raises(TextToImageError):
+                await client.model()
+    for call in (client.model, client.health, lambda: client.generate("cat"), lambda: client.cancel("mine")):
+        with pytest.raises(Cancelled, match="this client is closed; make another one"):
+            await call()
+    for stream in (lambda: client.stream("cat"), lambda: client.attach("mine")):
+        with pytest.raises(Cancelled, match="this client is closed; make another one"):
+            await anext(stream())
+
+
+class TestBadInput:
+    """What no message can carry is said together with what the server finds, and nothing is drawn."""
+
+    @pytest.fixture
+    def refusing(self, service, status):
+        """A server that refuses as the real one does: what it finds, and the limit that is asked for to be refused."""
+        from google.rpc.error_details_pb2 import BadRequest
+
+        violations = [
+            BadRequest.FieldViolation(field="sampling.steps", description="must be 1 to 150, is 9999"),
+            BadRequest.FieldViolation(field="data.prompt", description="is required and must not be blank"),
+            BadRequest.FieldViolation(field="output.maxMessageBytes", description="must be 16384 to 67108864, is 1"),
+        ]
+        service.answer(status(grpc.StatusCode.INVALID_ARGUMENT, "bad", BadRequest(field_violations=violations)))
+        return service
+
+    @staticmethod
+    def check(error: InvalidRequest, service: Any) -> None:
+        assert [each.field for each in error.violations] == ["data.prompt", "parameter.seed", "sampling.steps"]
+        assert str(error) == (
+            "data.prompt: prompt must be text, is None; "
+            "parameter.seed: seed must be a whole number from 0 to 4294967295, is -1; "
+            "sampling.steps: must be 1 to 150, is 9999"
+        )
+        (asked,) = service.requests
+        assert asked.output.max_message_bytes == 1, "less than any server takes"
+
+    @pytest.mark.parametrize("method", ["generate", "stream"])
+    def test_all_at_once(self, refusing, method):
+        with TextToImage(refusing.target) as client, pytest.raises(InvalidRequest) as caught:
+            getattr(client, method)(None, seed=-1, steps=9999)
+        self.check(caught.value, refusing)
+
+    async def test_all_at_once_from_asyncio(self, refusing):
+        async with AsyncTextToImage(refusing.target) as client:
+            with pytest.raises(InvalidRequest) as caught:
+                await client.generate(None, seed=-1, steps=9999)  # type: ignore[arg-type]
+        self.check(caught.value, refusing)
+
+    async def test_all_at_once_from_an_async_stream(self, refusing):
+        async with AsyncTextToImage(refusing.target) as client, client.stream(None, seed=-1, steps=9999) as events:  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequest) as caught:
+                await anext(events)
+        self.check(caught.value, refusing)
+
+    def test_a_server_that_cannot_be_asked_leaves_what_is_known_here(self, service, status):
+        service.answer(status(grpc.StatusCode.UNAUTHENTICATED, "no token"))
+        with TextToImage(service.target) as client, pytest.raises(InvalidRequest, match="seed must be a whole number"):
+            client.generate("cat", seed=-1)
+
+
+@pytest.mark.parametrize("timeout", ["5", True, [1]])
+def test_a_timeout_that_is_no_number_is_said_so(timeout):
+    for make in (TextToImage, AsyncTextToImage):
+        with pytest.raises(TypeError, match="timeout must be a number of seconds, or None"):
+            make("127.0.0.1:1", timeout=timeout)
+    with TextToImage("127.0.0.1:1") as client, pytest.raises(TypeError, match="timeout must be a number"):
+        client.generate("cat", timeout=timeout)

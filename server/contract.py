@@ -3,6 +3,7 @@
 Pure functions over the generated messages; what the fields mean is said in proto/text_to_image.proto.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import math
@@ -471,7 +472,10 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception)
     ours = tuple(context.trailing_metadata() or ())
     status = status_of(error, TRAILER_BYTES - sum(_HEADER_BYTES + len(name) + len(value) for name, value in ours))
     details = (*ours, (_DETAILS, status.SerializeToString()))  # which take the place of what was set before
-    await context.abort(STATUS[type(error)], status.message, trailing_metadata=details)
+    try:
+        await context.abort(STATUS[type(error)], status.message, trailing_metadata=details)
+    except grpc.aio.InternalError:  # of gRPC's, when it has just found the caller gone
+        raise asyncio.CancelledError from None
 
 
 def coded(task: Task, event: events.ImageReady) -> images.CodedImage:
@@ -596,6 +600,21 @@ def progress_message(event: events.Progress) -> pb.StreamGenerateResponse:
             eta=_duration(event.eta),
         )
     )
+
+
+def repeated_message(
+    message: pb.StreamGenerateResponse, then: float, now: float, number: int
+) -> pb.StreamGenerateResponse:
+    """Return a `queued` or `progress` that was made `then` as it is `now`, on one clock in seconds: its ETA is less.
+
+    `number` is that of the newest event that the stream has had, which may be another one.
+    """
+    again = pb.StreamGenerateResponse()
+    again.CopyFrom(message)
+    again.number = number
+    eta = again.queued.eta if again.HasField("queued") else again.progress.eta
+    eta.CopyFrom(_duration(max(0.0, eta.ToMicroseconds() / 1e6 - (now - then))))
+    return again
 
 
 def preview_message(task: Task, event: events.Preview) -> pb.StreamGenerateResponse:

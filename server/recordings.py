@@ -72,6 +72,7 @@ class Recording:
         self._card = card
         self._messages: list[pb.StreamGenerateResponse | None] = []
         self._newest: dict[Hashable, int] = {}
+        self._state: tuple[pb.StreamGenerateResponse, float] | None = None  # newest queued or progress, and since when
         self._grown = asyncio.Event()
         self._complete = False
         self._observe = observe
@@ -124,9 +125,12 @@ class Recording:
             self._observe(Settled(self._job.task.used, delivered))
 
     @contextlib.contextmanager
-    def listening(self, after: int = 0) -> Iterator[AsyncIterator[pb.StreamGenerateResponse]]:
+    def listening(
+        self, after: int = 0, heartbeat_seconds: float = 0
+    ) -> Iterator[AsyncIterator[pb.StreamGenerateResponse]]:
         """The messages after number `after`, to the job's end. A job that is not detached ends with its only listener.
 
+        After every `heartbeat_seconds` without a message, the newest `queued` or `progress` comes again; with 0 never.
         Reading raises what the job failed with. Raises InvalidRequest for a number that is still to come.
         """
         if after > len(self._messages):
@@ -134,14 +138,14 @@ class Recording:
             raise InvalidRequest([Violation("after", f"must be at most {newest}, the newest event, is {after}")])
         self._listeners += 1
         try:
-            yield self._listen(after)
+            yield self._listen(after, heartbeat_seconds)
         finally:
             self._listeners -= 1
             if not self.task.detached:
                 self.cancel()
             self._settle()
 
-    async def _listen(self, number: int) -> AsyncIterator[pb.StreamGenerateResponse]:
+    async def _listen(self, number: int, heartbeat_seconds: float) -> AsyncIterator[pb.StreamGenerateResponse]:
         while True:
             grown = self._grown
             while number < len(self._messages):
@@ -153,7 +157,12 @@ class Recording:
                     yield message
             if self._complete:
                 break
-            await grown.wait()
+            try:
+                async with asyncio.timeout(heartbeat_seconds or None):
+                    await grown.wait()
+            except TimeoutError:
+                if self._state is not None:
+                    yield contract.repeated_message(*self._state, time.monotonic(), number)
         if self.error is not None:
             raise self.error.with_traceback(None)  # which would grow with each listener
         self._settle(delivered=True)
@@ -186,6 +195,8 @@ class Recording:
             if kind in self._newest:
                 self._messages[self._newest[kind] - 1] = None
             self._newest[kind] = message.number
+        if message.HasField("queued") or message.HasField("progress"):
+            self._state = message, time.monotonic()
         self._messages.append(message)
         self._wake()
 

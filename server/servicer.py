@@ -194,7 +194,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
     async def _tell(self, recording: Recording, after: int, context: Context) -> None:
         """Hand a recording's messages on, as long as the client reads them."""
-        with recording.listening(after) as messages:
+        with recording.listening(after, self._settings.heartbeat_seconds) as messages:
             async for message in messages:
                 if unread := await self._write(message, context):
                     break
@@ -239,6 +239,9 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
+        except grpc.aio.InternalError:  # of gRPC's, when it has just found the caller gone
+            code = grpc.StatusCode.CANCELLED
+            raise asyncio.CancelledError from None
         except Exception:
             code = grpc.StatusCode.INTERNAL
             log.exception("%s failed", call)

@@ -208,6 +208,13 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         30, gt=0, le=3600, description="how long a client may leave its stream unread before the call is ended"
     )
+    heartbeat_seconds: float = Field(
+        15,
+        ge=0,
+        le=3600,
+        description="after so long a silence a stream repeats its newest queued or progress event, so that proxies do "
+        "not end it; 0 for never",
+    )
     retention_seconds: float = Field(600, ge=0, le=86_400, description="how long a detached job is kept after its end")
     retention_bytes: int = Field(
         256 * 1024 * 1024,

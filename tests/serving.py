@@ -26,14 +26,14 @@ SERVICE = "text_to_image.v1.TextToImageService"
 LONG_JOB = {"parameter": {"n": 8}, "sampling": {"steps": 150}}
 
 # Options of a channel that retries every method as the Python client does by default.
-_RETRY_POLICY = {
+RETRY_POLICY = {
     "maxAttempts": 5,
     "initialBackoff": "0.2s",
     "maxBackoff": "2s",
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
-RETRIES = [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}]}))]
+RETRIES = [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": RETRY_POLICY}]}))]
 
 
 def request(prompt: str = "a cat", **fields: object) -> pb.GenerateRequest:

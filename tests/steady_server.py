@@ -1,22 +1,28 @@
 """The real server around a model without weights or torch, whose every call takes a fixed time.
 
 STEADY_SECONDS in the environment is the time of a call in seconds, by default 0. An image is of one colour, which its
-prompt and seed decide. A prompt with "hang" in it never comes back from the encoders. A process is ready in a second.
+prompt and seed decide. A prompt with "hang" in it never comes back from the encoders, and "until FILE" when there is
+that file; "broken" raises in a step, and the images of "loud" are noise of 1000 pixels a side. The log has a line
+"begins: SEED" for each job. A process is ready in a second.
 """
 
 import hashlib
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from server import __main__ as program
 from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
 from server.settings import Settings
+
+log = logging.getLogger("steady")
 
 ENVIRONMENT = Environment({"steady": "1"}, "none", "fp32", "ieee", 0, 1, "off")
 CARD = ModelCard(
@@ -61,8 +67,11 @@ class SteadyModel:
         self.max_batch = images
 
     def encode(self, request: ImageRequest) -> Prompt:
+        log.info("begins: %d", request.seeds[0])
         if "hang" in request.prompt:
             threading.Event().wait()
+        while request.prompt.startswith("until ") and not Path(request.prompt.removeprefix("until ")).exists():
+            time.sleep(0.05)
         time.sleep(self._seconds)
         return Prompt()
 
@@ -72,6 +81,8 @@ class SteadyModel:
     def step(self, trajectories: Sequence[Image], meanwhile: Callable[[], None]) -> None:
         meanwhile()
         time.sleep(self._seconds)
+        if any("broken" in each.request.prompt for each in trajectories):
+            raise RuntimeError("broken on purpose")
 
     def preview(self, trajectory: Image) -> np.ndarray:
         return self.decode(trajectory)[::8, ::8]
@@ -79,6 +90,8 @@ class SteadyModel:
     def decode(self, trajectory: Image) -> np.ndarray:
         time.sleep(self._seconds)
         request = trajectory.request
+        if "loud" in request.prompt:
+            return np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
         colour = hashlib.sha256(f"{request.prompt}\0{trajectory.seed}".encode()).digest()[:3]
         return np.broadcast_to(np.frombuffer(colour, np.uint8), (request.height, request.width, 3)).copy()
 

@@ -392,6 +392,45 @@ class TestRetention:
             assert kinds([first, *[message async for message in messages]]) == ["choice", "done"]
 
 
+class TestSilence:
+    async def test_after_a_silence_the_newest_state_comes_again_as_the_same_event(self, house):
+        recording = house.begin(**DETACH)
+        house.engine.jobs[0].tell(Queued(2, 100.0))
+        with recording.listening(heartbeat_seconds=0.01) as messages:
+            queued, again = await anext(messages), await anext(messages)
+            assert kinds([queued, again]) == ["queued", "queued"]
+            assert (again.number, again.queued.position) == (queued.number, 2)
+            assert again.queued.eta.ToTimedelta() < queued.queued.eta.ToTimedelta(), "what has passed is taken off"
+            house.engine.jobs[0].tell(progress(1))
+            while (step := await anext(messages)).number == queued.number:
+                pass
+            again = await anext(messages)
+            assert kinds([step, again]) == ["progress", "progress"]
+            assert (again.number, again.progress.step) == (step.number, 1)
+
+    async def test_what_is_repeated_bears_the_newest_number_so_that_nothing_comes_twice_to_who_attaches(self, house):
+        recording = house.begin(output={"previewInterval": 1}, **DETACH)
+        for event in (Queued(0, 1.0), progress(1), preview(0, 1)):
+            house.engine.jobs[0].tell(event)
+        with recording.listening(heartbeat_seconds=0.01) as messages:
+            events = [await anext(messages) for _ in range(4)]
+        assert kinds(events) == ["queued", "progress", "preview", "progress"]
+        assert [each.number for each in events] == [1, 2, 3, 3]
+        with recording.listening(after=3, heartbeat_seconds=0.01) as messages:
+            again = await anext(messages)
+            assert (again.number, again.progress.step) == (3, 1)
+            house.engine.jobs[0].tell(image(0))
+            house.engine.jobs[0].tell(DONE)
+            rest = [message async for message in messages if message.number != 3]
+        assert [each.number for each in rest] == [4, 5]
+
+    async def test_an_eta_that_has_passed_is_zero(self):
+        event = pb.StreamGenerateResponse(queued=pb.Queued(position=1))
+        event.queued.eta.FromSeconds(5)
+        assert contract.repeated_message(event, 100.0, 103.0, 1).queued.eta.ToSeconds() == 2
+        assert contract.repeated_message(event, 100.0, 200.0, 1).queued.eta.ToSeconds() == 0
+
+
 class TestImageRoom:
     async def test_images_of_one_message_are_coded_alike_whichever_is_ready_first(self):
         sizes = []

@@ -116,9 +116,19 @@ def _unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
         call = _Call(context)
         response: bytes = await behaviour(request, call)
         call.finish()
+        await _abort_if_failed(context)
         return response
 
     return unary
+
+
+async def _abort_if_failed(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """End a unary call by the status that is set.
+
+    Left to gRPC, headers and an empty message would go before the status, and no client would try again.
+    """
+    if (code := context.code()) not in (None, grpc.StatusCode.OK):
+        await context.abort(code, context.details(), tuple(context.trailing_metadata() or ()))
 
 
 def _job(behaviour: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,6 +145,7 @@ def _job(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             admitted = True
 
         await _receive(behaviour, request, context, take)
+        await _abort_if_failed(context)
         return answer
 
     return job

@@ -59,3 +59,14 @@ def test_on_a_terminal_a_finished_image_of_several_leaves_one_line():
     last = show(2, *events, terminal=True).rsplit("cat.jpg", 1)[1]
     assert "image 1 of 2" not in last
     assert "image 2 of 2 base" in last
+
+
+def test_on_a_terminal_what_is_repeated_of_a_finished_image_changes_nothing():
+    first = steps(Stage.DECODE, 1)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with display_for(console, 2) as display:
+        display.show(first[0])
+        display.finish(0, "cat.jpg")
+        display.show(first[0])  # the server repeats its newest event in a silence
+    assert isinstance(console.file, io.StringIO)
+    assert "decode" not in console.file.getvalue().rsplit("cat.jpg", 1)[1]

@@ -51,6 +51,7 @@ class LiveDisplay:
         self._images = images
         self._rows: dict[tuple[int, Stage], bars.TaskID] = {}
         self._latest = 0.0
+        self._shown: tuple[tuple[int, Stage], int] | None = None
         self._bars = bars.Progress(
             bars.SpinnerColumn(finished_text=Text("✓", "green")),
             bars.TextColumn("{task.description}", style="bold", markup=False),
@@ -84,6 +85,11 @@ class LiveDisplay:
         self._settle()
         key = (event.choice_index, event.stage)
         count, note = f"{event.step}/{event.steps}", _left(event.eta)
+        if (key, event.step) == self._shown:  # the server repeats its newest event in a silence
+            if self._rows[key] in self._bars.task_ids:
+                self._bars.update(self._rows[key], note=note)
+            return
+        self._shown = key, event.step
         if key not in self._rows:
             label = _label(event, self._images)
             self._rows[key] = self._bars.add_task(label, total=event.steps, count=count, note=note)

@@ -449,6 +449,11 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     number: builtins.int
     """Events of a job are numbered from 1. A number is missing where a newer event has replaced one before it was sent:
     only the newest `queued` is kept, and of each image only the newest `preview`, until its `choice`.
+
+    A number that comes twice is no new event: after a silence (15 seconds, if the server is not set otherwise) a stream
+    repeats its newest `queued` or `progress`, its `eta` brought up to date, under the number of the newest event that
+    the stream has had, so that no proxy takes the stream for dead. Whoever goes on by number (`AttachRequest.after`)
+    need not tell the two apart.
     """
     @property
     def queued(self) -> global___Queued: ...

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Guess: maximum_concurrent_rpcs bounds the work that a server takes on; health checks are answered all the same.
-# Seen: it counts every call. A server with its limit's worth of work answers a health check with RESOURCE_EXHAUSTED,
-#   and with a client's open Health.Watch, which counts too, it takes on one job fewer.
+# Seen: it counts every call. A server with its limit's worth of work answers a health check with RESOURCE_EXHAUSTED.
 # With: grpcio 1.85.1, grpcio-health-checking 1.85.1.
 # Why it matters: a liveness probe ends a server because it is busy, with all the work that it had; the bound belongs
 #   into the queue behind the servicer.

@@ -2,8 +2,8 @@
 # Guess: a JPEG that holds red, green and blue, marked so by Adobe's marker with transform 0, has its colours in every
 #   decoder, as it has in browsers and in libjpeg's family.
 # Seen: jpeg-js takes it for YCbCr, and everything built on it does, Jimp for one: a red apple is green and pink. No
-#   error, no warning; decode(data, {colorTransform: false}) shows it right. The same picture as YCbCr is right
-#   everywhere.
+#   error, no warning; decode(data, {colorTransform: false}) shows it right. The same picture as YCbCr is right without
+#   it.
 # With: jpeg-js 0.4.4, jimp 1.6.1; the pictures made by Pillow 13.0.0 (keep_rgb=True).
 # Why it matters: RGB keeps flat colours exact at 4:4:4, so a service is tempted to send it by default.
 # Output seen: mean difference of 255: RGB in jpeg-js 93.5, in Jimp 93.5, with colorTransform false 0.0; YCbCr 0.6

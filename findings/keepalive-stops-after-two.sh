@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Guess: a client with grpc.keepalive_time_ms = 1000 pings each second while its call waits for a silent server.
 # Seen: it pings twice and stops, since grpc.http2.max_pings_without_data is 2. With that at 0 it pings on, until an
-#   ordinary server, to which more than one ping in five minutes is abuse, ends the connection and the call:
-#   UNAVAILABLE, "Too many pings". There is no setting of the client alone that keeps a silent call alive.
+#   ordinary server, which expects five minutes between pings, ends the connection and the call: UNAVAILABLE, "Too many
+#   pings". No setting of the client alone pings a silent call every few seconds for long.
 # With: grpcio 1.85.1 on both sides.
 # Why it matters: a job that waits in a queue for minutes is a silent call. Keepalive carries it past no idle limit on
 #   the way, so the service itself has to say something now and then.

@@ -3,7 +3,7 @@
 # Seen: an error without messages before it, which is what every refusal is, comes in one block of headers, and nginx
 #   reads at most grpc_buffer_size of those, 4 kB by default on x86-64. From 4.1 kB on the caller gets 502, which gRPC
 #   makes UNAVAILABLE: a refusal that no retry can help becomes one that every client retries. After a first message
-#   the same error passes whole, at 15 kB too.
+#   the same error passes whole.
 # With: nginx 1.22.1 (Debian 12), grpcio 1.85.1.
 # Why it matters: a service that lists every violation of a request in its error has to keep the list below 4 kB, or
 #   ask operators for grpc_buffer_size.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Guess: what no_proxy may hold for curl holds for gRPC: * for everything, HOST:PORT for one port, NO_PROXY in
 #   capitals.
-# Seen: none of the three is understood, and the call goes to the proxy. Only a host, the end of a host's name and a
-#   block such as 127.0.0.0/8 are understood, and only in no_proxy or no_grpc_proxy in small letters.
+# Seen: none of the three is understood, and the call goes to the proxy. What is understood is a host, the end of a
+#   name after a dot and a block such as 127.0.0.0/8, and only in no_proxy or no_grpc_proxy in small letters.
 # With: grpcio 1.85.1.
 # Why it matters: an operator who switches the proxy off as for every other program switches it off for all but gRPC.
 # Output seen: no_proxy=*: proxy; no_proxy=127.0.0.1:PORT: proxy; NO_PROXY=127.0.0.1: proxy; no_proxy=127.0.0.0/8:

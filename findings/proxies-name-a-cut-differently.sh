@@ -5,8 +5,8 @@
 #   INTERNAL, and haproxy closes it as if it were complete, which gRPC in Python calls UNKNOWN and grpc-js INTERNAL.
 #   The same call to the same server that dies has three names, by what stands between.
 # With: nginx 1.22.1, haproxy 2.6.12 (both of Debian 12), grpcio 1.85.1.
-# Why it matters: a client that attaches to its job again on UNAVAILABLE misses two proxies of three, and INTERNAL and
-#   UNKNOWN are what a fault of the service looks like. A service that commits a call by sending its headers early
+# Why it matters: a client that attaches to its job again on UNAVAILABLE misses it behind both proxies, and INTERNAL
+#   and UNKNOWN are what a fault of the service looks like. A service that commits a call by sending its headers early
 #   meets this in unary calls as well.
 # Output seen: silent after headers: direct OK, nginx INTERNAL, haproxy UNKNOWN; silent before: direct OK, nginx
 #   UNAVAILABLE, haproxy UNAVAILABLE; server dies after headers: direct UNAVAILABLE, nginx INTERNAL, haproxy UNKNOWN

@@ -4,9 +4,10 @@
 #   nothing was done with the request. grpc-js believes it and sends the call again by itself, so it begins on a second
 #   server. grpcio gets the same answer and ends the call; nginx says 502, after which neither repeats it.
 # With: haproxy 2.6.12 (Debian 12), @grpc/grpc-js 1.14.7, grpcio 1.85.1.
-# Why it matters: a request that ends a process ends two, with every retry switched off, for callers in one language
-#   alone. Sending the headers when a job is admitted ends it.
-# Output seen: grpc-js: UNAVAILABLE, begun on 2 of 4 servers; grpcio: UNAVAILABLE, begun on 1 of 4 servers
+# Why it matters: a request that ends a process ends two, with no retry policy set, for callers in one language alone.
+#   A server that sends its headers when it admits the call is the only one that goes.
+# Output seen: grpc-js: UNAVAILABLE, begun on 2 of 4 servers; grpc-js, headers at once: INTERNAL, begun on 1 of 4
+#   servers; grpcio: UNAVAILABLE, begun on 1 of 4 servers
 set -euo pipefail
 for program in haproxy node npm; do
     command -v "$program" > /dev/null ||
@@ -27,6 +28,8 @@ import grpc
 
 async def end_process(request, context):
     print("begun", flush=True)
+    if request == b"headers at once":
+        await context.send_initial_metadata(())
     await asyncio.sleep(0.3)
     os._exit(1)
 
@@ -50,7 +53,7 @@ import grpc
 with grpc.insecure_channel(sys.argv[1], options=[("grpc.enable_http_proxy", 0)]) as channel:
     grpc.channel_ready_future(channel).result(30)
     try:
-        channel.unary_unary("/finding.Service/Draw")(b"", timeout=20)
+        channel.unary_unary("/finding.Service/Draw")(sys.argv[2].encode(), timeout=20)
         print("OK")
     except grpc.RpcError as error:
         print(error.code().name)
@@ -61,7 +64,8 @@ const client = new grpc.Client(process.argv[2], grpc.credentials.createInsecure(
 const bytes = (value) => value;
 const options = { deadline: Date.now() + 20000 };
 const metadata = new grpc.Metadata();
-client.makeUnaryRequest("/finding.Service/Draw", bytes, bytes, Buffer.alloc(0), metadata, options, (error) => {
+const request = Buffer.from(process.argv[3]);
+client.makeUnaryRequest("/finding.Service/Draw", bytes, bytes, request, metadata, options, (error) => {
   console.log(error ? grpc.status[error.code] : "OK");
   client.close();
 });
@@ -74,7 +78,7 @@ import sys
 import time
 
 
-def call(client):
+def call(client, request=""):
     servers = [subprocess.Popen([sys.executable, "server.py"], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     upstreams = "\n".join(
         f"    server s{number} 127.0.0.1:{server.stdout.readline().strip()} proto h2"
@@ -101,7 +105,8 @@ listen finding
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-        done = subprocess.run([*client, f"127.0.0.1:{port}"], capture_output=True, text=True, check=True, timeout=60)
+        command = [*client, f"127.0.0.1:{port}", request]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     finally:
         for process in (haproxy, *servers):
             process.kill()
@@ -109,9 +114,11 @@ listen finding
     return done.stdout.strip(), sum("begun" in server.communicate()[0] for server in servers)
 
 
-node, python = call(["node", "client.js"]), call([sys.executable, "client.py"])
-for name, (status, begun) in (("grpc-js", node), ("grpcio", python)):
+node = call(["node", "client.js"])
+committed = call(["node", "client.js"], "headers at once")
+python = call([sys.executable, "client.py"])
+for name, (status, begun) in (("grpc-js", node), ("grpc-js, headers at once", committed), ("grpcio", python)):
     print(f"{name}: {status}, begun on {begun} of 4 servers")
-if (node, python) != (("UNAVAILABLE", 2), ("UNAVAILABLE", 1)):
+if (node, committed, python) != (("UNAVAILABLE", 2), ("INTERNAL", 1), ("UNAVAILABLE", 1)):
     sys.exit("changed: a call begins on other numbers of servers")
 PYTHON

@@ -49,7 +49,7 @@ class Unusable(Exception):
     """The files of certificates or tokens cannot be used."""
 
 
-class _Files(Generic[_T]):
+class Files(Generic[_T]):
     """What some files hold, read anew when they have changed. The first reading raises Unusable."""
 
     def __init__(self, what: str, read: Callable[..., _T], *paths: Path) -> None:
@@ -61,15 +61,19 @@ class _Files(Generic[_T]):
 
     def held(self) -> _T:
         """What the files hold by now. Costs a `stat` of each while they are unchanged."""
-        if (stamps := self._stamps()) != self._seen:
-            self._seen = stamps
-            try:
-                self._held = self._read_all()
-            except Unusable as error:
-                log.warning("the changed %s cannot be used, those before stay: %s", self._what, error)
-            else:
-                log.info("the %s were read anew", self._what)
+        if self._stamps() != self._seen:
+            self.reload()
         return self._held
+
+    def reload(self) -> None:
+        """Read the files again, changed or not, and say in the log what came of it."""
+        self._seen = self._stamps()
+        try:
+            self._held = self._read_all()
+        except Unusable as error:
+            log.warning("the changed %s cannot be used, those before stay: %s", self._what, error)
+        else:
+            log.info("the %s were read anew", self._what)
 
     def _read_all(self) -> _T:
         try:
@@ -96,17 +100,25 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 # TLS.
 
 
-def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """TLS as the settings have it, None for none. Each new connection gets the certificate that is there by then.
-
-    Raises Unusable.
-    """
+def certificates_of(settings: Settings) -> "Files[grpc.ServerCertificateConfiguration] | None":
+    """The files of TLS that the settings name, None for none. Raises Unusable."""
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
     paths = [settings.tls_certificate, settings.tls_key]
     if settings.tls_client_authority is not None:
         paths.append(settings.tls_client_authority)
-    files = _Files("certificates", partial(_certificates, paths), *paths)
+    return Files("certificates", partial(_certificates, paths), *paths)
+
+
+def server_credentials(
+    files: "Files[grpc.ServerCertificateConfiguration] | None", with_clients: bool
+) -> grpc.ServerCredentials | None:
+    """TLS with these files, None for none. Each new connection gets the certificate that is there by then.
+
+    `with_clients`: whether clients must have a certificate of the authority in the files.
+    """
+    if files is None:
+        return None
     latest = first = files.held()
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
@@ -117,7 +129,7 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return grpc.dynamic_ssl_server_credentials(
         first,
         changed,  # type: ignore[arg-type]  # the stubs know nothing of None, for no change
-        require_client_authentication=settings.tls_client_authority is not None,
+        require_client_authentication=with_clients,
     )
 
 
@@ -150,7 +162,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, path: Path) -> None:
-        self._files = _Files("tokens", partial(_tokens, path), path)
+        self.files = Files("tokens", partial(_tokens, path), path)
 
     async def intercept_service(
         self,
@@ -173,7 +185,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
             raise Unauthenticated('the metadata must have one "authorization: Bearer TOKEN"')
         digest = hashlib.sha256(token.encode()).digest()
         found = None
-        for known, caller in self._files.held():  # all of them, so that the time tells nothing
+        for known, caller in self.files.held():  # all of them, so that the time tells nothing
             if hmac.compare_digest(known, digest):
                 found = caller
         if found is None:

@@ -502,7 +502,7 @@ def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning
     return Warning(
         Notice.IMAGE_RECODED,
         "output.maxMessageBytes",
-        f"image {index} came as {image.coding.media_type} {quality}, to fit into a message of "
+        f"image {index} came as {pb.Format.Name(_FORMATS[image.coding])} {quality}, to fit into a message of "
         f"{task.output.max_message_bytes} bytes; raise output.maxMessageBytes to what your client can take",
     )
 

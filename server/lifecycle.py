@@ -55,7 +55,9 @@ class Server:
         self._servicer = self._service.servicer
         self._engine = self._service.engine
         self._metrics = self._service.metrics
-        self._credentials = auth.server_credentials(settings)
+        self._certificates = auth.certificates_of(settings)
+        self._credentials = auth.server_credentials(self._certificates, settings.tls_client_authority is not None)
+        self._has_terminal = _terminal_is_there()
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
         own = [
@@ -78,14 +80,20 @@ class Server:
         self._hurrying = asyncio.Event()
 
     async def serve(self) -> None:
-        """Serve until SIGTERM or SIGINT; a second one cuts the grace period short.
+        """Serve until SIGTERM, SIGINT or the end of its terminal; a second one of the first two ends the grace period.
 
         Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, DeviceLost, or whatever loading the model raised.
         """
         self._remove_ready_file()  # that of a server which was killed tells of a port that is no longer ours
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        for number, act in (
+            (signal.SIGTERM, self._on_signal),
+            (signal.SIGINT, self._on_signal),
+            (signal.SIGHUP, self._on_hangup),
+        ):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup says: never
+                # Not the loop's own handlers, which go with it: a signal after its end must not change the exit code.
+                signal.signal(number, partial(_call_from_signal, loop, act))
         self._service.tell_metrics()
         address = await self._open_port()
         try:
@@ -97,6 +105,17 @@ class Server:
 
     def _on_signal(self) -> None:
         (self._hurrying if self._stopping.is_set() else self._stopping).set()
+
+    def _on_hangup(self) -> None:
+        """Drain when the terminal that the server was started from is gone; else read again what can be."""
+        if self._has_terminal and not _terminal_is_there():
+            log.info("SIGHUP: the terminal is gone")
+            self._stopping.set()  # once more is no hurry: both the kernel and the shell send it
+            return
+        files = [each for each in (self._service.tokens, self._certificates) if each is not None]
+        log.info("SIGHUP: %s", "reading again" if files else "there are no tokens or certificates to read again")
+        for each in files:
+            each.reload()
 
     async def _open_port(self) -> str:
         pb_grpc.add_TextToImageServiceServicer_to_server(self._servicer, self._grpc)
@@ -192,6 +211,20 @@ class Server:
             unfinished.replace(path)
         except OSError as error:
             raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+def _call_from_signal(loop: asyncio.AbstractEventLoop, act: Callable[[], None], *_: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
+        loop.call_soon_threadsafe(act)
+
+
+def _terminal_is_there() -> bool:
+    """Whether this process has a controlling terminal that is not hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 async def _let_calls_end() -> None:

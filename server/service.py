@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
@@ -34,6 +35,27 @@ log = logging.getLogger(__name__)
 _LOOKS = 20  # at the device, in the time after which it is given up
 
 
+class Silence:
+    """How long the call in flight has not returned, without the time for which this process itself was paused.
+
+    A process that is stopped (SIGSTOP, a frozen container, a paused virtual machine) makes no progress, and its clock
+    goes on. Whoever looks every `interval` seconds notices: the time between two looks is then much longer.
+    """
+
+    def __init__(self, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._longest = 2 * interval  # that counts between two looks; a busy machine is late by less
+        self._clock = clock
+        self._looked = clock()
+        self._silent = 0.0
+
+    def after_look(self, busy: float) -> float:
+        """Seconds of silence, when the call in flight began `busy` seconds ago by the clock, or 0 between calls."""
+        now = self._clock()
+        self._silent = min(busy, self._silent + min(now - self._looked, self._longest))
+        self._looked = now
+        return self._silent
+
+
 class WarmUpFailed(Exception):
     """The model is loaded but cannot make an image."""
 
@@ -53,6 +75,8 @@ class Service:
         self._screening = content_filter.load(settings)
         self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
         gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
+        self.tokens = gates[0].files if gates else None
+        """The file of tokens, None where none are needed."""
         self.interceptors: list[grpc.aio.ServerInterceptor] = [Calls(self.metrics, self._traces), *gates, Decoding()]
         """What calls go through. The first sees every call, those that the others turn away included."""
         self._compiling: asyncio.Task[None] | None = None
@@ -159,9 +183,10 @@ class Service:
         The calls that are under way fail with `engine.abandon`, which is for the one who awaits this.
         """
         patience = self._settings.device_seconds
-        while (busy := self.engine.busy) < patience:
+        silence = Silence(patience / _LOOKS)
+        while (silent := silence.after_look(self.engine.busy)) < patience:
             await asyncio.sleep(patience / _LOOKS)
-        raise DeviceLost(f"the device has not answered for {busy:.0f} s; it needs a new process, or a look")
+        raise DeviceLost(f"the device has not answered for {silent:.0f} s; it needs a new process, or a look")
 
     async def close(self, device_seconds: float) -> bool:
         """Let go of the device, within so many seconds, and of what compiles, at once; whether their calls had ended.

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_LOOKS = 10  # at a stream that is left unread, in the time after which it is given up
+
 
 class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
     """Answers UNAVAILABLE until `open` is called with the card of the loaded model."""
@@ -209,7 +211,10 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         """Write one message; the task that still writes it, if the client does not read on in time."""
         writing = asyncio.create_task(context.write(message))
         try:
-            done, _ = await asyncio.wait((writing,), timeout=self._settings.stall_seconds)
+            for _ in range(_LOOKS):  # a pause of this process, of whatever length, costs the client one of them
+                done, _ = await asyncio.wait((writing,), timeout=self._settings.stall_seconds / _LOOKS)
+                if done:
+                    break
         except asyncio.CancelledError:
             writing.cancel()
             raise

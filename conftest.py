@@ -1,15 +1,34 @@
 """Fixtures for the tests of the service and of its client: real server processes on the embedded ensemble."""
 
+import contextlib
+import platform
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 from serving import ServerProcess
 
-import server as _  # noqa: F401  # before any test imports torch, which then runs as it does in the service
+from server import cpu_library  # before any test imports torch, which then runs as it does in the service
 
 # What a shell runs in the background begins with SIGINT ignored, and hands that on to every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the C++ kernels once for all servers of the run, as an image has them. Where that fails, tests say so."""
+    if not hasattr(config, "workerinput") and platform.machine() == "x86_64":  # that of xdist's workers is theirs
+        with contextlib.suppress(cpu_library.CannotBuild):
+            cpu_library.prebuild()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List in one line what did not run, by the reason that was given."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(each.longrepr[2]).removeprefix("Skipped: ") for each in reports)
+    if reasons:
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"NOT RUN: {sum(reasons.values())} tests: {told}".replace("\n", " "))
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,18 @@
 """Networks at the speed of their device: layers are compiled or made over, and on CUDA a whole call is one graph.
 
 What is compiled are the layers that a network repeats, or the whole of it, which takes far longer. On CUDA, and on a
-CPU that has `cpu_kernels`, the layers that repeat are not compiled but those of layers.py, by kernels of their own,
+CPU that `cpu_kernels` suit, the layers that repeat are not compiled but those of layers.py, by kernels of their own,
 which is faster both ways. On CUDA a call of the shapes seen while `warming` is recorded once and replayed from then on,
 since Python is slower at launching kernels than such a device at running them. Calls of other shapes are made as if
 nothing had been compiled, and so is every call where that is wanted.
 """
 
 import contextlib
+import errno
 import functools
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
@@ -28,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from server import cpu_kernels, kernels, layers
+from server.cpu_library import CannotBuild
 
 Mode = Literal["auto", "off", "blocks", "full"]
 Call = Callable[..., Any]
@@ -41,6 +44,9 @@ _BLOCKS = (
     layers.Transformer,
     layers.Upsample,
 )
+# What a folder does to a compiler, in its own words and in those of what loads a library.
+_NO_PLACE = [os.strerror(each) for each in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
+_NO_PLACE += ["failed to map segment"]
 _BEFORE = 2  # calls before one is recorded, in which kernels are loaded and workspaces made
 _SWITCH_SECONDS = 1e-5  # after which the interpreter is left to others: less made these slower again
 _CODES = 1024  # versions of one function that may be compiled: layers of all sizes share theirs
@@ -55,6 +61,43 @@ def keep_in(folder: Path) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     cpu_kernels.keep_in(folder)
+
+
+class CannotKeep(Exception):
+    """Nothing can be written to a folder; the message names it and says why."""
+
+
+def check_writable(folder: Path) -> None:
+    """Raises CannotKeep."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)  # a full disk still takes a name
+    except OSError as error:
+        raise CannotKeep(f"nothing can be written to {folder}: {error.strerror}") from error
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Say why something could not be compiled, and what to do about it."""
+    if isinstance(error, CannotBuild):
+        return error.reason, error.advice
+    from torch._inductor.exc import InvalidCxxCompiler  # what compiles has imported it
+
+    inner = getattr(error, "inner_exception", error)
+    words = f"{type(inner).__name__}: {inner}"
+    reason = next(line.strip() for line in words.splitlines() if line.strip())
+    no_place = inner.strerror if isinstance(inner, OSError) else None
+    if no_place is None:
+        no_place = next((each for each in _NO_PLACE if each in words), None)
+    if no_place is None:
+        is_absent = isinstance(inner, InvalidCxxCompiler)
+        return reason, "install a C++ compiler" if is_absent else "see that the C++ compiler works"
+    # inductor sets the variable itself where nobody has.
+    folder = getattr(inner, "filename", None) or os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    return f"{folder}: {no_place}", (
+        "let --compile-cache, or TMPDIR without one, name a folder that can be written to, has room, and is not "
+        "mounted noexec"
+    )
 
 
 class Ways:

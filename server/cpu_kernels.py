@@ -1,19 +1,15 @@
-"""What a U-Net and a decoder do beside their other products, in C++ for a CPU with AVX2: `cpu_kernels.cpp`, built here.
+"""What a U-Net and a decoder do beside their other products, in C++ for an x86-64 CPU: `cpu_kernels.cpp`.
 
 The functions are those of `kernels`, in fp32, each one pass over its bytes, and the 3 x 3 convolution of `winograd` in
 which tiles are transformed in registers and multiplied while they are in the cache. It reads images without a border.
-What an image comes to depends neither on its neighbours nor on the number of threads.
+What an image comes to depends neither on its neighbours nor on the number of threads. Their instructions are AVX2 and
+FMA, on CPUs with AVX-512 too.
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-import threading
+import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,38 +18,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from server import winograd
+from server import cpu_library, winograd
+from server.cpu_library import CannotBuild
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O3", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+log = logging.getLogger(__name__)
+
 _LANES, _PANEL = 8, 16  # channels are in vectors, weights in panels of so many columns
 _MOST = 1 << 19  # weights of a linear layer: there is a copy of them
 _FEWEST = 32  # channels, of which fewer products are the faster
 
 # Of each thread its own: one can warm up while another makes images as if there were no kernels.
 _running: ContextVar[bool] = ContextVar("running", default=False)
-_building = threading.Lock()
 _folder: Path | None = None
 
 
-class CannotBuild(Exception):
-    """There is no compiler, or it fails."""
-
-
-def keep_in(folder: Path) -> None:
+def keep_in(folder: Path | None) -> None:
     """Let what is built from now on be kept in a folder, and taken from there by later processes."""
     global _folder
     _folder = folder
 
 
 def suit() -> bool:
-    """Whether the kernels are for the CPU at hand: on none but AVX2 have they been measured."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether the CPU has the kernels' instructions, and torch is not kept from them by ATEN_CPU_CAPABILITY."""
+    # torch asks the CPU for FMA too, but takes what the variable says at its word.
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and torch.cpu._is_avx2_supported()
 
 
-def can_be_built() -> bool:
-    """Whether there is a compiler."""
-    return shutil.which(_compiler()) is not None
+def prepare() -> None:
+    """Find or build the kernels, without the cache if that cannot be used, which is warned of. Raises CannotBuild."""
+    try:
+        _library()
+    except CannotBuild as error:
+        cache = _folder
+        if cache is None:
+            raise
+        keep_in(None)
+        try:
+            _library()
+        except CannotBuild:
+            raise error from None
+        log.warning("%s; what is built is not kept", error)
 
 
 @contextlib.contextmanager
@@ -223,21 +227,12 @@ def _by_image(bias: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
 
 
 def _library() -> Any:
-    with _building:
-        return _loaded(_folder)
+    return _typed(cpu_library.load(_folder))
 
 
 @functools.cache
-def _loaded(folder: Path | None) -> Any:
-    """The kernels, built unless they are kept in a folder. Raises CannotBuild."""
-    command = (_compiler(), *_FLAGS)
-    with tempfile.TemporaryDirectory() as temporary:
-        name = hashlib.sha256(repr(command).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
-        kept = (folder or Path(temporary)) / f"cpu-kernels-{name}.so"
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _build(command, kept)
-        library = ctypes.CDLL(str(kept))
+def _typed(library: Any) -> Any:
+    """The library, whose functions know their arguments."""
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     arguments = {
         "winograd": [pointer] * 3 + [size] + [pointer] * 2 + [size] * 5 + [number],
@@ -251,21 +246,3 @@ def _loaded(folder: Path | None) -> Any:
     for function, types in arguments.items():
         getattr(library, function).argtypes, getattr(library, function).restype = types, None
     return library
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
-def _build(command: tuple[str, ...], kept: Path) -> None:
-    """Another process finds the whole library or none."""
-    with tempfile.TemporaryDirectory(dir=kept.parent) as unfinished:
-        made = Path(unfinished) / kept.name
-        try:
-            subprocess.run([*command, "-o", made, _SOURCE], check=True, capture_output=True, text=True)
-        except OSError as error:
-            raise CannotBuild(f"{command[0]}: {error.strerror}") from error
-        except subprocess.CalledProcessError as error:
-            reason = next((line for line in error.stderr.splitlines() if "error" in line), f"exit {error.returncode}")
-            raise CannotBuild(f"{command[0]}: {reason}") from error
-        made.replace(kept)

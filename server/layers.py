@@ -766,17 +766,19 @@ def quantisable(unet: UNet2DConditionModel, spared: int = 0) -> dict[str, Quanti
 
 
 def kept_scales(file: Path) -> dict[str, torch.Tensor]:
-    """The scales of layers by name that were kept in a file, or none if it cannot be read."""
+    """The scales of layers by name that were kept in a file, or none if it cannot be read or holds something else."""
     try:
         scales: dict[str, torch.Tensor] = load_file(file)
     except (OSError, SafetensorError):
         return {}
-    return scales
+    usual = all(each.shape == () and each.dtype == torch.float32 for each in scales.values())
+    return scales if usual and all(0 < each < torch.inf for each in scales.values()) else {}
 
 
 def keep_scales(scales: dict[str, torch.Tensor], file: Path) -> None:
-    """Keep scales for a later process, which finds all of them or none."""
+    """Keep scales for a later process, which finds all of them or none. Raises OSError, and then leaves nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
-        unfinished.write(save(scales))
-    Path(unfinished.name).replace(file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as unfinished:
+        written = Path(unfinished) / file.name
+        written.write_bytes(save(scales))
+        written.replace(file)

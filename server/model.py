@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 from server import checkpoint, compilation, cpu_kernels, kernels, layers, preview, provenance
 from server.checkpoint import CannotCompile, Checkpoint, Experts, MissingPart, NoDevice, NotEnoughMemory
 from server.compilation import Compiled, Ways
-from server.cpu_kernels import CannotBuild
+from server.cpu_library import CannotBuild
 from server.domain import (
     Environment,
     ImageRequest,
@@ -207,8 +207,8 @@ def load(
     cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of
     width and height, by default the one that the base was trained on, with guidance as by default; that takes from
     seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled, and with
-    fp8 what it observed. It is off, blocks, full, or auto: blocks on a CPU that `cpu_kernels` suit, if there is a
-    compiler for them, and else off. With `compile_while_serving` nothing is compiled before `Ensemble.compile`. With
+    fp8 what it observed. It is off, blocks, full, or auto: blocks on a CPU that `cpu_kernels` suit, if these are found
+    or can be built, and else off. With `compile_while_serving` nothing is compiled before `Ensemble.compile`. With
     `offload` only the network that works is on the device, nothing overlaps, and `compile` has to be off or auto.
     Raises a CheckpointError, before anything is loaded where that is possible.
     """
@@ -236,7 +236,7 @@ def load(
         _check_sides(sizes, base_pipeline.vae_scale_factor)
         card = _card(experts, base_pipeline, device, precision, name, max_batch)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
-        if compile_cache is not None:
+        if compile_cache is not None and _keeps(compile_cache, compile, device):
             compilation.keep_in(compile_cache)
         turns = offload or precision == "fp8"
         # Where layers are made over for compiled calls alone, others with the same weights serve until there are any.
@@ -251,12 +251,7 @@ def load(
         if not offload:
             ensemble.end_turns()
         if ensemble.compiles and not compile_while_serving:
-            try:
-                ensemble.card = ensemble.warm_up()
-            except CannotCompile as error:
-                if compile != "auto":
-                    raise
-                log.warning("%s; images are made by calls that are not compiled", error)
+            ensemble.card = ensemble.warm_up()
         return ensemble
 
 
@@ -309,8 +304,7 @@ class Ensemble:
                     if not on_cpu or card.precision == "fp8":  # else diffusers' own layers serve, if slower
                         raise
         if compile == "auto":
-            suits = all(layers.run_cpu_kernels(network) for network in (*self._unets.values(), self._vae.decoder))
-            compile = "blocks" if suits and not turns and cpu_kernels.can_be_built() else "off"
+            compile = "blocks" if self._has_cpu_kernels(turns) else "off"
         records = compile != "off" and self._device.type == "cuda"
         self._text_encoders: dict[torch.nn.Module, TextEncoder] = {}  # the experts share some
         for pipeline, name in itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2")):
@@ -337,6 +331,25 @@ class Ensemble:
         self._decoders: dict[torch.dtype, Ways] = {}
         self._finish()
 
+    def _has_cpu_kernels(self, turns: bool) -> bool:
+        """Whether all networks can be drawn by `cpu_kernels`, which are found or built; if not, a line says why."""
+        networks = (*self._unets.values(), self._vae.decoder)
+        if self._device.type != "cpu":
+            return False
+        if not cpu_kernels.suit():
+            why = "they are for x86-64 CPUs with AVX2 and FMA, which torch may use"
+        elif turns or not all(layers.run_cpu_kernels(network) for network in networks):
+            why = "they are for SDXL's own layers in fp32 without --offload"
+        else:
+            try:
+                cpu_kernels.prepare()
+            except CannotBuild as error:
+                log.warning("images are made without the C++ kernels, more slowly: %s", error)
+                return False
+            return True
+        log.info("images are made without the C++ kernels: %s", why)
+        return False
+
     @property
     def compiles(self) -> bool:
         """Whether there is anything to `warm_up`."""
@@ -358,7 +371,10 @@ class Ensemble:
         if scales.keys() != every.keys():
             scales = self._observed(every)
             if kept is not None:
-                layers.keep_scales(scales, kept)
+                try:
+                    layers.keep_scales(scales, kept)
+                except OSError as error:
+                    log.warning("what fp8 observed is not kept: %s: %s", kept.parent, error.strerror)
         for stage, unet in self._unets.items():
             self._residency.bring(unet)
             for name, layer in names[stage].items():
@@ -414,7 +430,8 @@ class Ensemble:
             return Ways(plain)
         if self._twins:
             return Ways(plain, made=partial(self._compiled_twin, call, network, self._compile))
-        return Ways(plain, Compiled(_working(network), plain, self._compile, self._device))
+        with _compiling():
+            return Ways(plain, Compiled(_working(network), plain, self._compile, self._device))
 
     @torch.inference_mode(mode=False)
     def _compiled_twin(
@@ -989,11 +1006,28 @@ def _told(sizes: Sequence[tuple[int, int]]) -> str:
 def _compiling() -> Iterator[None]:
     try:
         yield
-    except (torch._dynamo.exc.TorchDynamoException, CannotBuild) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (torch._dynamo.exc.TorchDynamoException, CannotBuild, OSError) as error:
+        reason, advice = compilation.explain(error)
         raise CannotCompile(
-            f"the networks cannot be compiled here ({reason}); install a C++ compiler, or leave --compile off"
+            f"the networks cannot be compiled here ({reason}); {advice}, or leave --compile off"
         ) from error
+
+
+def _keeps(cache: Path, compile: compilation.Mode, device: str) -> bool:  # noqa: A002
+    """Whether the cache can be written to, which inductor and Triton have to. Raises CannotCompile.
+
+    `cpu_kernels` have to if they must be built, and say so themselves.
+    """
+    if device == "cpu" and (compile == "auto" or (compile == "blocks" and cpu_kernels.suit())):
+        return True
+    try:
+        compilation.check_writable(cache)
+    except compilation.CannotKeep as error:
+        if compile in ("blocks", "full"):
+            raise CannotCompile(f"{error}; let --compile-cache name another folder, or leave it out") from error
+        log.warning("%s; what is compiled is not kept there", error)
+        return False
+    return True
 
 
 def _pipeline(kind: Any, files: Checkpoint, dtype: torch.dtype, **parts: Any) -> Any:

@@ -160,9 +160,10 @@ class Settings(BaseSettings):
     )
     compile: Literal["auto", "off", "blocks", "full"] = Field(
         "auto",
-        description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA and on a CPU "
-        "with AVX2 by kernels of our own, or full, each compiled as a whole, for minutes; on CUDA every call is then "
-        "one graph; auto: blocks on a CPU with AVX2 and a C++ compiler, which takes seconds, else off",
+        description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA and on an "
+        "x86-64 CPU with AVX2 and FMA by kernels of our own, or full, each compiled as a whole, for minutes; on CUDA "
+        "every call is then one graph; auto: blocks on such a CPU in fp32, if its kernels are there or can be built, "
+        "which takes a second and a C++ compiler, else off",
     )
     compile_cache: _Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"

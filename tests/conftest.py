@@ -1,15 +1,14 @@
 """Fixtures for the tests of the ensemble itself: a tiny one, and the devices of this machine."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny_ensemble
 
 from server import model
-
-# Of hundreds of servers each would build kernels, for seconds. test_compilation.py starts some as they come.
-os.environ.setdefault("T2I_COMPILE", "off")
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +19,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module", params=[name for name, is_there in model._DEVICES.items() if is_there()])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes folders that are mounted with options of mount(8); needs root, and a machine that allows it."""
+    folders: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"mounted-{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("needs root and a machine on which it may mount")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

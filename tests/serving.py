@@ -99,20 +99,25 @@ class ServerProcess(Logged):
     """`python -m server`, or another program around it, on a free port of this machine, its log line by line.
 
     Unless it is to start `cold`, or a variable of its environment matters to what Python imports, it is forked from a
-    process that has imported torch.
+    process that has imported torch. One of the server in another folder, `cwd`, is cold.
     """
 
     def __init__(
-        self, *flags: str, program: Sequence[str] = ("-m", "server"), cold: bool = False, **environment: str
+        self,
+        *flags: str,
+        program: Sequence[str] = ("-m", "server"),
+        cold: bool = False,
+        cwd: Path = ROOT,
+        **environment: str,
     ) -> None:
         arguments = [*program, "--listen", "127.0.0.1:0", *flags]
         whole = os.environ | environment
         process: forking.ForkedProcess | subprocess.Popen[str]
-        if not cold and forking.suits(whole):
+        if not cold and cwd == ROOT and forking.suits(whole):
             process = forking.start(arguments, whole, ROOT)
         else:
             process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True
+                [sys.executable, *arguments], cwd=cwd, env=whole, stderr=subprocess.PIPE, text=True
             )
         super().__init__(process, process.stderr)
 

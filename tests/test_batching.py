@@ -122,7 +122,7 @@ def test_the_place_in_the_batch_does_not_matter_for_any_number_of_threads(
     assert all(torch.equal(each, latents[0]) for each in latents)
 
 
-BY_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are for AVX2")
+BY_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the C++ kernels are not for this CPU")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were, meanwhile too."""
 
 import gc
+import re
+import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import PATIENCE, ROOT, ServerProcess, connect, digests, request
 from test_telemetry import scrape
 from torch import nn
+from torch._inductor.runtime import cache_dir_utils
+from torch._inductor.utils import clear_caches
 
-from server import checkpoint, cpu_kernels, layers, model
+from server import checkpoint, cpu_kernels, cpu_library, layers, model
 from server.checkpoint import CannotCompile
 from server.domain import OutOfMemory, default_request
 from server.model import Ensemble
@@ -62,7 +66,15 @@ def plain(folders) -> model.Ensemble:
 def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> model.Ensemble:
     cache = tmp_path_factory.mktemp("cache")
     mode, _, without_kernels = request.param.partition(" ")
+    if without_kernels and not cpu_kernels.suit():
+        pytest.skip("no kernels suit this CPU, so this is how blocks are compiled in any case")
+    # Each begins as a process of its own would: what inductor holds in memory is not written into another cache.
+    torch._dynamo.reset()
+    clear_caches()
+    cpu_library._load.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "_folder", None)
+        patch.setattr(cpu_library, "_PREBUILT", cache / "nothing")
         if without_kernels:
             patch.setattr(cpu_kernels, "suit", lambda: False)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which loading sets, for this process: it is put back
@@ -104,6 +116,33 @@ def test_what_was_compiled_is_counted_and_timed(plain, compiled):
 
 
 NO_COMPILER = "no-such-compiler"
+NEEDS_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the C++ kernels are not for this CPU")
+
+
+def patch_cache(patch: pytest.MonkeyPatch) -> None:
+    """Have put back what loading with a cache sets for this process; and inductor begin as in a new one."""
+    torch._dynamo.reset()
+    clear_caches()
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        patch.setenv(variable, "")
+    patch.setattr(cpu_kernels, "_folder", None)
+
+
+@pytest.fixture
+def nothing_prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cpu_library, "_PREBUILT", tmp_path / "nothing")
+    monkeypatch.setattr(cpu_kernels, "_folder", None)
+    cpu_library._load.cache_clear()
+    yield
+    cpu_library._load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def as_installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the server as pip installs it: nothing is prebuilt."""
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.copytree(ROOT / "server", folder / "server", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -115,6 +154,7 @@ NO_COMPILER = "no-such-compiler"
         (True, "false", "off"),  # a program that is there, and fails
     ],
 )
+@pytest.mark.usefixtures("nothing_prebuilt")
 def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
     folders, suit: bool, compiler: str | None, told: str, monkeypatch, caplog
 ):
@@ -123,11 +163,55 @@ def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
     monkeypatch.setattr(cpu_kernels, "suit", lambda: suit)
     if compiler is not None:
         monkeypatch.setenv("CXX", compiler)
-    cpu_kernels._loaded.cache_clear()
+    caplog.set_level("INFO", "server.model")
     ensemble = model.load(checkpoint.inspect(*folders), device="cpu", compile="auto")
     assert ensemble.card.environment.compiled == told
     assert drawn(ensemble).shape == (SIDE, SIDE, 3)
-    assert ("the networks cannot be compiled here (false: exit 1)" in caplog.text) == (compiler == "false")
+    without = "images are made without the C++ kernels"
+    why = {
+        None: f"{without}: they are for x86-64 CPUs with AVX2 and FMA, which torch may use",
+        NO_COMPILER: f"{without}, more slowly: {NO_COMPILER}: No such file or directory; install a C++ compiler",
+        "false": f"{without}, more slowly: false: exit 1; set CXX to a C++ compiler that works",
+    }
+    assert caplog.messages == ([] if told != "off" else [why[compiler]])
+
+
+@NEEDS_KERNELS
+@pytest.mark.usefixtures("nothing_prebuilt")
+def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(folders, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    patch_cache(monkeypatch)
+    experts = checkpoint.inspect(*folders)
+    ensemble = model.load(experts, device="cpu", compile="auto", compile_cache=cache)
+    assert ensemble.card.environment.compiled == "blocks for 32x32"
+    assert caplog.messages == [
+        f"nothing can be written to {cache}: Not a directory; let --compile-cache name a folder that can be written "
+        "to, has room, and is not mounted noexec; what is built is not kept"
+    ]
+    cpu_library._load.cache_clear()
+    with pytest.raises(
+        CannotCompile, match=f"nothing can be written to {cache}: Not a directory.; let --compile-cache"
+    ):
+        model.load(experts, device="cpu", compile="blocks", compile_cache=cache)
+    with pytest.raises(CannotCompile, match=f"nothing can be written to {cache}: Not a directory; let --compile-cache"):
+        model.load(experts, device="cpu", compile="full", compile_cache=cache)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_folder_that_inductor_cannot_use_is_named_with_the_true_reason(folders, cached: bool, tmp_path, monkeypatch):
+    """No kernels suit, and only some of what inductor writes comes out as an error of torch's."""
+    folder = tmp_path / "file"
+    folder.touch()
+    patch_cache(monkeypatch)
+    monkeypatch.setattr(cpu_kernels, "suit", lambda: False)
+    told, cache = f"nothing can be written to {folder}: File exists; let --compile-cache name another folder", folder
+    if not cached:
+        told, cache = f"{folder}/inductor: Not a directory.; let --compile-cache, or TMPDIR without one, name", None
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(folder / "inductor"))
+    with pytest.raises(CannotCompile, match=told):
+        model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_cache=cache)
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"offload": True}])
@@ -140,12 +224,12 @@ def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folde
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
 
 
-def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, tmp_path: Path):
+def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, as_installed, tmp_path: Path):
     base, refiner = folders
     server = subprocess.run(
         [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--device", "cpu", "--base", base, "--refiner",
          refiner, "--compile", "blocks", "--compile-cache", tmp_path],
-        cwd=ROOT, env={"PATH": str(tmp_path), "CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=300,
+        cwd=as_installed, env={"PATH": str(tmp_path), "CXX": NO_COMPILER}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert server.returncode == CannotCompile.exit_code, server.stderr
@@ -242,11 +326,11 @@ class TestWhileServing:
     FLAGS = ("--compile", "blocks", "--compile-while-serving", "--metrics-listen", "127.0.0.1:0")
 
     @pytest.fixture
-    def start(self, start_server, folders):
+    def start(self, start_server, folders, as_installed):
         def start(*flags: object, **environment: str) -> ServerProcess:
             base, refiner = folders
             given = ("--device", "cpu", "--base", base, "--refiner", refiner, *flags)
-            return start_server(*map(str, given), **environment)
+            return start_server(*map(str, given), cwd=as_installed, **environment)
 
         return start
 
@@ -258,7 +342,9 @@ class TestWhileServing:
         early = drawn_by(server)
         assert model_of(server).environment == early.metadata.environment, "it still compiles"
         assert scrape(server)("t2i_compilation", t2i_compilation="compiling") == 1
-        assert same(early, drawn_by(start().wait_until_ready())), "as a server that compiles nothing makes it"
+        assert same(early, drawn_by(start("--compile", "off").wait_until_ready())), (
+            "as a server that compiles nothing makes it"
+        )
 
         server.patience = 1200
         server.wait_for_log(r"compiled 3 calls in \d")
@@ -281,12 +367,31 @@ class TestWhileServing:
         assert "Traceback" not in server.log
 
     def test_a_server_that_is_told_nothing_builds_what_it_can_and_needs_no_compiler(self, start, tmp_path):
-        server = start(T2I_COMPILE="auto", CXX=NO_COMPILER).wait_until_ready()
+        server = start(CXX=NO_COMPILER).wait_until_ready()
         assert drawn_by(server).metadata.environment.compiled == "off"
-        server = start("--compile-cache", tmp_path, T2I_COMPILE="auto").wait_until_ready()
-        built = cpu_kernels.suit() and cpu_kernels.can_be_built()
+        server = start("--compile-cache", tmp_path).wait_until_ready()
+        built = cpu_kernels.suit() and shutil.which("g++") is not None
         assert drawn_by(server).metadata.environment.compiled == ("blocks for 32x32" if built else "off")
         assert any(tmp_path.rglob("*.so")) == built
+
+    @NEEDS_KERNELS
+    def test_where_nothing_that_was_built_can_be_loaded_it_warns_and_serves_or_says_why_it_does_not(
+        self, start, mounted
+    ):
+        folder = mounted("noexec")
+        server = start(TMPDIR=str(folder)).wait_until_ready()
+        told = (
+            f"{folder}/\\S+ is on a file system that is mounted noexec; let TMPDIR name a folder that can be written to"
+        )
+        assert len(re.findall(told, server.log)) == 1
+        assert drawn_by(server).metadata.environment.compiled == "off"
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+        server = start("--compile", "blocks", TMPDIR=str(folder))
+        assert server.wait() == CannotCompile.exit_code
+        assert re.search(f"cannot be compiled here .{told}".replace("noexec;", "noexec.;"), server.log)
+        assert "Traceback" not in server.log
+        assert "install a C" not in server.log
 
     def test_a_signal_ends_it_in_the_middle(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path)

@@ -1,9 +1,6 @@
 """The kernels of a CPU compute what PyTorch does, of any size, and each image's alike at any place by any threads."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +12,7 @@ from torch import nn
 
 from server import cpu_kernels, kernels
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="the kernels are of AVX2's instructions"
-)
+pytestmark = pytest.mark.skipif(not cpu_kernels.suit(), reason="the C++ kernels are not for this CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -174,31 +169,24 @@ def test_they_compute_for_the_thread_that_runs_them_alone_and_in_fp32():
     assert not cpu_kernels.run()
 
 
-def built(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that builds the kernels, or takes them from a folder."""
-    program = (
-        "import sys, pathlib; from server import cpu_kernels\n"
-        "cpu_kernels.keep_in(pathlib.Path(sys.argv[1]))\n"
-        "try:\n    cpu_kernels.running().__enter__()\n"
-        "except cpu_kernels.CannotBuild as error:\n    sys.exit(str(error))"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", program, folder], env=os.environ | environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "suits"), [("AVX2", True), ("AVX512", True), ("DEFAULT", False), ("SVE256", False)]
+)
+def test_they_are_for_every_cpu_that_has_their_instructions_where_torch_may_use_them(
+    capability: str, suits: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu_kernels.suit() == suits
 
 
-def test_what_was_built_is_kept_and_not_built_again(tmp_path: Path):
-    assert built(tmp_path).returncode == 0
-    (kept,) = tmp_path.iterdir()
-    written = kept.stat().st_mtime_ns
-    assert built(tmp_path).returncode == 0
-    assert [each.stat().st_mtime_ns for each in tmp_path.iterdir()] == [written]
+def test_a_cpu_without_their_instructions_is_not_taken_for_one_that_has_them(monkeypatch: pytest.MonkeyPatch):
+    """torch takes ATEN_CPU_CAPABILITY at its word."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    assert not cpu_kernels.suit()
 
 
-@pytest.mark.parametrize(("compiler", "told"), [("no-such-compiler", "No such file"), ("false", "exit 1")])
-def test_a_compiler_that_is_missing_or_fails_is_told(compiler: str, told: str, tmp_path: Path):
-    failed = built(tmp_path, CXX=compiler)
-    assert failed.returncode == 1
-    assert failed.stderr.strip().startswith(f"{compiler}: {told}")
-    assert not list(tmp_path.iterdir())
+def test_one_openmp_is_in_the_process():
+    cpu_kernels.prepare()
+    mapped = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    assert len({each.strip() for each in mapped if "libgomp" in each or "libomp" in each or "libiomp" in each}) == 1

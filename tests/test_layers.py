@@ -21,6 +21,9 @@ from server.settings import EMBEDDED, Settings
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+NO_KERNELS = "the C++ kernels are not for this CPU"
+
+
 def unet(expert: str) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(EMBEDDED / expert / "unet", variant="fp16", dtype=torch.float32).eval()
 
@@ -165,7 +168,7 @@ def test_what_is_compiled_convolves_as_pytorch_does():
         assert error(compiled, resnet(images, shifts)) < 1e-5
 
 
-@pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are for AVX2")
+@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 @pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
 def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_run(expert: str, size: tuple[int, int]):
@@ -183,7 +186,7 @@ def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_ru
     assert error(by_kernels, predicted(plain, *size)) < 1e-5
 
 
-@pytest.mark.skipif(not cpu_kernels.suit(), reason="the kernels are for AVX2")
+@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
 def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
@@ -362,7 +365,7 @@ def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are(in_fp8: mode
 
 
 def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_same(
-    plain, in_fp8: model.Ensemble, kept_in: Path
+    plain, in_fp8: model.Ensemble, kept_in: Path, caplog: pytest.LogCaptureFixture
 ):
     image = drawn(in_fp8)
     assert in_fp8.card.precision == in_fp8.card.environment.precision == "fp8"
@@ -371,8 +374,24 @@ def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_
     written = kept.stat().st_mtime_ns
     assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image)
     assert kept.stat().st_mtime_ns == written, "what was kept was used"
+    kept.unlink()
+    (kept / "something").mkdir(parents=True)
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image), "without them it observes again"
+    assert [each for each in caplog.messages if "kept" in each] == [
+        f"what fp8 observed is not kept: {kept_in}: Is a directory"
+    ]
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(torch.nan), torch.tensor(0.0), torch.ones(2), torch.tensor(1)], ids=str)
+def test_kept_scales_that_can_be_none_count_as_none(scale: torch.Tensor, tmp_path: Path):
+    kept = tmp_path / "scales.safetensors"
+    layers.keep_scales({"good": torch.tensor(0.5)}, kept)
+    assert layers.kept_scales(kept) == {"good": 0.5}
+    layers.keep_scales({"good": torch.tensor(0.5), "bad": scale}, kept)
+    assert layers.kept_scales(kept) == {}
     kept.write_bytes(b"cut off")
-    assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image), "and is made anew if broken"
+    assert layers.kept_scales(kept) == {}
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_what_another_thread_traces_changes_nothing_that_is_not_compiled(plain, monkeypatch: pytest.MonkeyPatch):

@@ -705,9 +705,13 @@ class Linear(Quantisable):
         self._observe(values)
         if self.scale is None:
             return F.linear(values, self.weight, self.bias)
+        if self.weight_scale is not None and not values.is_cuda:
+            # oneDNN takes seconds for one such product where it finds AMX, and refuses to make it where it finds less.
+            weight, bias = self.weight.float() * self.weight_scale, None if self.bias is None else self.bias.float()
+            return F.linear(values.float() * self.scale, weight, bias).to(self._dtype)
         rows = torch._scaled_mm(
             values.reshape(-1, values.shape[-1]), self.weight.t(), scale_a=self.scale, scale_b=self.weight_scale,
-            bias=self.bias, out_dtype=self._dtype, use_fast_accum=values.is_cuda,
+            bias=self.bias, out_dtype=self._dtype, use_fast_accum=True,
         )  # fmt: skip
         return rows.view(*values.shape[:-1], -1)
 

@@ -56,6 +56,7 @@ INSTILL = user_defined.DESCRIPTOR.services_by_name["UserDefinedService"].full_na
 INSTILL_PUBLIC = model_public.DESCRIPTOR.services_by_name["ModelPublicService"].full_name
 KSERVE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID = "x-request-id"
+_ATTEMPTS = "grpc-previous-rpc-attempts"  # gRPC's own, of calls that are made again
 _TRACE_PROTOCOLS = ("grpc", "http/protobuf")  # the first is the default
 
 # By name, since a caller can ask for any number of methods that are not there, and each would be a label.
@@ -108,6 +109,12 @@ class Metrics:
             "t2i_requests_total",
             "Calls that have ended, by method and gRPC status; CANCELLED includes clients that went away.",
             ("method", "code"),
+            registry=registry,
+        )
+        self._retries = Counter(
+            "t2i_retries_total",
+            "Calls that gRPC's libraries made again after another attempt had failed, as they say in their metadata.",
+            ("method",),
             registry=registry,
         )
         self._request_seconds = seconds(
@@ -249,6 +256,9 @@ class Metrics:
                 if outcome == "finished" and foretold > admitted:
                     self._eta_ratio.observe((foretold - admitted) / (ended - admitted))
 
+    def call_retried(self, method: str) -> None:
+        self._retries.labels(method).inc()
+
     def call_ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
         self._requests.labels(method, code.name).inc()
         self._request_seconds.labels(method).observe(seconds)
@@ -367,6 +377,8 @@ class Calls(grpc.aio.ServerInterceptor):
             began = time.monotonic()
             metadata = dict(context.invocation_metadata() or ())
             request_id = _request_id(metadata)
+            if _ATTEMPTS in metadata:
+                self._metrics.call_retried(method)
             context.set_trailing_metadata(((REQUEST_ID, request_id),))
             code = grpc.StatusCode.OK
             tracing = self._traces.call(service, method, metadata, request_id) if self._traces else None

@@ -18,7 +18,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from proxies import Proxy
-from serving import PATIENCE, RETRIES, RETRY_POLICY, ServerProcess, request
+from serving import PATIENCE, RETRIES, RETRY_POLICY, SERVICE, ServerProcess, request
 from stepped_model import SteppedModel
 
 from server.engine import Engine
@@ -33,6 +33,8 @@ from server.open_inference import OpenInferenceServicer
 from server.scheduling import Limits
 from server.servicer import TextToImageServicer
 from server.settings import Settings
+from server.telemetry import Calls, Metrics
+from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 
@@ -101,28 +103,24 @@ def test_a_call_that_the_device_does_not_return_from_costs_one_server_of_three(r
     assert len(replicas.alive()) == 2
 
 
-def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Replicas):
+@pytest.mark.parametrize(("method", "seed"), [("Generate", 2), ("StreamGenerate", 3)])
+def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Replicas, method: str, seed: int):
     with replicas.channel() as channel:
-        asked = request("hang", parameter={"seed": 2})
-        call = pb_grpc.TextToImageServiceStub(channel).Generate.future(asked, timeout=PATIENCE)
+        # Either as a stream, whose errors come where it is read.
+        call = channel.unary_stream(f"/{SERVICE}/{method}", pb.GenerateRequest.SerializeToString)(
+            request("hang", parameter={"seed": seed}), timeout=PATIENCE
+        )
         deadline = time.monotonic() + PATIENCE
-        while not (began := replicas.that_began(2)):
+        while not (began := replicas.that_began(seed)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         began[0].process.send_signal(signal.SIGKILL)
-        assert call.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     began[0].wait()
-    assert replicas.that_began(2) == began
+    assert replicas.that_began(seed) == began
     assert len(replicas.alive()) == 2
-
-
-def test_what_a_server_refuses_before_admission_is_made_again_on_the_next(replicas: Replicas):
-    replicas.servers[0].terminate()
-    replicas.servers[0].wait()
-    with replicas.channel() as channel:
-        stub = pb_grpc.TextToImageServiceStub(channel)
-        for number in range(6):
-            assert stub.Generate(request(f"cat {number}"), timeout=PATIENCE).data.choices
 
 
 def test_behind_haproxy_a_call_that_takes_longer_than_its_time_limit_begins_once(tmp_path: Path):
@@ -130,11 +128,11 @@ def test_behind_haproxy_a_call_that_takes_longer_than_its_time_limit_begins_once
     proxy = Proxy("haproxy", tmp_path, [server.target], "timeout server 1s")
     try:
         with grpc.insecure_channel(proxy.target, RETRIES) as channel:
-            asked = request(parameter={"seed": 3}, sampling={"steps": 150})
+            asked = request(parameter={"seed": 4}, sampling={"steps": 150})
             call = pb_grpc.TextToImageServiceStub(channel).Generate.future(asked, timeout=PATIENCE)
             assert call.code() is not grpc.StatusCode.OK
         server.wait_for_log(r"Generate \S+ CANCELLED")
-        assert server.log.count("begins: 3\n") == 1
+        assert server.log.count("begins: 4\n") == 1
     finally:
         proxy.stop()
         server.stop()
@@ -180,12 +178,13 @@ class House:
     def __init__(self, jobs: int) -> None:
         self.model = SteppedModel()
         self.engine = Engine(Limits(jobs=jobs))
+        self.metrics = Metrics(jobs)
 
     async def __aenter__(self) -> "House":
         await asyncio.wrap_future(self.engine.start(lambda: self.model))
         servicer = TextToImageServicer(self.engine, Settings())
         servicer.open(self.model.card)
-        self.server = grpc.aio.server()
+        self.server = grpc.aio.server(interceptors=[Calls(self.metrics, None)])
         pb_grpc.add_TextToImageServiceServicer_to_server(servicer, self.server)
         oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(servicer), self.server)
         user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(servicer), self.server)
@@ -240,6 +239,8 @@ async def test_a_call_whose_second_job_is_refused_is_not_committed_and_leaves_no
             await call(house.channel, method).read()
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(ended(caplog)) == 2  # gRPC has made it again
+        labels = {"method": method.rpartition("/")[2]}
+        assert house.metrics.registry.get_sample_value("t2i_retries_total", labels) == 1
         assert house.engine.statistics().outcomes.keys() <= {"Cancelled"}
 
 

@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import faulthandler
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from server.events import DeviceLost
 from server.lifecycle import CannotWriteReadyFile, Server
 from server.service import WarmUpFailed, load
 from server.settings import BadSettings, Settings, read
+from server.stderr_lines import CapturedStderr
 from server.telemetry import log_to_stderr
 
 log = logging.getLogger("server")
@@ -42,16 +44,32 @@ def main() -> int:
         for problem in error.problems:
             print(f"python -m server: {problem}", file=sys.stderr)  # noqa: T201
         return 2
-    log_to_stderr(settings.log_level, settings.log_format)
-
+    captured = _start_log(settings)
     code, device_is_busy = asyncio.run(_serve(settings))
     if device_is_busy:
         # Python cannot leave while another thread is inside the device's library, as when a signal comes while a large
         # model is being loaded, or compiled.
         log.warning("the model is still busy; leaving without it")
         logging.shutdown()
+        if captured is not None:
+            captured.close()
         os._exit(code)
     return code
+
+
+def _start_log(settings: Settings) -> CapturedStderr | None:
+    """Log as the settings say; what libraries write to stderr themselves becomes JSON, too, if that is the format."""
+    captured = failure = None
+    if settings.log_format == "json":
+        try:
+            captured = CapturedStderr(settings.log_level)
+        except OSError as error:
+            failure = error
+    log_to_stderr(settings.log_level, settings.log_format, None if captured is None else captured.stream)
+    if failure is not None:
+        log.warning("lines of libraries will be in the log as they are: %s", failure)
+    faulthandler.enable()  # where Python itself crashes, stderr has where every thread was
+    return captured
 
 
 async def _serve(settings: Settings) -> tuple[int, bool]:

@@ -742,7 +742,7 @@ class Engine:
             self._eta_errors.append(abs(job.foretold - now) / took)
         job.within(
             log.info,
-            "%s: %s after %d model calls, %.3f s of the device, %.3f s of them for nobody; %.2f s, foretold %.2f s",
+            "%s: %s after %d model calls, %.3f s of the device, %.3f s of them after its end; %.2f s, foretold %.2f s",
             job.name, outcome, job.calls_made, job.task.used, job.wasted, took, job.foretold - job.task.admitted,
         )  # fmt: skip
         ended = Ended(outcome, job.task.admitted, job.started, now, job.foretold, tuple(job.stretches))

@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -197,20 +198,27 @@ class Server:
         self.device_is_busy = not await self._service.close(0 if self._lost else _DEVICE_SECONDS)
 
     def _remove_ready_file(self) -> None:
-        if self._settings.ready_file is not None:
-            with contextlib.suppress(OSError):
-                self._settings.ready_file.unlink()
+        """Remove it, and what a server that was killed while it wrote left of it."""
+        if (path := self._settings.ready_file) is not None:
+            for each in (path, _unfinished(path)):
+                with contextlib.suppress(OSError):
+                    each.unlink()
 
     def _write_ready_file(self, address: str) -> None:
         """Tell whoever waits for the file the bound address: whole or not at all, hence the renaming."""
         if (path := self._settings.ready_file) is None:
             return
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished = _unfinished(path)
         try:
             unfinished.write_text(address.replace(",", "\n") + "\n")
             unfinished.replace(path)
         except OSError as error:
+            self._remove_ready_file()
             raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+def _unfinished(ready_file: Path) -> Path:
+    return ready_file.with_name(f"{ready_file.name}.new")
 
 
 def _call_from_signal(loop: asyncio.AbstractEventLoop, act: Callable[[], None], *_: Any) -> None:

@@ -199,9 +199,9 @@ class Service:
         done = self.engine.statistics()
         foretold = f", times foretold to {100 * done.eta_error:.0f} % (median error)" if done.eta_error >= 0 else ""
         log.info(
-            "stopped; %s, %.1f s of the device, %.3f s of them for nobody%s",
+            "stopped; %s, %.1f s of the device, %.3f s of them wasted%s",
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
-            done.device, done.wasted, foretold,
+            done.device, self.metrics.wasted_seconds, foretold,
         )  # fmt: skip
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)

@@ -52,11 +52,11 @@ _Path = Annotated[Path, BeforeValidator(_not_empty)]
 class Settings(BaseSettings):
     """Text to image over gRPC with the Stable Diffusion XL ensemble of experts.
 
-    Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops, SIGHUP reads tokens and
-    certificates again (or, when the terminal is gone, drains). Exit codes: 0 stopped when asked,
-    1 unexpected error, 2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image,
-    6 the device did not answer any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 and up:
-    the checkpoint or the device, each said in one sentence.
+    Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops; SIGHUP reads tokens and
+    certificates again or, when the terminal is gone, drains. Exit codes: 0 stopped when asked, 1 unexpected error,
+    2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image, 6 the device did not answer
+    any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 and up: the checkpoint or the
+    device, each said in one sentence.
     """
 
     model_config = SettingsConfigDict(

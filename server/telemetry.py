@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import grpc
@@ -259,6 +259,11 @@ class Metrics:
     def call_retried(self, method: str) -> None:
         self._retries.labels(method).inc()
 
+    @property
+    def wasted_seconds(self) -> float:
+        """Device time that was good for nobody, as the metric has it."""
+        return self.registry.get_sample_value("t2i_device_seconds_total", {"use": "wasted"}) or 0.0
+
     def call_ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
         self._requests.labels(method, code.name).inc()
         self._request_seconds.labels(method).observe(seconds)
@@ -443,12 +448,26 @@ def _of_exporter(name: str) -> str:
 # The log.
 
 
-def log_to_stderr(level: str, form: str) -> None:
-    """Log from this level on, as "text" or "json"."""
-    handler = logging.StreamHandler()
+def log_to_stderr(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Log from this level on, as "text" or "json", to this stream or stderr; exceptions that nobody catches, too."""
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_Json() if form == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(form == "json")  # which else come in between as text
+    sys.excepthook = lambda *error: log.critical("unexpected error", exc_info=error)
+    threading.excepthook = _log_of_thread
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_of_thread(args: threading.ExceptHookArgs) -> None:
+    name = args.thread.name if args.thread else "that is gone"
+    error = args.exc_value or args.exc_type()
+    log.critical("unexpected error in the thread %s", name, exc_info=error)
+
+
+def _log_unraisable(args: "sys.UnraisableHookArgs") -> None:
+    words = args.err_msg or "an exception that nobody can catch"
+    log.error("%s: %r", words, args.object, exc_info=args.exc_value or True)
 
 
 def _names() -> dict[str, str]:

@@ -63,6 +63,12 @@ class SteadyModel:
         self.max_batch = max_batch
         self._seconds = seconds
 
+    def _work(self) -> None:
+        """Take the time of a call in steps, so that it is no further after a pause of the process than before it."""
+        for _ in range(int(self._seconds / 0.05)):
+            time.sleep(0.05)
+        time.sleep(self._seconds % 0.05)
+
     def limit_batch(self, images: int) -> None:
         self.max_batch = images
 
@@ -72,7 +78,7 @@ class SteadyModel:
             threading.Event().wait()
         while request.prompt.startswith("until ") and not Path(request.prompt.removeprefix("until ")).exists():
             time.sleep(0.05)
-        time.sleep(self._seconds)
+        self._work()
         return Prompt()
 
     def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Image:
@@ -80,7 +86,7 @@ class SteadyModel:
 
     def step(self, trajectories: Sequence[Image], meanwhile: Callable[[], None]) -> None:
         meanwhile()
-        time.sleep(self._seconds)
+        self._work()
         if any("broken" in each.request.prompt for each in trajectories):
             raise RuntimeError("broken on purpose")
 
@@ -88,7 +94,7 @@ class SteadyModel:
         return self.decode(trajectory)[::8, ::8]
 
     def decode(self, trajectory: Image) -> np.ndarray:
-        time.sleep(self._seconds)
+        self._work()
         request = trajectory.request
         if "loud" in request.prompt:
             return np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)

@@ -49,7 +49,7 @@ def test_sigterm_refuses_new_calls_lets_the_running_one_finish_and_exits_with_0(
     assert server.wait() == 0
     assert "Traceback" not in server.log
     assert re.search(
-        r"stopped; 2 finished, \d+\.\d s of the device, 0\.000 s of them for nobody, times foretold", server.log
+        r"stopped; 2 finished, \d+\.\d s of the device, 0\.000 s of them wasted, times foretold", server.log
     )
 
 

@@ -1,0 +1,247 @@
+"""A lost server costs the Python client's callers nothing, and a request that ends its servers ends two at most.
+
+The servers and proxies are real, around a model of fixed times whose images say by their colour which seed they are of.
+What the client decides, case by case, is in clients/python/tests/test_lost.py.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from proxies import Proxy
+from serving import PATIENCE, ServerProcess
+
+from text_to_image_client import (
+    AsyncTextToImage,
+    Done,
+    ImageReady,
+    InvalidRequest,
+    Result,
+    ServerError,
+    TextToImage,
+    Unavailable,
+)
+
+PNG = {"format": "png", "width": 64, "height": 64}
+
+
+class Replicas:
+    """Three servers that give their device up after four seconds. Those that a test ends are replaced for the next."""
+
+    def __init__(self) -> None:
+        self.servers: list[ServerProcess] = []
+        self._seeds = itertools.count(100, 100)
+
+    def fresh_seed(self) -> int:
+        """A seed by which the servers' logs tell a test's requests from those of the tests before it."""
+        return next(self._seeds)
+
+    def replace(self) -> None:
+        self.servers = self.alive()
+        while len(self.servers) < 3:
+            flags = ("--device-seconds", "4", "--heartbeat-seconds", "0")
+            self.servers.append(ServerProcess(*flags, program=("tests/steady_server.py",)))
+        for each in self.servers:
+            each.wait_until_ready()
+
+    @property
+    def target(self) -> str:
+        return "ipv4:" + ",".join(each.target for each in self.servers)
+
+    def alive(self) -> list[ServerProcess]:
+        return [each for each in self.servers if each.process.poll() is None]
+
+    def that_began(self, seed: int) -> list[ServerProcess]:
+        return [each for each in self.servers if f"begins: {seed}\n" in f"{each.log}\n"]
+
+    def wait_until_begun(self, seed: int, servers: int = 1) -> list[ServerProcess]:
+        deadline = time.monotonic() + PATIENCE
+        while len(began := self.that_began(seed)) < servers:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return began
+
+
+@pytest.fixture(scope="module")
+def all_replicas() -> Iterator[Replicas]:
+    replicas = Replicas()
+    yield replicas
+    for each in replicas.alive():
+        each.process.kill()
+
+
+@pytest.fixture
+def replicas(all_replicas: Replicas) -> Replicas:
+    all_replicas.replace()
+    return all_replicas
+
+
+def generate(target: str, prompt: str, **options: Any) -> Result:
+    with TextToImage(target, round_robin=True, timeout=PATIENCE) as client:
+        return client.generate(prompt, **PNG, **options)
+
+
+def stream(target: str, prompt: str, **options: Any) -> Result:
+    with TextToImage(target, round_robin=True, timeout=PATIENCE) as client:
+        return _whole(list(client.stream(prompt, **PNG, **options)))
+
+
+def generate_async(target: str, prompt: str, **options: Any) -> Result:
+    async def call() -> Result:
+        async with AsyncTextToImage(target, round_robin=True, timeout=PATIENCE) as client:
+            return await client.generate(prompt, **PNG, **options)
+
+    return asyncio.run(call())
+
+
+def stream_async(target: str, prompt: str, **options: Any) -> Result:
+    async def call() -> Result:
+        async with AsyncTextToImage(target, round_robin=True, timeout=PATIENCE) as client:
+            return _whole([event async for event in client.stream(prompt, **PNG, **options)])
+
+    return asyncio.run(call())
+
+
+def _whole(events: list[Any]) -> Result:
+    """The result of a stream, each of whose images came once."""
+    assert isinstance(events[-1], Done)
+    ready = [event.choice_index for event in events if isinstance(event, ImageReady)]
+    assert ready == list(range(len(events[-1].result.images)))
+    return events[-1].result
+
+
+CALLS = (generate, stream, generate_async, stream_async)
+
+
+def _killed(began: ServerProcess) -> None:
+    began.process.send_signal(signal.SIGKILL)
+
+
+def _hanging(began: ServerProcess) -> None:
+    """The model does not come back, until the server gives its device up and ends."""
+    assert began.wait() == 6
+
+
+@pytest.mark.parametrize(
+    ("lose", "call"), [*((_killed, call) for call in CALLS), (_hanging, generate), (_hanging, stream_async)]
+)
+def test_a_server_that_is_lost_costs_its_caller_nothing(
+    replicas: Replicas, tmp_path: Path, lose: Callable[[ServerProcess], None], call: Callable[..., Result]
+):
+    prompt, seed = f"until {tmp_path / 'release'}", replicas.fresh_seed()
+    with ThreadPoolExecutor(1) as pool:
+        calling = pool.submit(call, replicas.target, prompt, seed=seed, n=2)
+        (first,) = replicas.wait_until_begun(seed)
+        lose(first)
+        replicas.wait_until_begun(seed, servers=2)
+        (tmp_path / "release").touch()
+        lost = calling.result(PATIENCE)
+    assert len(replicas.alive()) == 2
+    assert [image.seed for image in lost.images] == [seed, seed + 1]
+    untroubled = generate(f"ipv4:{replicas.alive()[0].target}", prompt, seed=seed, n=2)
+    assert [image.data for image in lost.images] == [image.data for image in untroubled.images]
+
+
+def test_a_request_that_hangs_wherever_it_comes_ends_two_servers_of_three(replicas: Replicas):
+    seed = replicas.fresh_seed()
+    with pytest.raises(ServerError) as caught:
+        generate(replicas.target, "hang", seed=seed)
+    assert caught.value.code is grpc.StatusCode.ABORTED
+    gone = replicas.that_began(seed)
+    assert [each.wait() for each in gone] == [6, 6]
+    assert len(replicas.alive()) == 1
+
+
+def test_a_request_that_kills_wherever_it_comes_ends_two_servers_of_three(replicas: Replicas):
+    seed = replicas.fresh_seed()
+    with ThreadPoolExecutor(1) as pool:
+        calling = pool.submit(stream_async, replicas.target, "hang", seed=seed)
+        for servers in (1, 2):
+            for each in replicas.wait_until_begun(seed, servers):
+                each.process.send_signal(signal.SIGKILL)
+        with pytest.raises(Unavailable):
+            calling.result(PATIENCE)
+    assert len(replicas.that_began(seed)) == 2
+    assert len(replicas.alive()) == 1
+
+
+def test_a_request_that_waits_behind_one_that_hangs_costs_its_caller_nothing(replicas: Replicas):
+    hanging, other, seed = replicas.servers[0], replicas.servers[1], replicas.fresh_seed()
+    in_order = f"ipv4:{hanging.target},{other.target}"  # without round_robin the second is for when the first is gone
+    with (
+        TextToImage(hanging.target, resubmit=0) as poisonous,
+        TextToImage(in_order) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        poison = pool.submit(poisonous.generate, "hang", seed=seed)
+        hanging.wait_for_log(f"begins: {seed}")
+        waiting = pool.submit(client.generate, "cat", seed=seed + 1, timeout=PATIENCE)
+        assert waiting.result(PATIENCE).images[0].seed == seed + 1
+        assert isinstance(poison.exception(PATIENCE), ServerError)
+    hanging.wait_for_log(r"Generate \S+ UNAVAILABLE")  # it had waited there
+    assert replicas.that_began(seed + 1) == [other]
+    assert len(replicas.alive()) == 2
+
+
+def test_a_detached_job_that_is_lost_with_its_server_is_made_again_under_its_name(replicas: Replicas, tmp_path: Path):
+    prompt, seed = f"until {tmp_path / 'release'}", replicas.fresh_seed()
+    options = {"request_id": "lost", "on_disconnect": "detach", "seed": seed}
+    with TextToImage(replicas.target, timeout=PATIENCE) as client, client.stream(prompt, **options) as events:
+        next(events)
+        (first,) = replicas.wait_until_begun(seed)
+        first.process.send_signal(signal.SIGKILL)
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(list, events)
+            replicas.wait_until_begun(seed, servers=2)
+            (tmp_path / "release").touch()
+            assert _whole(rest.result(PATIENCE)).request_id == "lost"
+        assert events.resubmitted == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("nginx", "grpc_read_timeout 1s;"), ("haproxy", "timeout server 1s")],
+)
+def test_a_detached_stream_outlives_a_proxy_that_cuts_it_again_and_again(
+    replicas: Replicas, tmp_path: Path, name: str, settings: str
+):
+    server = replicas.servers[0]
+    proxy = Proxy(name, tmp_path / name, [server.target], settings)
+    release, job = tmp_path / "release", f"behind-{name}"
+    try:
+        with TextToImage(proxy.target, timeout=PATIENCE) as client, ThreadPoolExecutor(1) as pool:
+            events = client.stream(f"until {release}", request_id=job, on_disconnect="detach", n=2, **PNG)
+            following = pool.submit(list, events)
+            for number in range(2):  # each attempt to attach is cut, too
+                server.wait_for_log(rf"(?s)(Attach {job} CANCELLED.*){{{number + 1}}}")
+            release.touch()
+            told = following.result(PATIENCE)
+    finally:
+        proxy.stop()
+    assert len(_whole(told).images) == 2
+    numbers = [event.number for event in told]
+    assert numbers == sorted(set(numbers)), "no event comes twice"
+    assert events.resubmitted == 0
+    assert server in replicas.alive()
+
+
+def test_what_the_client_finds_and_what_the_server_finds_come_at_once_and_nothing_begins(replicas: Replicas):
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(TextToImage(replicas.servers[0].target, timeout=PATIENCE))
+        with pytest.raises(InvalidRequest) as caught:
+            client.generate("cat", seed=-1, steps=9999, width=64, high_noise_frac=1.5)
+        log = replicas.servers[0].log
+    assert [each.field for each in caught.value.violations] == [
+        *("parameter.seed", "sampling.steps", "sampling.highNoiseFrac", "sampling.height"),
+    ]
+    assert "sampling.steps: must be 1 to 150, is 9999" in str(caught.value)
+    assert "maxMessageBytes" not in str(caught.value)
+    assert not log.splitlines()[-1].endswith("OK")

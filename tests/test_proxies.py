@@ -20,6 +20,7 @@ from test_trailers import everything_wrong, unknown_tensors
 
 from server.inference_v2 import open_inference_pb2 as oip
 from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
+from text_to_image_client import Done, TextToImage
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -116,6 +117,21 @@ def test_without_heartbeats_a_proxy_ends_it_and_a_detached_job_goes_on_and_can_b
             assert before == sorted(set(before))
             assert after == sorted(set(after))
             assert after[0] > before[-1]
+
+
+def test_the_python_client_attaches_again_by_itself_when_nginx_ends_its_stream(tmp_path: Path):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving("--heartbeat-seconds", "0"))
+        release = stack.enter_context(occupied(server, tmp_path))
+        proxy = Proxy("nginx", tmp_path / "nginx", [server.target], SILENCE["nginx"])
+        stack.callback(proxy.stop)
+        client = stack.enter_context(TextToImage(proxy.target, timeout=PATIENCE))
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        events = pool.submit(list, client.stream("waits", request_id="cut", on_disconnect="detach"))
+        server.wait_for_log("StreamGenerate cut CANCELLED")
+        release.touch()
+        assert isinstance(events.result()[-1], Done)
+        assert server.log.count("StreamGenerate cut ") == 1
 
 
 # All calls, at the proxies' own limits.

@@ -251,7 +251,7 @@ class TestMetrics:
         taken = watched.wait_for_log(r"metrics on http://([^/]+)/")[1]
         server = start_server("--metrics-listen", taken)
         assert server.wait() == 3
-        assert f"cannot tell metrics on {taken}" in server.log
+        assert f"cannot listen on {taken}" in server.log
         assert "Traceback" not in server.log
 
 

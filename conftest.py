@@ -1,6 +1,7 @@
 """Fixtures for the tests of the service and of its client: real server processes on the embedded ensemble."""
 
 import contextlib
+import os
 import platform
 import signal
 from collections import Counter
@@ -10,6 +11,10 @@ import pytest
 from serving import ServerProcess
 
 from server import cpu_library  # before any test imports torch, which then runs as it does in the service
+
+# No proxy stands before the servers of the tests, which are all on this machine.
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "localhost,127.0.0.1,::1")))
 
 # What a shell runs in the background begins with SIGINT ignored, and hands that on to every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -62,7 +62,7 @@ async def endure(target: str, server: psutil.Process, streams: int, seconds: flo
     record = Record()
     watching = asyncio.create_task(_watch(server, record))
     channels = [
-        grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+        grpc.aio.insecure_channel(target, options=[*serving.LOCAL, ("grpc.use_local_subchannel_pool", 1)])
         for _ in range(-(-streams // _STREAMS_PER_CONNECTION))
     ]
     await asyncio.gather(

@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 from torch.profiler import ProfilerActivity, profile
 
+from bench.serving import LOCAL
 from server import images, service
 from server.domain import ImageRequest, default_request
 from server.engine import Engine
@@ -53,7 +54,7 @@ async def main() -> None:
 
     bare: list[float] = []
     served: list[float] = []
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", LOCAL) as channel:
         stub = pb_grpc.TextToImageServiceStub(channel)
         request = pb.GenerateRequest(parameter=pb.TaskParameter(seed=1), output=pb.Output(raw=True))
         for run in range(-2, runs):

@@ -93,7 +93,8 @@ def memory(service: Service) -> float | None:
     """Bytes that tensors took of a GPU at most."""
     told = re.search(r"metrics on (http://\S+)", service.log())
     assert told is not None
-    with urllib.request.urlopen(told[1], timeout=_METRICS_SECONDS) as answer:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has another loopback
+    with opener.open(told[1], timeout=_METRICS_SECONDS) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     samples = {each.labels.get("kind"): each.value for family in families if family.name == _MEMORY
                for each in family.samples}  # fmt: skip

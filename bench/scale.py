@@ -30,6 +30,7 @@ from ray_serving import RayServe, configuration
 from serving import PATIENCE, ServerProcess
 
 from bench.scheduling import UNBOUNDED
+from bench.serving import LOCAL
 from server.call_times import CallTimes, Kind
 from server.domain import Stage
 from server.scheduling import Schedule, Task
@@ -237,8 +238,8 @@ async def measured(options: argparse.Namespace) -> None:
     try:
         with on_ray(variables) as ray:
             async with (
-                grpc.aio.insecure_channel(server.target) as straight,
-                grpc.aio.insecure_channel(ray.target, [("grpc.enable_retries", 0)]) as through,
+                grpc.aio.insecure_channel(server.target, LOCAL) as straight,
+                grpc.aio.insecure_channel(ray.target, [*LOCAL, ("grpc.enable_retries", 0)]) as through,
             ):
                 bare, stub = (pb_grpc.TextToImageServiceStub(channel) for channel in (straight, through))
                 card = await stub.GetModel(pb.GetModelRequest())

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from text_to_image_client._service import Service, local_launch, running
 
-UNLIMITED = [("grpc.max_receive_message_length", -1)]
+LOCAL = [("grpc.enable_http_proxy", 0)]  # a proxy has another loopback
+UNLIMITED = [*LOCAL, ("grpc.max_receive_message_length", -1)]
 _READY_SECONDS = 900.0  # what is compiled takes minutes
 
 

@@ -31,7 +31,7 @@ FIRST_COME, SHORTEST = ORDERS = ("first-come", "shortest")
 SIDES, STEPS, IMAGES = (64, 96, 128), (4, 8, 16), (1, 2, 4)
 CALLERS = [f"caller-{k}" for k in range(1, 21)]
 WITH_DEADLINE = 0.3  # share of the requests; of 2 to 10 times what they take alone, and one second
-OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
+OPTIONS = [*serving.LOCAL, ("grpc.use_local_subchannel_pool", 1)]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def request(prompt: str = "a cat", **fields: object) -> pb.GenerateRequest:
 
 def connect(server: "ServerProcess", *options: tuple[str, int]) -> grpc.Channel:
     """A channel with a connection of its own."""
-    return grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1), *options])
+    return grpc.insecure_channel(
+        server.target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), *options]
+    )
 
 
 def digests(choices: list[pb.Choice]) -> list[str]:

@@ -1,8 +1,10 @@
 """Where a server listens: every address of a name or none, sockets in files, several at once, both families."""
 
+import ast
 import asyncio
 import errno
 import os
+import re
 import signal
 import socket
 import stat
@@ -15,7 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
-from serving import PATIENCE, ServerProcess
+from serving import PATIENCE, ROOT, ServerProcess
 
 from server import addresses, telemetry
 from server.settings import Settings
@@ -252,3 +254,24 @@ class TestMetrics:
             connection.sendall(b"GET /metrics HTTP/1.1\r\n")
         assert caught.wait(PATIENCE)
         assert capfd.readouterr().err == ""
+
+
+def channels_and_options() -> Iterator[tuple[str, str, str]]:
+    """File, source and file's text of every channel that benches and deployments open to a server of ours."""
+    for path in sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "deploy").rglob("*.py")]):
+        text = path.read_text("utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("insecure_channel", "urlopen")):
+                yield path.name, ast.unparse(node), text
+
+
+@pytest.mark.parametrize(("file", "call", "text"), [*channels_and_options()], ids=lambda each: each[:40])
+def test_benches_and_deployments_ask_no_proxy_for_this_machine(file, call, text):
+    """http_proxy names one for everything, and to it 127.0.0.1 is itself."""
+    shared = (ROOT / "bench" / "serving.py").read_text("utf-8")
+    without_proxy = {
+        name
+        for name, value in re.findall(r"^([A-Z]+) = (\[[^=]*?\])(?:  #.*)?$", shared + "\n" + text, re.MULTILINE)
+        if "enable_http_proxy" in value or "LOCAL" in value
+    }
+    assert set(re.findall(r"[A-Z]{2,}", call)) & without_proxy, f"{file}: {call}"

@@ -26,7 +26,12 @@ BASE, REFINER = HERE / "stable-diffusion-xl-base-1.0", HERE / "stable-diffusion-
 
 METHOD = "/model.ray.v1alpha.UserDefinedService/__call__"
 HANDED_ON = ("authorization", "traceparent", "x-request-id")
-UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# Without the last, gRPC asks the proxy that http_proxy names for the service in this very container.
+OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.UNAUTHENTICATED: 401,
@@ -57,7 +62,7 @@ class TextToImage:
         while not ready_file.exists():
             self._check_service()
             time.sleep(0.1)
-        channel = grpc.aio.insecure_channel(ready_file.read_text().strip(), options=UNLIMITED)
+        channel = grpc.aio.insecure_channel(ready_file.read_text().strip(), options=OPTIONS)
         self._call = channel.unary_unary(
             METHOD, user_defined.CallRequest.SerializeToString, user_defined.CallResponse.FromString
         )

@@ -457,6 +457,12 @@ def log_to_stderr(level: str, form: str, stream: TextIO | None = None) -> None:
     sys.excepthook = lambda *error: log.critical("unexpected error", exc_info=error)
     threading.excepthook = _log_of_thread
     sys.unraisablehook = _log_unraisable
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_about_a_caller_who_is_there)
+
+
+def _is_about_a_caller_who_is_there(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC's is no traceback of a call whose caller went in the instant of its answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
 
 
 def _log_of_thread(args: threading.ExceptHookArgs) -> None:

@@ -3,6 +3,7 @@
 import http.server
 import itertools
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, first_step, request
 
+from server import telemetry
 from server.telemetry import traces_of_environment
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -379,6 +381,14 @@ class TestNamesOfCalls:
 
 
 class TestLog:
+    def test_a_caller_who_goes_in_the_instant_of_the_answer_leaves_no_traceback(self):
+        gone, another = grpc.aio.InternalError('Failed "execute_batch"'), ValueError("a fault")
+        records = [
+            logging.LogRecord("grpc._cython.cygrpc", logging.ERROR, "", 0, "", None, (type(each), each, None))
+            for each in (gone, another)
+        ]
+        assert list(map(telemetry._is_about_a_caller_who_is_there, records)) == [False, True]
+
     def test_every_line_is_json_and_those_of_a_call_bear_its_id_its_job_and_its_trace(self, watched, stub):
         metadata = (TRACEPARENT, ("x-request-id", "logged"))
         prompt = "a secret " + "and long " * 100 + "wish"

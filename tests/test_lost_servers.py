@@ -41,7 +41,7 @@ class Replicas:
         self._seeds = itertools.count(100, 100)
 
     def fresh_seed(self) -> int:
-        """A seed by which the servers' logs tell a test's requests from those of the tests before it."""
+        """A seed by which the servers' logs distinguish a test's requests from those of the tests before it."""
         return next(self._seeds)
 
     def replace(self) -> None:
@@ -223,11 +223,11 @@ def test_a_detached_stream_outlives_a_proxy_that_cuts_it_again_and_again(
             for number in range(2):  # each attempt to attach is cut, too
                 server.wait_for_log(rf"(?s)(Attach {job} CANCELLED.*){{{number + 1}}}")
             release.touch()
-            told = following.result(PATIENCE)
+            seen = following.result(PATIENCE)
     finally:
         proxy.stop()
-    assert len(_whole(told).images) == 2
-    numbers = [event.number for event in told]
+    assert len(_whole(seen).images) == 2
+    numbers = [event.number for event in seen]
     assert numbers == sorted(set(numbers)), "no event comes twice"
     assert events.resubmitted == 0
     assert server in replicas.alive()

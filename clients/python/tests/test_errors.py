@@ -1,4 +1,4 @@
-"""Errors arrive whole from worker processes, and gRPC's own are told apart from the service's."""
+"""Errors arrive whole from worker processes, and gRPC's own are not taken for the service's."""
 
 import copy
 import multiprocessing

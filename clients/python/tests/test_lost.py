@@ -242,7 +242,7 @@ class TestResume:
     async def test_it_waits_for_a_server_that_is_away_for_a_while(self, service, status, connect):
         away = (grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses")
         loading = status(grpc.StatusCode.UNAVAILABLE, "loading")
-        service.answer([step(1), BROKEN[0]], away, loading, away, [done(2)])
+        service.answer([step(1), BROKEN[0]], away, loading, [done(2)])
         events = await connect(service.target, retries=0, resubmit=0).stream(**DETACHED)
         assert [event.number for event in events] == [1, 2]
 

@@ -97,7 +97,7 @@ class TextToImage:
     make a request again, on another replica, when the one that had it is gone. With both 0 no call is ever sent twice.
 
     `tls` is True for a service with TLS, or `TLS` with certificates; `token` is for a service that asks who calls;
-    over a network, a token needs TLS, or whoever listens has it. Every call raises the errors of `TextToImageError`;
+    over a network, a token needs TLS, or others can read it. Every call raises the errors of `TextToImageError`;
     nobody listening at `target` is `Unavailable`. ValueError or TypeError, from here alone, is a bad argument.
 
     `round_robin` is for a target of several addresses, such as "dns:///NAME:PORT" with a headless Service's name or

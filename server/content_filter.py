@@ -5,6 +5,7 @@ file chooses and applies one; recordings.py does so before an image is coded, so
 original.
 """
 
+import logging
 import pkgutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from PIL import Image
 
 from server.domain import FilterCard
 from server.settings import OPEN_NSFW, Settings
+
+log = logging.getLogger(__name__)
 
 _GREY = 128
 
@@ -61,14 +64,21 @@ def blank(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def load(settings: Settings) -> Screening | None:
-    """The screening that the settings ask for, None for none. Raises UnusableFilter, or what a filter's making raises.
+    """The screening that the settings ask for, None for none. Raises UnusableFilter.
 
     It is made before the server listens, so that a server without the filter it needs is never reached.
     """
     if settings.content_filter is None:
         return None
-    make = OpenNsfw if settings.content_filter == OPEN_NSFW else _found(settings.content_filter)
-    made = make()
+    try:
+        make = OpenNsfw if settings.content_filter == OPEN_NSFW else _found(settings.content_filter)
+        made = make()
+    except UnusableFilter:
+        raise
+    except (Exception, SystemExit) as error:  # an operator's own code, which may raise anything
+        log.debug("the content filter cannot be made", exc_info=True)
+        reason = f"{type(error).__name__}: {error}; --log-level debug shows where"
+        raise UnusableFilter(f"the content filter {settings.content_filter} cannot be made: {reason}") from error
     if not isinstance(made, ContentFilter):
         raise UnusableFilter(f"what {settings.content_filter} makes is no content filter: it needs a name and a score")
     return Screening(made, settings.content_filter_threshold)

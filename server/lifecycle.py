@@ -6,6 +6,7 @@ the signal that ends the server, while running calls finish.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -85,6 +86,7 @@ class Server:
 
         Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, DeviceLost, or whatever loading the model raised.
         """
+        self._try_ready_file()
         self._remove_ready_file()  # that of a server which was killed tells of a port that is no longer ours
         loop = asyncio.get_running_loop()
         for number, act in (
@@ -204,6 +206,19 @@ class Server:
                 with contextlib.suppress(OSError):
                     each.unlink()
 
+    def _try_ready_file(self) -> None:
+        """Find out before the model is loaded, which may take minutes, whether the file can be written.
+
+        Raises CannotWriteReadyFile.
+        """
+        if (path := self._settings.ready_file) is not None:
+            try:
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                _unfinished(path).touch()
+            except OSError as error:
+                raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+
     def _write_ready_file(self, address: str) -> None:
         """Tell whoever waits for the file the bound address: whole or not at all, hence the renaming."""
         if (path := self._settings.ready_file) is None:
@@ -218,7 +233,7 @@ class Server:
 
 
 def _unfinished(ready_file: Path) -> Path:
-    return ready_file.with_name(f"{ready_file.name}.new")
+    return ready_file.parent / f"{ready_file.name}.new"
 
 
 def _call_from_signal(loop: asyncio.AbstractEventLoop, act: Callable[[], None], *_: Any) -> None:

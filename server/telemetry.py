@@ -430,14 +430,13 @@ def traces_of_environment() -> "Traces | None":
         return None
     try:
         from server.traces import Traces  # the packages that it needs are an extra, and take long to import
+
+        return Traces(protocol.strip().lower(), endpoint)
     except ImportError as error:
         log.warning("no traces, although the environment names a collector: %s; install the extra [telemetry]", error)
-        return None
-    try:
-        return Traces(protocol.strip().lower(), endpoint)
     except Exception as error:  # noqa: BLE001  # whatever a library makes of its variables; the service can do without
         log.warning("no traces: OpenTelemetry cannot use its variables: %s", error)
-        return None
+    return None
 
 
 def _of_exporter(name: str) -> str:

@@ -225,6 +225,24 @@ class TestFiltersThatCannotBeHad:
         assert "Traceback" not in server.log
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise RuntimeError('no licence')", "cannot be made: RuntimeError: no licence; --log-level debug shows where"),
+        ("import sys; sys.exit(3)", "cannot be made: SystemExit: 3"),
+        ("def (", "cannot be made: SyntaxError: "),
+        ("def Ours(size): pass", "cannot be made: TypeError: Ours"),
+        ("import nowhere", "cannot be found: No module named 'nowhere'"),
+    ],
+)
+def test_whatever_a_filters_own_code_raises_is_one_sentence(tmp_path, monkeypatch, code, words):
+    (tmp_path / "filter_that_fails.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "filter_that_fails", raising=False)
+    with pytest.raises(UnusableFilter, match=words):
+        content_filter.load(Settings(content_filter="filter_that_fails:Ours"))
+
+
 @pytest.mark.parametrize(("score", "is_objected_to"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
 def test_the_threshold_is_the_least_score_that_is_objected_to(score: float, is_objected_to: bool):
     class Fixed:

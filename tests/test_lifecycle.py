@@ -132,10 +132,13 @@ def test_two_servers_never_share_a_port(start_server):
     assert start_server("--listen", first.target).wait() == 3
 
 
-def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4(start_server, tmp_path: Path):
-    server = start_server("--ready-file", str(tmp_path / "missing" / "ready"))
+@pytest.mark.parametrize("kind", ["in no folder", "a folder", "the root"])
+def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4_before_it_loads(start_server, tmp_path, kind):
+    path = {"in no folder": tmp_path / "missing" / "ready", "a folder": tmp_path, "the root": Path("/")}[kind]
+    server = start_server("--ready-file", str(path), program=("tests/steady_server.py",), cold=True)
     assert server.wait() == 4
-    assert "cannot write the ready file" in server.log
+    assert f"cannot write the ready file {path}: " in server.log
+    assert "listening" not in server.log
     assert "Traceback" not in server.log
 
 

@@ -4,6 +4,7 @@ import http.server
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -353,6 +354,20 @@ class TestTraces:
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert re.search(words, record.getMessage())
+
+    def test_nor_is_a_variable_that_is_read_with_an_import_the_end(self):
+        look = "from server.telemetry import traces_of_environment; print(traces_of_environment())"
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_PROPAGATORS": "pigeon"}
+        done = subprocess.run(
+            [sys.executable, "-c", look],
+            cwd=ROOT,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "None\n"
+        assert "OpenTelemetry cannot use its variables: Propagator pigeon not found" in done.stderr
 
     def test_without_the_packages_that_it_takes_the_log_says_what_to_install(self, monkeypatch, caplog):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")

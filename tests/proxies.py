@@ -76,9 +76,9 @@ class Proxy:
             self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + PATIENCE
         while not _listens(port):
-            told = (folder / f"{name}.out").read_text() + (self._log.read_text() if self._log.exists() else "")
-            assert self._process.poll() is None, told
-            assert time.monotonic() < deadline, told
+            said = (folder / f"{name}.out").read_text() + (self._log.read_text() if self._log.exists() else "")
+            assert self._process.poll() is None, said
+            assert time.monotonic() < deadline, said
             time.sleep(0.05)
 
     def stop(self) -> None:

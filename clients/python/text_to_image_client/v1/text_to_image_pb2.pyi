@@ -452,8 +452,8 @@ class StreamGenerateResponse(google.protobuf.message.Message):
 
     A number that comes twice is no new event: after a silence (15 seconds, if the server is not set otherwise) a stream
     repeats its newest `queued` or `progress`, its `eta` brought up to date, under the number of the newest event that
-    the stream has had, so that no proxy takes the stream for dead. Whoever goes on by number (`AttachRequest.after`)
-    need not tell the two apart.
+    the stream has had, so that no proxy takes the stream for dead. A client that goes on by number
+    (`AttachRequest.after`) needs no case of its own for it.
     """
     @property
     def queued(self) -> global___Queued: ...

@@ -1,7 +1,7 @@
 """What Ray Serve's gRPC proxies register: our services, and around Ray's own handling what Ray drops on the way.
 
 A proxy hands a call's message and metadata to a replica and its answers back. It does not hand on the deadline, has no
-way for a stream's error to bring details, sends no headers before a unary answer, and reports a lost replica as INTERNAL
+way for a stream's error to bring details, sends no headers before a unary answer, and says INTERNAL for a lost replica,
 with Python's own words. Here, in the proxy's process, the deadline becomes metadata, a replica's last word of a failed
 call becomes that call's status (see replica.py), and a lost replica becomes UNAVAILABLE, which gRPC retries where no
 replica had admitted the call: the unary methods that begin a job are streams between here and the replicas, and their

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import signal
+import stat
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -204,7 +205,8 @@ class Server:
         if (path := self._settings.ready_file) is not None:
             for each in (path, _unfinished(path)):
                 with contextlib.suppress(OSError):
-                    each.unlink()
+                    if stat.S_ISREG(each.lstat().st_mode):  # never a device or a pipe of that name
+                        each.unlink()
 
     def _try_ready_file(self) -> None:
         """Find out before the model is loaded, which may take minutes, whether the file can be written.
@@ -215,6 +217,8 @@ class Server:
             try:
                 if path.is_dir():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if path.is_symlink() or (path.exists() and not path.is_file()):
+                    raise FileExistsError(errno.EEXIST, "it is no regular file")
                 _unfinished(path).touch()
             except OSError as error:
                 raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error

@@ -1,5 +1,6 @@
 """What a server process promises from its first moment to its exit code."""
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4_before_it_lo
     assert f"cannot write the ready file {path}: " in server.log
     assert "listening" not in server.log
     assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link to one"])
+def test_what_is_no_regular_file_is_refused_as_a_ready_file_and_left_as_it_is(start_server, tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    path = tmp_path / ("pipe" if kind == "a pipe" else "link")
+    server = start_server("--ready-file", str(path), program=("tests/steady_server.py",))
+    assert server.wait() == 4
+    assert f"cannot write the ready file {path}: it is no regular file" in server.log
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 @pytest.mark.parametrize("missing", ["base", "refiner"])

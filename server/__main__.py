@@ -60,7 +60,7 @@ def main() -> int:
 def _start_log(settings: Settings) -> CapturedStderr | None:
     """Log as the settings say; what libraries write to stderr themselves becomes JSON, too, if that is the format."""
     captured = failure = None
-    if settings.log_format == "json":
+    if settings.log_format == "json" and sys.stderr is not None:  # else descriptor 2 may be anything
         try:
             captured = CapturedStderr(settings.log_level)
         except OSError as error:
@@ -68,7 +68,8 @@ def _start_log(settings: Settings) -> CapturedStderr | None:
     log_to_stderr(settings.log_level, settings.log_format, None if captured is None else captured.stream)
     if failure is not None:
         log.warning("lines of libraries will be in the log as they are: %s", failure)
-    faulthandler.enable()  # where Python itself crashes, stderr has where every thread was
+    if sys.stderr is not None:
+        faulthandler.enable()  # where Python itself crashes, stderr has where every thread was
     return captured
 
 

@@ -40,8 +40,9 @@ class CapturedStderr:
 
     def close(self) -> None:
         """Give descriptor 2 back, once all that was written to it has come out."""
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
         os.dup2(self.stream.fileno(), 2)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a child of this process may still hold it
             self._reader.wait(_END_SECONDS)

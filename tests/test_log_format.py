@@ -130,6 +130,22 @@ def test_the_log_says_of_device_time_what_the_metric_says(start):
     assert "nobody" not in server.log
 
 
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_server_without_a_stderr_serves_and_ends_as_any_other(tmp_path: Path, form: str):
+    ready = tmp_path / "ready"
+    command = [sys.executable, *STEADY, "--listen", "127.0.0.1:0", "--ready-file", str(ready), "--log-format", form]
+    process = subprocess.Popen(["bash", "-c", 'exec "$0" "$@" 2>&-', *command], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert ready.exists()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+
+
 def test_a_ready_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path):
     """No file may grow in that process, which is what a full disk comes to."""
     limited = ["bash", "-c", 'ulimit -f 0; exec "$0" "$@"', sys.executable, *STEADY, "--listen", "127.0.0.1:0"]

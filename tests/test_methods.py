@@ -54,7 +54,7 @@ MADE_UP = [
 def steady() -> Iterator[ServerProcess]:
     """A server with all that can be on."""
     server = ServerProcess(
-        "--kserve", "--instill", "--channelz", "--health-listen", "127.0.0.1:0", program=STEADY
+        "--kserve", "--instill", "--channelz", "--health-listen", "127.0.0.1:0", program=STEADY, cold=True
     ).wait_until_ready()
     yield server
     assert server.stop() == 0, server.log
@@ -66,7 +66,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     """The same, for those with a token."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text(f"one {'0' * 64}\n")
-    server = ServerProcess("--kserve", "--instill", "--channelz", "--tokens", str(tokens), program=STEADY)
+    server = ServerProcess("--kserve", "--instill", "--channelz", "--tokens", str(tokens), program=STEADY, cold=True)
     yield server.wait_until_ready()
     assert server.stop() == 0, server.log
     assert "Traceback" not in server.log

@@ -6,6 +6,19 @@
 # Any image that has Python 3.11 or later with venv will do.
 # checkov:skip=CKV_DOCKER_7:the tag is here, where checkov does not look for it
 ARG BASE=docker.io/library/python:3.11.14-slim-bookworm
+# Where the C++ kernels are built: what has Python and g++, or apt, which installs it for this stage alone.
+ARG COMPILER_BASE=${BASE}
+
+FROM ${COMPILER_BASE} AS kernels
+WORKDIR /build
+COPY server/__init__.py server/cpu_library.py server/cpu_kernels.cpp server/
+# For x86-64 alone: on other processors, images are made without them.
+# hadolint ignore=DL3008
+RUN mkdir kernels && \
+    if [ "$(uname -m)" = x86_64 ]; then \
+        command -v g++ || { apt-get update && apt-get install --yes --no-install-recommends g++; } && \
+        python3 -m server.cpu_library --output kernels; \
+    fi
 
 FROM ${BASE} AS build
 # cpu or cuda: which build of torch is inside. That with CUDA needs the driver of the machine that it runs on, as NVIDIA's
@@ -31,8 +44,8 @@ COPY clients/python client
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=pip.crt,target=/etc/pip.crt \
     pip/bin/pip --python /opt/venv install --no-deps ./client
 
-# No stage has a compiler: every package comes as a wheel. `--compile` needs one where the service runs (on CUDA Triton
-# compiles its launchers there), so it is for an image that is made on top of this one.
+# This stage has no compiler: packages come as wheels, and the C++ kernels are built. What else `--compile` makes needs one
+# where the service runs (on CUDA Triton compiles its launchers there), so it is for an image that is made on top of this.
 FROM ${BASE}
 ARG BASE
 ARG VERSION=""
@@ -50,6 +63,7 @@ WORKDIR /srv
 COPY LICENSE ./
 COPY weights ./weights
 COPY server ./server
+COPY --from=kernels /build/kernels ./server
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

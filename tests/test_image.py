@@ -116,6 +116,10 @@ def test_it_serves_from_a_read_only_root_and_drains_when_it_is_stopped(podman: P
         stub = pb_grpc.TextToImageServiceStub(channel)
         assert stub.GetModel(pb.GetModelRequest(), timeout=PATIENCE).content_filter.name.startswith("open-nsfw")
         answer = stub.Generate(request(parameter={"seed": 7}), timeout=PATIENCE)
+        environment = answer.metadata.environment
+        assert environment.compiled.startswith("blocks") == environment.hardware.endswith(("AVX2", "AVX512")), (
+            "it draws by the kernels that were built with it, wherever these suit"
+        )
         assert answer.data.choices[0].image.startswith("data:image/jpeg;base64,/9j/4AAQSkZJRg")
 
         running = stub.StreamGenerate(request(sampling={"steps": 40}))

@@ -24,16 +24,18 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
     """Answers call after call with what stands in `script`: a message, a list of events, an error's status, or a deed.
 
     A pair of a code and words is an end without the service's own details, as a proxy or a broken connection makes it.
-    `hold` is a pause that lasts until the caller is gone; `gone` is set then.
+    `hold` is a pause that lasts until the caller is gone; `gone` is set then. `pause` is a short one; `ended` then says
+    whether the caller was "cancelled" in it, or is there to have the "whole" answer.
     """
 
-    hold = object()
+    hold, pause = object(), object()
 
     def __init__(self) -> None:
         self.target = ""
         self.script: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.requests: list[Any] = []
         self.gone = threading.Event()
+        self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.health = health.HealthServicer()
 
     def answer(self, *answers: Any) -> None:
@@ -61,6 +63,8 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
         for event in answer if isinstance(answer, list) else [answer]:
             if event is self.hold:
                 self.gone.wait()
+            elif event is self.pause:
+                self.ended.put("cancelled" if self.gone.wait(0.3) else "whole")
             elif isinstance(event, tuple):
                 context.abort(*event)
             elif isinstance(event, status_pb2.Status):

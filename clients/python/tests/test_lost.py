@@ -17,6 +17,7 @@ from text_to_image_client import (
     DeadlineExceeded,
     Done,
     Event,
+    EventStream,
     ImageReady,
     NotFound,
     Progress,
@@ -294,6 +295,15 @@ class TestResume:
     async def test_a_connection_that_breaks_after_the_last_event_is_no_error(self, service, connect):
         service.answer([done(1), BROKEN[1]])
         assert [type(event) for event in await connect(service.target).stream(**DETACHED)] == [Done]
+
+    async def test_a_stream_that_is_closed_at_its_last_event_has_ended_and_is_not_cancelled(self, service, connect):
+        service.answer([done(1), service.pause])
+        stream = (caller := connect(service.target)).client.stream("cat")
+        async for event in caller.read(stream):
+            assert isinstance(event, Done)
+            break
+        await (asyncio.to_thread(stream.close) if isinstance(stream, EventStream) else stream.aclose())
+        assert await asyncio.to_thread(service.ended.get, timeout=60) == "whole"
 
     def test_closing_a_stream_that_waits_to_attach_ends_it(self, service):
         service.answer([step(1), BROKEN[0]], *[BROKEN[0]] * 99)

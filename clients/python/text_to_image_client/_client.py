@@ -439,6 +439,8 @@ class EventStream(Iterator[Event]):
                 for message in self._call:
                     event = self._course.read(message)
                     if event is not None:
+                        if self._course.done:
+                            self._wait_for_end()
                         return event
             except grpc.RpcError as error:
                 if self._course.done:
@@ -451,6 +453,15 @@ class EventStream(Iterator[Event]):
                 _check_complete(self._course.complete)
                 break
         raise StopIteration
+
+    def _wait_for_end(self) -> None:
+        """Read the status that follows the last event.
+
+        A caller may close the stream once it has that event, and the server would count the call as cancelled.
+        """
+        with contextlib.suppress(grpc.RpcError):  # the answer is whole, however the connection ends
+            for _ in self._call:
+                pass
 
     def _begin(self, step: Step) -> None:
         left = self._deadline.left(time.monotonic())
@@ -516,6 +527,8 @@ class AsyncEventStream(AsyncIterator[Event]):
                 while (read := await self._call.read()) is not grpc.aio.EOF:
                     event = self._course.read(cast("pb.StreamGenerateResponse", read))
                     if event is not None:
+                        if self._course.done:
+                            await self._wait_for_end()
                         return event
             except grpc.RpcError as error:
                 if self._course.done:
@@ -528,6 +541,13 @@ class AsyncEventStream(AsyncIterator[Event]):
                 _check_complete(self._course.complete)
                 break
         raise StopAsyncIteration
+
+    async def _wait_for_end(self) -> None:
+        """As `EventStream._wait_for_end`."""
+        assert self._call is not None
+        with contextlib.suppress(grpc.RpcError):
+            while await self._call.read() is not grpc.aio.EOF:
+                pass
 
     async def _begin(self, step: Step) -> None:
         left = self._deadline.left(time.monotonic())

@@ -299,7 +299,9 @@ class Recordings:
 
     def find(self, name: str | None, caller: Caller) -> Recording:
         """The caller's detached job of this name. Raises UnknownJob, as for one that is another's."""
-        if name is None or (caller.owner, name) not in self._detached:
+        if name is None:
+            raise UnknownJob("no detached job has such a name: they have 1 to 128 characters of A-Z a-z 0-9 . _ : / -")
+        if (caller.owner, name) not in self._detached:
             raise UnknownJob(f"no detached job is named {name} here, or it is no longer kept")
         return self._detached[caller.owner, name]
 

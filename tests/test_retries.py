@@ -114,6 +114,7 @@ def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Repli
         while not (began := replicas.that_began(seed)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        call.initial_metadata()  # waits for the headers: a call without them is gRPC's to retry
         began[0].process.send_signal(signal.SIGKILL)
         with pytest.raises(grpc.RpcError) as caught:
             list(call)

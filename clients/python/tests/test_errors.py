@@ -1,13 +1,19 @@
 """Errors arrive whole from worker processes, and gRPC's own are not taken for the service's."""
 
 import copy
+import inspect
+import math
 import multiprocessing
 import pickle
+import re
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2
 
 import text_to_image_client
 from text_to_image_client import (
@@ -16,6 +22,7 @@ from text_to_image_client import (
     FieldViolation,
     InvalidRequest,
     Refused,
+    ServingStatus,
     TextToImage,
     TextToImageError,
     TooLarge,
@@ -199,3 +206,81 @@ def test_a_timeout_that_is_no_number_is_said_so(timeout):
             make("127.0.0.1:1", timeout=timeout)
     with TextToImage("127.0.0.1:1") as client, pytest.raises(TypeError, match="timeout must be a number"):
         client.generate("cat", timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**400, 1e10, 1e9])
+async def test_a_timeout_that_never_passes_waits_as_long_as_it_takes(service, timeout):
+    service.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    with TextToImage(service.target, timeout=timeout) as client:
+        assert client.health() is ServingStatus.SERVING
+        assert client.health(timeout=timeout) is ServingStatus.SERVING
+    async with AsyncTextToImage(service.target) as client:
+        assert await client.health(timeout=timeout) is ServingStatus.SERVING
+
+
+@pytest.mark.parametrize("timeout", [np.float32(60), np.int64(60), Fraction(60)])
+def test_a_timeout_is_a_number_of_any_library(service, timeout):
+    service.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    with TextToImage(service.target, timeout=timeout) as client:
+        assert client.health() is ServingStatus.SERVING
+
+
+@pytest.mark.parametrize("make", [TextToImage, AsyncTextToImage])
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"timeout": math.nan}, ValueError, "timeout must be a number of seconds, or None, not nan"),
+        ({"retries": 1.0}, ValueError, "retries must be 0 to 4, not 1.0"),
+        ({"retries": True}, ValueError, "retries must be 0 to 4, not True"),
+        ({"resubmit": 1.0}, ValueError, "resubmit must be 0 to 1, not 1.0"),
+        ({"token": b"secret"}, TypeError, "token must be text, not of type bytes"),
+        ({"token": 5}, TypeError, "token must be text, not of type int"),
+    ],
+)
+def test_arguments_that_cannot_be_are_said_in_words(make, options, kind, words):
+    with pytest.raises(kind) as caught:
+        make("127.0.0.1:1", **options)
+    assert str(caught.value) == words
+
+
+def test_retries_are_a_whole_number_of_any_library(service):
+    service.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    with TextToImage(service.target, retries=np.int64(2), timeout=60) as client:
+        assert client.health() is ServingStatus.SERVING
+
+
+@pytest.mark.parametrize("make", [TextToImage, AsyncTextToImage])
+@pytest.mark.parametrize(
+    ("method", "arguments", "words"),
+    [
+        ("attach", (5,), "requestId: request_id must be text of at most 128 characters .*, is 5"),
+        ("attach", ("a\ud800",), "requestId: request_id must be text .*"),
+        ("attach", ("a", -1), "after: after must be a whole number from 0 on, the number of an event, is -1"),
+        ("attach", (5, 1.5), "requestId: .*, is 5; after: .*, is 1.5"),
+        ("cancel", (5,), "requestId: request_id must be text of at most 128 characters .*, is 5"),
+    ],
+)
+async def test_names_of_jobs_that_cannot_be_are_bad_input(make, method, arguments, words):
+    async def call() -> None:
+        called = getattr(make("127.0.0.1:1"), method)(*arguments)
+        if inspect.isawaitable(called):
+            await called
+
+    with pytest.raises(InvalidRequest) as caught:
+        await call()
+    assert re.fullmatch(words, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("service_name", [5, b"", "\ud800"])
+async def test_a_service_whose_health_is_asked_for_is_named_by_text(service_name):
+    with TextToImage("127.0.0.1:1") as client, pytest.raises(TypeError, match="must be the full name of a service"):
+        client.health(service_name)
+    async with AsyncTextToImage("127.0.0.1:1") as client:
+        with pytest.raises(TypeError, match="must be the full name of a service"):
+            await client.health(service_name)
+
+
+@pytest.mark.parametrize("make", [TextToImage, AsyncTextToImage])
+def test_a_client_stays_in_its_process(make):
+    with pytest.raises(TypeError, match=f"{make.__name__} cannot be pickled, .*; make one in each"):
+        pickle.dumps(make("127.0.0.1:1"))

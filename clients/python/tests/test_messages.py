@@ -214,6 +214,11 @@ def test_the_served_model_is_read_with_its_sizes():
         ("guidance_scale", "high", "sampling.guidanceScale: guidance_scale must be a number from 0 to 50, is 'high'"),
         ("width", "64", "sampling.width: width must be a whole number of pixels .*, is '64'"),
         ("request_id", 7, "requestId: request_id must be text of at most 128 characters .*, is 7"),
+        (
+            "guidance_scale",
+            10**400,
+            "sampling.guidanceScale: guidance_scale must be a number .*, is 10+... .int.",
+        ),
         ("priority", 2**40, "priority: priority must be a whole number from -2 to 2, is 1099511627776"),
     ],
 )
@@ -228,4 +233,4 @@ def test_what_a_message_cannot_carry_is_said_by_keyword_range_and_value(name: st
 
 
 def test_every_option_has_words_for_what_it_must_be():
-    assert _RULES.keys() == {"prompt", *GenerateOptions.__annotations__}
+    assert _RULES.keys() == {"prompt", "after", *GenerateOptions.__annotations__}

@@ -6,15 +6,17 @@ Retries, deadlines and cancellation are gRPC's own; this file sets them, and mak
 import asyncio
 import contextlib
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack, cast
 
 import grpc
 import grpc.aio
@@ -36,6 +38,8 @@ from ._exceptions import (
 from ._messages import (
     MAX_MESSAGE_BYTES,
     as_refusable,
+    attach_request,
+    cancel_request,
     draft_request,
     invalid,
     read_model,
@@ -55,6 +59,7 @@ __all__ = ["TLS", "AsyncEventStream", "AsyncTextToImage", "EventStream", "TextTo
 
 MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever it is told
 MAX_RESUBMIT = 1  # a request that ends its servers ends two of them at most
+_LONGEST_TIMEOUT = 1e8  # seconds, three years; longer ones never pass
 _CHECK_SECONDS = 5.0  # that a server has to say what else is wrong with a request
 _MAX_RECONNECT_MS = 5000  # a server that comes back at its address has its share of calls soon, not in two minutes
 
@@ -91,10 +96,11 @@ class TextToImage:
     `target` is "host:port", or "host" alone for port 50051, "unix:/path" for a socket file, or another of gRPC's URIs.
     No proxy of the environment stands between this client and a target on its own machine.
 
-    `timeout` in seconds holds for every call that does not set its own, with all that is tried within it; None waits
-    as long as it takes. `retries`, 0 to 4, are made by gRPC when the service is unavailable, with exponential backoff,
-    about 3 seconds in all, and never once an answer has begun. `resubmit`, 0 or 1: how often `generate` and `stream`
-    make a request again, on another replica, when the one that had it is gone. With both 0 no call is ever sent twice.
+    `timeout` in seconds holds for every call that does not set its own, with all that is tried within it; None and
+    infinity wait as long as it takes. `retries`, 0 to 4, are made by gRPC when the service is unavailable, with
+    exponential backoff, about 3 seconds in all, and never once an answer has begun. `resubmit`, 0 or 1: how often
+    `generate` and `stream` make a request again, on another replica, when the one that had it is gone. With both 0 no
+    call is ever sent twice.
 
     `tls` is True for a service with TLS, or `TLS` with certificates; `token` is for a service that asks who calls;
     over a network, a token needs TLS, or others can read it. Every call raises the errors of `TextToImageError`;
@@ -166,12 +172,12 @@ class TextToImage:
         failed raises its error again; `NotFound` is one that is not known here, or no longer kept. With `resume`, the
         stream attaches again by itself when the connection breaks.
         """
-        request = pb.AttachRequest(request_id=request_id, after=after)
+        request = attach_request(request_id, after)
         return EventStream(self, Course(request, 0, resume), self._deadline(timeout))
 
     def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """End a detached job, if it still runs, and have it forgotten in either case. Raises `NotFound`."""
-        request = pb.CancelRequest(request_id=request_id)
+        request = cancel_request(request_id)
         with self._calling():
             self._service.Cancel(request, **self._call_options(self._deadline(timeout)))
 
@@ -183,7 +189,7 @@ class TextToImage:
 
     def health(self, service: str = "", *, timeout: float | None = None) -> ServingStatus:
         """The state of `service`, "" for the whole server, by grpc.health.v1. Never retried."""
-        request = health_pb2.HealthCheckRequest(service=service)
+        request = health_pb2.HealthCheckRequest(service=_checked_service(service))
         options = self._call_options(self._deadline(timeout))
         try:
             with self._calling():
@@ -203,6 +209,9 @@ class TextToImage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise _unpicklable(self)
 
     def _request(self, prompt: str, options: GenerateOptions, deadline: Deadline) -> pb.GenerateRequest:
         """The message to send. Raises InvalidRequest for what none can carry, with what else the server finds."""
@@ -313,12 +322,12 @@ class AsyncTextToImage:
         self, request_id: str, after: int = 0, *, timeout: float | None = None, resume: bool = True
     ) -> "AsyncEventStream":
         """As `TextToImage.attach`."""
-        request = pb.AttachRequest(request_id=request_id, after=after)
+        request = attach_request(request_id, after)
         return AsyncEventStream(self, Course(request, 0, resume), self._deadline(timeout))
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """As `TextToImage.cancel`."""
-        request = pb.CancelRequest(request_id=request_id)
+        request = cancel_request(request_id)
         with self._calling():
             await self._service().Cancel(request, **self._call_options(self._deadline(timeout)))
 
@@ -330,7 +339,7 @@ class AsyncTextToImage:
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> ServingStatus:
         """As `TextToImage.health`."""
-        request = health_pb2.HealthCheckRequest(service=service)
+        request = health_pb2.HealthCheckRequest(service=_checked_service(service))
         options = self._call_options(self._deadline(timeout))
         try:
             with self._calling():
@@ -352,6 +361,9 @@ class AsyncTextToImage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def __reduce__(self) -> NoReturn:
+        raise _unpicklable(self)
 
     def _draft(self, prompt: str, options: GenerateOptions) -> tuple[pb.GenerateRequest, tuple[FieldViolation, ...]]:
         request, violations = draft_request(prompt, options)
@@ -580,6 +592,8 @@ class AsyncEventStream(AsyncIterator[Event]):
 def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     if token is None:
         return ()
+    if not isinstance(token, str):
+        raise TypeError(f"token must be text, not of type {type(token).__name__}")  # never with the token in the words
     if not re.fullmatch(r"[!-~]+", token):
         raise ValueError("a token has visible ASCII characters only")  # gRPC would say so with the token in its words
     return (("authorization", f"Bearer {token}"),)
@@ -596,19 +610,38 @@ def _credentials(tls: TLS | bool | None) -> grpc.ChannelCredentials | None:
 
 
 def _checked(name: str, value: int, most: int) -> int:
-    if value not in range(most + 1):
+    # 1.0 and True count as 1 to Python, and not to gRPC's configuration.
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value <= most:
         raise ValueError(f"{name} must be 0 to {most}, not {value!r}")
-    return value
+    return int(value)
 
 
 def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+    """The seconds as gRPC can count them. Its clocks overflow in some centuries, which ends a call at once."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise TypeError(f"timeout must be a number of seconds, or None, not {timeout!r}")
-    return timeout
+    if timeout > _LONGEST_TIMEOUT:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("timeout must be a number of seconds, or None, not nan")
+    return float(max(timeout, 0))
+
+
+def _checked_service(service: str) -> str:
+    if not isinstance(service, str) or any("\ud800" <= each <= "\udfff" for each in service):
+        raise TypeError(f"service must be the full name of a service, or empty, not {service!r}")
+    return service
+
+
+def _unpicklable(client: object) -> TypeError:
+    name = type(client).__name__
+    return TypeError(f"{name} cannot be pickled, since its connection belongs to this process; make one in each")
 
 
 def _channel_options(target: str, retries: int, round_robin: bool) -> list[tuple[str, Any]]:
-    _checked("retries", retries, MAX_RETRIES)
+    retries = _checked("retries", retries, MAX_RETRIES)
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     if is_loopback(target):
         # gRPC would ask the proxy that http_proxy names even for this machine, and a proxy has another loopback.

@@ -85,6 +85,7 @@ _RULES = {
     "request_id": "text of at most 128 characters of A-Z a-z 0-9 . _ : / -",
     "priority": f"{_WHOLE} from -2 to 2",
     "on_disconnect": f"one of {', '.join(OnDisconnect)}",
+    "after": f"{_WHOLE} from 0 on, the number of an event",
 }
 """What each argument must be, for the words of those that no message can carry."""
 
@@ -112,9 +113,32 @@ def draft_request(prompt: str, options: GenerateOptions) -> tuple[pb.GenerateReq
         path = _FIELDS.get(name, "data.prompt")
         try:
             _set(request, path, _number_of(path, value) if path in _ENUMS else value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             violations.append(FieldViolation(_json_path(path), f"{name} must be {_RULES[name]}, is {_shown(value)}"))
     return request, tuple(violations)
+
+
+def attach_request(request_id: str, after: int) -> pb.AttachRequest:
+    """The message that follows a detached job. Raises InvalidRequest as `build_request` does."""
+    return cast("pb.AttachRequest", _filled(pb.AttachRequest(), request_id=request_id, after=after))
+
+
+def cancel_request(request_id: str) -> pb.CancelRequest:
+    """The message that ends a detached job. Raises InvalidRequest as `build_request` does."""
+    return cast("pb.CancelRequest", _filled(pb.CancelRequest(), request_id=request_id))
+
+
+def _filled(message: Any, **fields: object) -> Any:
+    violations = []
+    for name, value in fields.items():
+        try:
+            setattr(message, name, value)
+        except (TypeError, ValueError, OverflowError):
+            json_name = message.DESCRIPTOR.fields_by_name[name].json_name
+            violations.append(FieldViolation(json_name, f"{name} must be {_RULES[name]}, is {_shown(value)}"))
+    if violations:
+        raise invalid(tuple(violations))
+    return message
 
 
 def with_seed(request: pb.GenerateRequest) -> pb.GenerateRequest:

@@ -6,6 +6,8 @@
 import asyncio
 import hashlib
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -220,9 +223,19 @@ def _keep(call: Callable[[], Any], result: "Future[Any]") -> None:
         result.set_exception(error)
 
 
+def _name_folder_for_torch() -> None:
+    """Name a folder that is there where torch could not make its own, which it does as soon as it is imported."""
+    try:
+        Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("there is no folder to write to, so torch compiles nothing; TMPDIR names one (%s)", error.strerror)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep
+
+
 def load(settings: Settings) -> Model:
     """The ensemble that the settings name. Raises CheckpointError."""
     with closing(checkpoint.inspect(*settings.experts)) as experts:
+        _name_folder_for_torch()
         # Imported on the device thread: torch takes seconds, and the port should be open by then.
         from server import model
 

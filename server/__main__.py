@@ -6,6 +6,13 @@
 10 and up: the checkpoint or the device, see server/checkpoint.py
 """
 
+# Signals come first, since the imports take a second or two.
+
+from server import starting
+
+if __name__ == "__main__":
+    starting.leave_on_signals()
+
 import asyncio
 import faulthandler
 import logging

@@ -6,6 +6,13 @@ that file; "broken" raises in a step, and the images of "loud" are noise of 1000
 "begins: SEED" for each job. A process is ready in a second.
 """
 
+# As in server/__main__.py.
+
+from server import starting
+
+if __name__ == "__main__":
+    starting.leave_on_signals()
+
 import hashlib
 import logging
 import os
@@ -65,9 +72,10 @@ class SteadyModel:
 
     def _work(self) -> None:
         """Take the time of a call in steps, so that it is no further after a pause of the process than before it."""
+        pause = threading.Event()  # and not time.sleep, which libfaketime breaks
         for _ in range(int(self._seconds / 0.05)):
-            time.sleep(0.05)
-        time.sleep(self._seconds % 0.05)
+            pause.wait(0.05)
+        pause.wait(self._seconds % 0.05)
 
     def limit_batch(self, images: int) -> None:
         self.max_batch = images

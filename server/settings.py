@@ -46,6 +46,12 @@ def _not_empty(value: object) -> object:
     return value
 
 
+def _file(value: Path) -> Path:
+    if not value.name:
+        raise ValueError("must be the path of a file")
+    return value
+
+
 _Path = Annotated[Path, BeforeValidator(_not_empty)]
 
 
@@ -75,7 +81,7 @@ class Settings(BaseSettings):
         description="HOST:PORT or unix:PATH to serve on, or several with commas between; port 0 takes a free one, "
         "which is in --ready-file; who may write to a socket's file, by the umask, may call",
     )
-    ready_file: _Path | None = Field(
+    ready_file: Annotated[_Path, AfterValidator(_file)] | None = Field(
         None,
         description="write the bound addresses into this file, a line each, once the model is ready; removed at the "
         "end",

@@ -30,6 +30,8 @@ def problems(flags: list[str]) -> list[str]:
         ("device", "CUDA", "must be one of auto, cuda, mps, cpu, is 'CUDA'"),
         ("schedule", "FIRST_COME", "must be one of shortest, first-come, is 'FIRST_COME'"),
         ("tokens", "", "must not be empty"),
+        ("ready-file", ".", "must be the path of a file, is '.'"),
+        ("ready-file", "/", "must be the path of a file, is '/'"),
         ("model-name", " ", "give a name of 1 to 128 characters, on one line, is ' '"),
         ("model-name", "\udcff", r"give a name of 1 to 128 characters, on one line, is '\udcff'"),
     ],

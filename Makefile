@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-cpu bench-endurance \
-	bench-ready bench-loadgen bench-scale run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
+	bench-ready bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
 	image instill-model weights evaluate clean
 
 help: ## list these targets
@@ -51,6 +51,9 @@ bench-loadgen: $(VENV)/.dev ## MLCommons' LoadGen: one after the other, all at o
 
 bench-scale: .venv-ray/.done ## one replica and two on Ray, what is lost when they die, a thousand simulated
 	PYTHONPATH=.:clients/python:tests .venv-ray/bin/python -m bench.scale $(ARGS)
+
+soak: $(VENV)/.dev ## bad input by the thousand, for 20 to 60 minutes; ARGS="messages --count 1000 --seed 7" is a part
+	OMP_NUM_THREADS=1 $(BIN)/python -m soak $(ARGS)
 
 run: $(VENV)/.runtime ## serve; flags come from T2I_... variables, or ARGS="--device cuda ..."
 	$(BIN)/python -m server $(ARGS)

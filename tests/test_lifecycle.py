@@ -106,7 +106,7 @@ def test_every_flag_is_an_environment_variable_too(start_server):
         (["--max-queue", "0"], "--max-queue: must be at least 1, is '0'"),
         (["--listen", "nowhere"], "--listen: give HOST:PORT"),
         (["--refiner", "somewhere"], "--refiner was given without --base"),
-        (["--compile-while-serving"], "--compile-while-serving and --warm-up are for T2I_COMPILE blocks or full"),
+        (["--compile-while-serving"], "--compile-while-serving and --warm-up are for"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag; --help lists the flags"),
     ],
 )

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import errno
 import json
+import math
 import signal
 import tempfile
 import time
@@ -118,6 +119,19 @@ class _Commands(click.Group):
             ctx.exit(EXIT_CODES[Cancelled])
 
 
+class _Seconds(click.FloatRange):
+    """More than 0 seconds, and a number: nothing is less than what is none."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a valid number of seconds.", param, ctx)
+        return seconds
+
+
 def _target_option(command: _Command) -> _Command:
     return click.option(
         "--target",
@@ -178,9 +192,7 @@ _metadata_option = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the metadata into this file, JSON, for --like.",
 )
-_timeout_option = click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after so many seconds."
-)
+_timeout_option = click.option("--timeout", type=_Seconds(), help="Give up after so many seconds.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the metadata on stdout.")
 
 
@@ -318,7 +330,7 @@ def attach(target: str, name: str, output: Path, metadata: Path | None, timeout:
 
 @main.command()
 @click.argument("name")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Seconds.")
+@click.option("--timeout", type=_Seconds(), default=5.0, show_default=True, help="Seconds.")
 @_target_option
 def cancel(target: str, name: str, timeout: float) -> None:
     """End the detached job NAME, or forget its images if it has ended."""
@@ -424,9 +436,7 @@ def _told_by_name(path: Path) -> Iterator[None]:
 
 
 @main.command()
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Seconds."
-)
+@click.option("--timeout", type=_Seconds(), default=10.0, show_default=True, help="Seconds.")
 @_target_option
 def model(target: str, timeout: float) -> None:
     """Tell what is served, with its defaults and limits."""
@@ -464,7 +474,7 @@ def _table(model: ModelInfo) -> Table:
 
 @main.command()
 @click.option("--service", default="", help="A service's full name.  [default: the whole server]")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Seconds.")
+@click.option("--timeout", type=_Seconds(), default=5.0, show_default=True, help="Seconds.")
 @_target_option
 def health(target: str, service: str, timeout: float) -> None:
     """Probe the service: print its health.
@@ -486,7 +496,7 @@ def health(target: str, service: str, timeout: float) -> None:
 @click.option("-i", "--input", "text", required=True, metavar="JSON", help='{"prompt": "..."}, or the full task input.')
 @click.option(
     "--start-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Seconds(),
     default=900.0,
     show_default=True,
     help="Seconds that the service may take to load its model.",

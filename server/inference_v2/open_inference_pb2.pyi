@@ -252,7 +252,7 @@ class ModelInferRequest(google.protobuf.message.Message):
 
         @property
         def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___InferParameter]:
-            """None is known here, but "binary_data_size" is passed over."""
+            """"binary_data_size" is ignored; others are refused."""
 
         @property
         def contents(self) -> global___InferTensorContents:
@@ -297,7 +297,7 @@ class ModelInferRequest(google.protobuf.message.Message):
         name: builtins.str
         @property
         def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___InferParameter]:
-            """None is known here, but "binary_data" and a "classification" of 0 are passed over."""
+            """"binary_data" and a "classification" of 0 are ignored; others are refused."""
 
         def __init__(
             self,
@@ -343,11 +343,12 @@ class ModelInferRequest(google.protobuf.message.Message):
     @property
     def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___InferParameter]:
         """What could be an optional input tensor of one element, by its name, and, as Triton has them:
-          timeout   microseconds that the answer may take; what cannot be met is RESOURCE_EXHAUSTED at once. 0: no limit
+          timeout   microseconds that the answer may take, 0 for no limit. One that cannot be met is refused at once:
+                    RESOURCE_EXHAUSTED, or DEADLINE_EXCEEDED if an idle server could not meet it either
           priority  1 is the highest level, 5 and above the lowest, 0 the default, which is 3. In text_to_image.v1 that is
                     2, -2 and 0. Above the server's limit it is lowered, with a warning
           sequence_id, sequence_start, sequence_end   0, "" or false, since images are drawn one by one
-          binary_data_output   passed over
+          binary_data_output   ignored
         """
 
     @property

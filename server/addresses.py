@@ -69,11 +69,28 @@ def socket_path(address: str) -> str:
 def bind(addresses: str, add: Callable[[str], int]) -> str:
     """Bind all of these addresses, by calls of `add` with literal ones; what they are with the ports that they got.
 
-    `add` returns the port, or 0 or raises RuntimeError where it could not bind. Raises CannotListen.
+    `add` returns the port, or 0 or raises RuntimeError where it could not bind. Raises CannotListen, and leaves no
+    socket's file then.
     """
-    return ",".join(
-        _bind_file(each, add) if each.startswith("unix:") else _bind_name(each, add) for each in addresses.split(",")
-    )
+    bound: list[str] = []
+    try:
+        for each in addresses.split(","):
+            bound.append(_bind_file(each, add) if each.startswith("unix:") else _bind_name(each, add))
+    except CannotListen:
+        remove_files(",".join(bound))
+        raise
+    return ",".join(bound)
+
+
+def remove_files(bound: str) -> None:
+    """Remove the sockets' files of addresses that `bind` returned, for a server that never started.
+
+    gRPC removes those of a server that stops.
+    """
+    for each in bound.split(","):
+        if each.startswith("unix:"):
+            with contextlib.suppress(OSError):
+                Path(socket_path(each)).unlink()
 
 
 def literal_addresses(address: str) -> list[tuple[str, int]]:

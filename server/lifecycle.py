@@ -138,7 +138,11 @@ class Server:
         if self._settings.health_listen is not None:
             probed = grpc.aio.server(interceptors=[Decoding()], options=self._options)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
-            log.info("health checks on %s", _bind(probed, self._settings.health_listen, None))
+            try:
+                log.info("health checks on %s", _bind(probed, self._settings.health_listen, None))
+            except addresses.CannotListen:
+                addresses.remove_files(address)
+                raise
             self._servers.append(probed)
         for each in self._servers:
             await each.start()

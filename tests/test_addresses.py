@@ -182,6 +182,22 @@ class TestFiles:
         assert kind != "a file" or path.read_text() == "somebody's"
 
 
+@pytest.mark.parametrize("flag", ["--listen", "--health-listen"])
+def test_a_server_that_cannot_have_all_of_its_addresses_leaves_no_file(start, tmp_path: Path, flag):
+    path = tmp_path / "t2i.sock"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        flags = (
+            ("--listen", f"unix:{path},{taken}") if flag == "--listen" else ("--listen", f"unix:{path}", flag, taken)
+        )
+        server = start(*flags)
+        assert server.wait() == 3
+    assert f"{taken} is in use" in server.log
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_several_addresses_are_all_served_and_all_in_the_ready_file(start, tmp_path: Path):
     path, ready = tmp_path / "t2i.sock", tmp_path / "ready"
     server = start("--listen", f"127.0.0.1:0,unix:{path},127.0.0.1:0", "--ready-file", str(ready)).wait_until_ready()

@@ -110,6 +110,52 @@ def test_an_image_that_came_otherwise_coded_overwrites_no_file_that_nobody_named
     }
 
 
+@pytest.mark.parametrize("command", [("generate", "cat"), ("attach", "mine")])
+def test_metadata_never_take_the_place_of_an_image(service, tmp_path, command):
+    for output, metadata, several in (("cat.jpg", "cat.jpg", ()), ("cat.jpg", "cat-1.jpg", ("-n", "2"))):
+        flags = () if command[0] == "attach" else several
+        named = ("-o", str(tmp_path / output), "--metadata", str(tmp_path / metadata))
+        result = t2i(*command, *flags, *named, "--target", service.target)
+        assert result.exit_code == 2
+        assert f"{tmp_path / metadata} is to be an image of -o; give another name" in result.stderr
+    assert service.requests == []
+
+
+@pytest.mark.parametrize("command", [("generate", "cat", "-o", "cat.jpg"), ("model",), ("cancel", "mine")])
+def test_a_timeout_that_is_no_number_is_a_wrong_command_line(service, command):
+    result = t2i(*command, "--timeout", "nan", "--target", service.target)
+    assert result.exit_code == 2
+    assert "'nan' is not a valid number of seconds" in result.stderr
+
+
+def test_a_connection_that_breaks_under_a_detached_job_is_said(service, answer, tmp_path):
+    service.answer(
+        [pb.StreamGenerateResponse(number=1, queued=pb.Queued()), (grpc.StatusCode.UNAVAILABLE, "Socket closed")]
+    )
+    answer()
+    result = t2i("attach", "mine", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 0
+    said = f"{service.target}: the connection broke; attaching to mine again until it is back"
+    assert result.stderr.splitlines().count(said) == 1
+
+
+def test_what_a_proxy_cut_is_said_in_words(service, tmp_path):
+    cut = (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
+    service.answer(
+        [pb.StreamGenerateResponse(queued=pb.Queued()), cut], [pb.StreamGenerateResponse(queued=pb.Queued()), cut]
+    )
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 1
+    assert f"Error: {service.target}: the connection broke, or a proxy cut it (Received RST_STREAM" in result.stderr
+
+
+def test_a_file_of_certificates_that_is_none_is_a_wrong_command_line(service, tmp_path):
+    (tmp_path / "authority.crt").write_text("garbage")
+    result = t2i("--tls-authority", str(tmp_path / "authority.crt"), "health", "--target", service.target)
+    assert result.exit_code == 2
+    assert "authority.crt is not PEM: it has no line that begins with -----BEGIN" in result.stderr
+
+
 def test_a_time_to_try_again_is_said_once(service, status, tmp_path):
     details = RetryInfo(retry_delay=Duration(seconds=3, nanos=984_250_000))
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "9 requests are waiting; try again in 4.0 s", details))

@@ -45,6 +45,14 @@ def test_a_name_that_promises_another_format_is_refused_with_the_right_one(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_cannot_be_is_said_by_its_own_name(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"name it cat\.jpg"):
+        IMAGE.save("")
+    with pytest.raises(FileNotFoundError) as caught:
+        IMAGE.save(tmp_path / "missing" / "cat.jpg")
+    assert caught.value.filename == str(tmp_path / "missing" / "cat.jpg")
+
+
 def test_the_bytes_stay_out_of_the_repr():
     assert "Adobe" not in repr(IMAGE)
 

@@ -6,6 +6,7 @@ Retries, deadlines and cancellation are gRPC's own; this file sets them, and mak
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import re
 import threading
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TLS", "AsyncEventStream", "AsyncTextToImage", "EventStream", "TextToImage"]
 
+_log = logging.getLogger("text_to_image_client")
+
 MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever it is told
 MAX_RESUBMIT = 1  # a request that ends its servers ends two of them at most
 _LONGEST_TIMEOUT = 1e8  # seconds, three years; longer ones never pass
@@ -77,12 +80,11 @@ class TLS:
     key: str | Path | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises OSError for a file that cannot be read, ValueError for a certificate without its key."""
+        """Raises OSError for a file that cannot be read, ValueError for one that is no PEM or lacks its counterpart."""
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together")
         authority, key, certificate = (
-            Path(file).read_bytes() if file is not None else None
-            for file in (self.authority, self.key, self.certificate)
+            _read_pem(Path(file)) if file is not None else None for file in (self.authority, self.key, self.certificate)
         )
         return grpc.ssl_channel_credentials(authority, key, certificate)
 
@@ -476,6 +478,7 @@ class EventStream(Iterator[Event]):
                 pass
 
     def _begin(self, step: Step) -> None:
+        _report(step, self._client.target)
         left = self._deadline.left(time.monotonic())
         self._closed.wait(step.delay if left is None else min(step.delay, left))
         if not self._closed.is_set():
@@ -562,6 +565,7 @@ class AsyncEventStream(AsyncIterator[Event]):
                 pass
 
     async def _begin(self, step: Step) -> None:
+        _report(step, self._client.target)
         left = self._deadline.left(time.monotonic())
         await asyncio.sleep(step.delay if left is None else min(step.delay, left))
         self._call = self._client._open(step.request, self._deadline)
@@ -587,6 +591,14 @@ class AsyncEventStream(AsyncIterator[Event]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _read_pem(file: Path) -> bytes:
+    """The file's bytes. gRPC takes any, and then fails with every call as if nobody were there."""
+    pem = file.read_bytes()
+    if b"-----BEGIN " not in pem:
+        raise ValueError(f"{file} is not PEM: it has no line that begins with -----BEGIN")
+    return pem
 
 
 def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -669,6 +681,11 @@ def _channel_options(target: str, retries: int, round_robin: bool) -> list[tuple
     if config:
         options.append(("grpc.service_config", json.dumps(config)))
     return options
+
+
+def _report(step: Step, target: str) -> None:
+    if step.news:
+        _log.info("%s: %s", target, step.news)
 
 
 def _serving_status(response: health_pb2.HealthCheckResponse) -> ServingStatus:

@@ -23,10 +23,14 @@ default."""
 
 @dataclass(frozen=True)
 class Step:
-    """The call to make next: StreamGenerate or Attach, by its message, after `delay` seconds."""
+    """The call to make next: StreamGenerate or Attach, by its message, after `delay` seconds.
+
+    `news` is for people, empty where nothing has changed for them since the last step.
+    """
 
     request: pb.GenerateRequest | pb.AttachRequest
     delay: float = 0.0
+    news: str = ""
 
 
 class Course:
@@ -66,11 +70,16 @@ class Course:
         admitted = self._admitted or was_admitted(error)
         resuming = self._lost_at is not None
         if self._resume and is_broken(error) and (resuming or is_gone(error, admitted)):
+            news = (
+                ""
+                if resuming
+                else f"the connection broke; attaching to {self.request.request_id} again until it is back"
+            )
             self._lost_at = now if self._lost_at is None else self._lost_at
             if now - self._lost_at > RESUME_SECONDS:
                 return None
             delay, self._delay = self._delay, min(2 * self._delay, _LONGEST_DELAY)
-            return Step(pb.AttachRequest(request_id=self.request.request_id, after=self.number), delay)
+            return Step(pb.AttachRequest(request_id=self.request.request_id, after=self.number), delay, news)
         forgotten = resuming and error.code() is grpc.StatusCode.NOT_FOUND
         if self._resubmits and isinstance(self.request, pb.GenerateRequest) and (forgotten or is_gone(error, admitted)):
             self._resubmits -= 1

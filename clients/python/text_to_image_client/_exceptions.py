@@ -188,6 +188,8 @@ def error_from(error: grpc.RpcError, target: str) -> TextToImageError:
         message = f"{target}: {message}"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details.code:
         message = TIMEOUT  # in gRPC's words "Deadline Exceeded", or "Stream removed (Deadline Exceeded)"
+    if code in _BROKEN_CODES and is_broken(error):
+        message = f"{target}: the connection broke, or a proxy cut it ({message})"
     kind = _BY_CODE.get(code, ServerError)
     if kind is Refused and not details.code and _TOO_LARGE.search(message):
         kind = TooLarge

@@ -31,6 +31,8 @@ def write_whole(path: Path, data: bytes, overwrite: bool = True) -> Path:
         free = _reserve(path)
         unfinished.replace(free)
         return free
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # not the name of the unfinished one
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

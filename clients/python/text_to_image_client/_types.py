@@ -183,10 +183,8 @@ class Image:
 
 def _write(path: Path, data: bytes, format_: Format) -> Path:
     if Format.of(path) is not format_:
-        raise ValueError(
-            f"{path} cannot hold an image/{format_}: name it {path.with_suffix(format_.suffixes[0]).name}, "
-            "or ask for another format"
-        )
+        named = path.with_suffix(format_.suffixes[0]).name if path.name else f"cat{format_.suffixes[0]}"
+        raise ValueError(f"{path} cannot hold an image/{format_}: name it {named}, or ask for another format")
     return write_whole(path, data)
 
 

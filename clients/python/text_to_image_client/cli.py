@@ -7,7 +7,9 @@ import contextlib
 import datetime
 import errno
 import json
+import logging
 import math
+import re
 import signal
 import tempfile
 import time
@@ -38,7 +40,7 @@ from ._exceptions import (
 from ._files import write_whole
 from ._instill import parse_input
 from ._messages import build_request
-from ._progress import display_for
+from ._progress import Display, display_for
 from ._provenance import Provenance
 from ._service import IMAGE, Service, ServiceFailed, container_launch, local_launch, running
 from ._types import (
@@ -277,6 +279,7 @@ def generate(
             raise click.BadParameter(f"{preview.name} must end in .jpg", param_hint="--preview")
         options["preview_interval"] = preview_interval or 5
     _check_folders({"-o": output, "--preview": preview, "--metadata": metadata})
+    _check_overwriting(metadata, None if like else options["n"] or 1, {"-o": output, "--preview": preview})
     made = Provenance.load(like) if like is not None else None
     options["format"] = _format_for(output, format_, made.request(number).get("format") if made else None)
     request = made.request(number, prompt=prompt, **options) if made else cast("Request", {**options, "prompt": prompt})
@@ -323,6 +326,7 @@ def attach(target: str, name: str, output: Path, metadata: Path | None, timeout:
     """
     _format_for(output, None)
     _check_folders({"-o": output, "--metadata": metadata})
+    _check_overwriting(metadata, None, {"-o": output})
     with _connect(target) as client, client.attach(name, timeout=timeout) as events:
         result = _follow(events, output, None)
     _tell(result, metadata, as_json)
@@ -342,6 +346,21 @@ def _check_folders(files: Mapping[str, Path | None]) -> None:
     for option, file in files.items():
         if file is not None and not file.parent.is_dir():
             raise click.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+
+
+def _check_overwriting(metadata: Path | None, n: int | None, images: Mapping[str, Path | None]) -> None:
+    """The metadata, which are written last, must not take the place of an image."""
+    for option, path in images.items():
+        if metadata is None or path is None:
+            continue
+        # Where n is not known, the job may have any number of images.
+        of_one = (
+            n != 1 and re.fullmatch(re.escape(path.stem) + r"-\d+", metadata.stem) and metadata.suffix == path.suffix
+        )
+        if metadata.resolve() == path.resolve() or (of_one and metadata.parent.resolve() == path.parent.resolve()):
+            raise click.BadParameter(
+                f"{metadata} is to be an image of {option}; give another name", param_hint="--metadata"
+            )
 
 
 def _tell(result: Result, metadata: Path | None, as_json: bool) -> None:
@@ -388,7 +407,7 @@ def _follow(events: EventStream, output: Path, n: int | None, preview: Path | No
     Each of `n` images is saved as soon as it is there. Where n is not known, neither are the names until all are there.
     """
     began, resubmitted = time.monotonic(), 0
-    with display_for(Console(stderr=True), n) as display:
+    with display_for(Console(stderr=True), n) as display, _reported_by(display):
         for event in events:
             if events.resubmitted > resubmitted:
                 resubmitted = events.resubmitted
@@ -407,6 +426,25 @@ def _follow(events: EventStream, output: Path, n: int | None, preview: Path | No
                 case Queued() | Progress():
                     display.show(event)
     raise AssertionError("a stream without Done raises ServerError")
+
+
+@contextlib.contextmanager
+def _reported_by(display: Display) -> Iterator[None]:
+    """Have the client's log shown: a stream that waits for its server is else as silent as one that hangs."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.say(record.getMessage())
+
+    logger, handler = logging.getLogger("text_to_image_client"), Handler(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def _numbered(path: Path, index: int, n: int) -> Path:

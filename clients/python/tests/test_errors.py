@@ -1,5 +1,6 @@
 """Errors arrive whole from worker processes, and gRPC's own are not taken for the service's."""
 
+import asyncio
 import copy
 import inspect
 import math
@@ -27,6 +28,7 @@ from text_to_image_client import (
     TextToImageError,
     TooLarge,
 )
+from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 CODE = grpc.StatusCode.UNAVAILABLE
 ERRORS = [
@@ -284,3 +286,81 @@ async def test_a_service_whose_health_is_asked_for_is_named_by_text(service_name
 def test_a_client_stays_in_its_process(make):
     with pytest.raises(TypeError, match=f"{make.__name__} cannot be pickled, .*; make one in each"):
         pickle.dumps(make("127.0.0.1:1"))
+
+
+HELD = pb.StreamGenerateResponse(queued=pb.Queued())
+
+
+@pytest.mark.parametrize(
+    ("close", "words"),
+    [
+        (lambda client, events: client.close(), "this client is closed; make another one"),
+        (lambda client, events: events.close(), "this stream is closed; make another one"),
+    ],
+    ids=["client", "stream"],
+)
+def test_a_stream_that_is_closed_says_so_each_time(service, close, words):
+    service.answer([HELD, service.hold])
+    with TextToImage(service.target, timeout=60) as client:
+        events = client.stream("cat")
+        next(events)
+        close(client, events)
+        for _ in range(2):
+            with pytest.raises(Cancelled) as caught:
+                next(events)
+            assert str(caught.value) == words
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("close", "words"),
+    [
+        (lambda client, events: client.aclose(), "this client is closed; make another one"),
+        (lambda client, events: events.aclose(), "this stream is closed; make another one"),
+    ],
+    ids=["client", "stream"],
+)
+async def test_an_async_stream_that_is_closed_cancels_no_task(service, close, words):
+    service.answer([HELD, service.hold])
+    async with AsyncTextToImage(service.target, timeout=60) as client:
+        events = client.stream("cat")
+        await anext(events)
+        reading = asyncio.create_task(anext(events))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        await close(client, events)
+        with pytest.raises(Cancelled) as caught:
+            await reading
+        assert str(caught.value) == words
+        with pytest.raises(Cancelled):
+            await anext(events)
+
+
+async def test_a_call_whose_client_is_closed_by_another_task_is_cancelled_in_words(service):
+    service.answer(service.hold)
+    client = AsyncTextToImage(service.target, timeout=60)
+    calling = asyncio.create_task(client.generate("cat"))
+    while not service.requests:
+        await asyncio.sleep(0.01)
+    await client.aclose()
+    with pytest.raises(Cancelled, match="this client is closed; make another one"):
+        await calling
+
+
+async def test_a_task_that_is_cancelled_stays_so_though_its_client_is_closed(service):
+    service.answer(service.hold)
+    client = AsyncTextToImage(service.target, timeout=60)
+    calling = asyncio.create_task(client.generate("cat"))
+    while not service.requests:
+        await asyncio.sleep(0.01)
+    calling.cancel()
+    await client.aclose()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
+def test_an_async_client_in_another_loop_says_so(service):
+    service.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    client = AsyncTextToImage(service.target, timeout=60)
+    assert asyncio.run(client.health()) is ServingStatus.SERVING
+    with pytest.raises(RuntimeError, match="belongs to the event loop that made its first call; make one in each loop"):
+        asyncio.run(client.health())

@@ -78,7 +78,15 @@ def test_a_target_that_is_no_text_is_a_type_error():
     "target",
     [
         *("127.0.0.1:1", "127.9.9.9:1", "localhost:1", "LOCALHOST:1", "[::1]:1", "unix:/x", "unix-abstract:x"),
-        *("dns:///localhost:1", "dns:localhost:1", "ipv4:127.0.0.1:1,127.0.0.2:1", "ipv6:[::1]:1", "app.localhost:1"),
+        *(
+            "0.0.0.0:1",
+            "[::]:1",
+            "dns:///localhost:1",
+            "dns:localhost:1",
+            "ipv4:127.0.0.1:1,127.0.0.2:1",
+            "ipv6:[::1]:1",
+            "app.localhost:1",
+        ),
     ],
 )
 def test_this_machine_is_known_by_every_name(target: str):

@@ -288,6 +288,7 @@ class AsyncTextToImage:
         self._options = _channel_options(self.target, retries, round_robin)
         self._credentials = _credentials(tls)
         self._channel: grpc.aio.Channel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     async def generate(
@@ -397,6 +398,11 @@ class AsyncTextToImage:
             if not self._closed:
                 raise
             raise closed_error() from None
+        except asyncio.CancelledError:
+            # grpc.aio raises it for a call whose channel was closed, too, and then no task is being cancelled.
+            if not self._closed or _is_being_cancelled():
+                raise
+            raise closed_error() from None
 
     def _open(
         self, request: pb.GenerateRequest | pb.AttachRequest, deadline: Deadline
@@ -409,7 +415,10 @@ class AsyncTextToImage:
             return self._service().StreamGenerate(request, **options)
 
     def _connected(self) -> grpc.aio.Channel:
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("this client belongs to the event loop that made its first call; make one in each loop")
         if self._channel is None:  # a channel of grpc.aio is tied to the loop running when it is made
+            self._loop = asyncio.get_running_loop()
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.target, self._options)
             else:
@@ -459,7 +468,11 @@ class EventStream(Iterator[Event]):
             except grpc.RpcError as error:
                 if self._course.done:
                     break
-                step = None if self._closed.is_set() else self._course.after(error, time.monotonic())
+                if self._closed.is_set():
+                    raise closed_error("stream") from error
+                if self._client._closed:
+                    raise closed_error() from error
+                step = self._course.after(error, time.monotonic())
                 if step is None:
                     raise error_from(error, self._client.target) from error
                 self._begin(step)
@@ -536,6 +549,7 @@ class AsyncEventStream(AsyncIterator[Event]):
     async def __anext__(self) -> Event:
         while True:
             if self._refusal is not None:
+                self._check_open()
                 raise await self._refusal()
             assert self._call is not None
             try:
@@ -548,10 +562,16 @@ class AsyncEventStream(AsyncIterator[Event]):
             except grpc.RpcError as error:
                 if self._course.done:
                     break
-                step = None if self._closed else self._course.after(error, time.monotonic())
+                self._check_open()
+                step = self._course.after(error, time.monotonic())
                 if step is None:
                     raise error_from(error, self._client.target) from error
                 await self._begin(step)
+            except asyncio.CancelledError:
+                # grpc.aio raises it for a call that was closed, too, and then no task is being cancelled.
+                if not _is_being_cancelled():
+                    self._check_open()
+                raise
             else:
                 _check_complete(self._course.complete)
                 break
@@ -563,6 +583,13 @@ class AsyncEventStream(AsyncIterator[Event]):
         with contextlib.suppress(grpc.RpcError):
             while await self._call.read() is not grpc.aio.EOF:
                 pass
+
+    def _check_open(self) -> None:
+        """Raises Cancelled."""
+        if self._closed:
+            raise closed_error("stream")
+        if self._client._closed:
+            raise closed_error()
 
     async def _begin(self, step: Step) -> None:
         _report(step, self._client.target)
@@ -681,6 +708,11 @@ def _channel_options(target: str, retries: int, round_robin: bool) -> list[tuple
     if config:
         options.append(("grpc.service_config", json.dumps(config)))
     return options
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _report(step: Step, target: str) -> None:

@@ -174,9 +174,9 @@ def translated(target: str) -> Iterator[None]:
 TIMEOUT = "the timeout passed before the answer was complete"
 
 
-def closed_error() -> Cancelled:
-    """The error of a call to a client that is closed."""
-    return Cancelled("this client is closed; make another one", grpc.StatusCode.CANCELLED)
+def closed_error(what: str = "client") -> Cancelled:
+    """The error of a call to a client that is closed, or of a stream that is."""
+    return Cancelled(f"this {what} is closed; make another one", grpc.StatusCode.CANCELLED)
 
 
 def error_from(error: grpc.RpcError, target: str) -> TextToImageError:

@@ -55,7 +55,8 @@ def is_loopback(target: str) -> bool:
 def _is_loopback_host(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]") if re.search(r":\d+$", address) else address.strip("[]")
     if _is_address(host, 4) or _is_address(host, 6):
-        return ipaddress.ip_address(host).is_loopback
+        number = ipaddress.ip_address(host)
+        return number.is_loopback or number.is_unspecified  # 0.0.0.0, as a server's flag has it, connects to itself
     return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 

@@ -307,6 +307,11 @@ class TestWhoseJob:
             house.begin(**DETACH)
         assert house.recordings.find("mine", ME) is failed
 
+    async def test_a_name_that_no_job_can_have_is_said_without_it(self, house):
+        for look in (house.recordings.find, house.recordings.cancel):
+            with pytest.raises(contract.UnknownJob, match="no detached job has such a name: they have 1 to 128 char"):
+                look(None, ME)
+
     async def test_cancelling_ends_the_job_and_frees_its_name_at_once(self, house):
         first = house.begin(**DETACH)
         following = asyncio.create_task(listen(first))

@@ -45,6 +45,9 @@ _ENVELOPE_BYTES = 8 * 1024  # kept free in a message for all that is not image,
 _ENVELOPE_BYTES_PER_IMAGE = 512  # and for each image's metadata, without the prompts, and warning
 _PREVIEW_QUALITY = 80
 
+UNREADABLE_TEXT = "?"
+"""Stands for a prompt that cannot be read, so that the other rules are checked and none is broken by its absence."""
+
 ADMITTED = (("t2i-admitted", "1"),)
 """The headers of a unary answer, by which a client knows that the server has begun the request."""
 DEVICE_LOST = "DEVICE_LOST"

@@ -84,8 +84,8 @@ async def _outputs(
         card, limits = first.model(caller)
         if model not in (None, card.name):
             raise UnknownModel(f'"{card.name}" is the model that is served here')
-        requests = read(inputs, limits.max_images)
-        tasks = first.parse_all(requests, request_id, caller, name_of, "task_inputs")
+        requests, unreadable = read(inputs, limits.max_images)
+        tasks = first.parse_all(requests, request_id, caller, name_of, "task_inputs", unreadable)
         asked = [(each, _shared(task, len(tasks))) for each, task in zip(requests, tasks, strict=True)]
         return [output(each) for each in await first.answer_all(asked, card, caller, context)]
 
@@ -109,8 +109,11 @@ def _shared(task: Task, inputs: int) -> Task:
 # From inputs to requests.
 
 
-def read(inputs: Sequence[Struct], most: int) -> list[pb.GenerateRequest]:
-    """The requests that the inputs make. Raises InvalidRequest with all that keeps them from making them."""
+def read(inputs: Sequence[Struct], most: int) -> tuple[list[pb.GenerateRequest], list[Violation]]:
+    """Return the requests that the inputs make, and the violations for what cannot be read.
+
+    A field that cannot be read has a value that breaks no rule. Raises InvalidRequest for more than `most` inputs.
+    """
     if len(inputs) > most:
         raise InvalidRequest([Violation("task_inputs", f"must be at most {most}, are {len(inputs)}")])
     found: dict[Violation, list[int]] = {}
@@ -124,9 +127,7 @@ def read(inputs: Sequence[Struct], most: int) -> list[pb.GenerateRequest]:
     if unknown:
         told = ", ".join(repr(each[:_LONGEST_TOLD]) for each in unknown[:_MOST_TOLD])
         log.warning("ignored keys of the task's inputs, %d that are not known here: %s", len(unknown), told)
-    if found:
-        raise InvalidRequest(contract.violations_of_all(found, name_of))
-    return requests
+    return requests, contract.violations_of_all(found, name_of)
 
 
 def _request(given: Struct, wrong: list[Violation], unknown: list[str]) -> pb.GenerateRequest:
@@ -142,11 +143,16 @@ def _request(given: Struct, wrong: list[Violation], unknown: list[str]) -> pb.Ge
     data, parameter = rooms.get("data", {}), rooms.get("parameter", {})
     request = pb.GenerateRequest(parameter=pb.TaskParameter(n=1, seed=0), output=pb.Output(format=pb.FORMAT_JPEG_RGB))
     if "prompt" in data:
-        request.data.prompt = _text("data.prompt", data["prompt"], wrong)
+        request.data.prompt = _text("data.prompt", data["prompt"], wrong) or ""
+    if any(each.field in ("data", "data.prompt") for each in wrong):
+        request.data.prompt = contract.UNREADABLE_TEXT
     if "aspect-ratio" in parameter:
-        request.parameter.aspect_ratio = _text("parameter.aspect-ratio", parameter["aspect-ratio"], wrong)
+        ratio = _text("parameter.aspect-ratio", parameter["aspect-ratio"], wrong)
+        if ratio is not None:
+            request.parameter.aspect_ratio = ratio
     if "negative-prompt" in parameter:
-        request.parameter.negative_prompt = _text("parameter.negative-prompt", parameter["negative-prompt"], wrong)
+        negative = _text("parameter.negative-prompt", parameter["negative-prompt"], wrong)
+        request.parameter.negative_prompt = negative or ""
     if "n" in parameter:
         request.parameter.n = _integer("parameter.n", parameter["n"], wrong) or 1
     if "seed" in parameter:
@@ -164,6 +170,7 @@ def _known(room: str, struct: Struct, wrong: list[Violation], unknown: list[str]
         elif known.setdefault(spelled, value) != value:
             both = f"is given twice, as {spelled} and {spelled.replace('-', '_')}, with different values; leave one out"
             wrong.append(Violation(f"{room}.{spelled}", both))
+            del known[spelled]
     return known
 
 
@@ -174,10 +181,11 @@ def _given(struct: Struct) -> Iterator[tuple[str, Value]]:
             yield key, value
 
 
-def _text(field: str, value: Value, wrong: list[Violation]) -> str:
-    if value.WhichOneof("kind") != "string_value":
-        wrong.append(Violation(field, "must be a string"))
-    return value.string_value
+def _text(field: str, value: Value, wrong: list[Violation]) -> str | None:
+    if value.WhichOneof("kind") == "string_value":
+        return value.string_value
+    wrong.append(Violation(field, "must be a string"))
+    return None
 
 
 def _integer(field: str, value: Value, wrong: list[Violation]) -> int:

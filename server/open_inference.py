@@ -133,7 +133,7 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             card, limits = self._first.model(caller)
             _check_served(card, request.model_name, request.model_version)
             batch = read(request, limits.max_images)
-            tasks = self._first.parse_all(batch.requests, request_id, caller, batch.name_of, "n")
+            tasks = self._first.parse_all(batch.requests, request_id, caller, batch.name_of, "n", batch.unreadable)
             echoed = len(request.id.encode())
             asked = [
                 (each, _with_level(_shared(task, len(tasks), echoed), each.priority))
@@ -179,11 +179,15 @@ def _check_served(card: ModelCard, name: str, version: str) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """The requests of all prompts, which inputs had a value for each, and how many seconds all may take together."""
+    """The requests of all prompts, which inputs had a value for each, and how many seconds all may take together.
+
+    `unreadable` is what is wrong with the message itself.
+    """
 
     requests: Sequence[pb.GenerateRequest]
     each: frozenset[str]
     timeout: float = math.inf
+    unreadable: Sequence[Violation] = ()
 
     @property
     def max_message_bytes(self) -> int:
@@ -197,7 +201,11 @@ class Batch:
 
 
 def read(message: oip.ModelInferRequest, max_prompts: int) -> Batch:
-    """The requests that the message makes. Raises InvalidRequest with all that keeps it from making them."""
+    """Return the requests that the message makes, and the violations for what cannot be read.
+
+    An input that cannot be read has a value that breaks no rule. Raises InvalidRequest for more parts than are known
+    here, and for more than `max_prompts` prompts.
+    """
     # What is longer than all that is known here is not looked at, so that what is said of it cannot become long either.
     for part, count, most in (
         ("inputs", len(message.inputs), len(_INPUTS)),
@@ -229,20 +237,23 @@ def read(message: oip.ModelInferRequest, max_prompts: int) -> Batch:
     prompts = len(values.setdefault("prompt", [""]))
     if prompts > max_prompts:
         wrong.append(Violation("prompt", f"must have at most {max_prompts} elements, has {prompts}"))
-    for name, given in values.items():
+        raise InvalidRequest(wrong)
+    for name, given in list(values.items()):
         if name in _OF_ALL and len(given) > 1:
             wrong.append(Violation(name, "must have one element, for all prompts"))
         elif len(given) not in (1, prompts):
             wrong.append(Violation(name, f"must have one element, or one for each of {prompts} prompts"))
-    if wrong:
-        raise InvalidRequest(wrong)
+        else:
+            continue
+        del values[name]
     each = frozenset(name for name, given in values.items() if len(given) > 1)
     name = contract.safe_name(message.id)
     common = pb.GenerateRequest(request_id=name, priority=priority, output=pb.Output(raw=True))
     requests = [_request(common, {n: v[i % len(v)] for n, v in values.items()}, wrong) for i in range(prompts)]
-    if wrong:
-        raise InvalidRequest(tuple(dict.fromkeys(wrong)))
-    return Batch(requests, each, timeout)
+    if any(violation.field == "prompt" for violation in wrong):
+        for request in requests:
+            request.data.prompt = contract.UNREADABLE_TEXT
+    return Batch(requests, each, timeout, tuple(dict.fromkeys(wrong)))
 
 
 def _policy(given: dict[str, _Value], wrong: list[Violation]) -> tuple[float, int]:

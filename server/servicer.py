@@ -146,12 +146,13 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         caller: Caller,
         name_of: Callable[[str, str], str],
         number: str,
+        unreadable: Sequence[Violation],
     ) -> list[Task]:
         """The tasks of a call that asks for several at once and is answered by one message.
 
         Raises Loading, and InvalidRequest with all that is wrong with any: one violation for all requests that have it,
         by the name that `name_of` has for its field in these (see contract.places). `number` is the field for what
-        makes too many images.
+        makes too many images. `unreadable` is what was wrong before there were requests, which it has first.
         """
         _, limits = self.model(caller)
         found: dict[Violation, list[int]] = {}
@@ -164,7 +165,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
                     found.setdefault(each, []).append(index)
                 continue
             tasks.append(contract.in_one_message(task))
-        wrong = contract.violations_of_all(found, name_of)
+        wrong = [*unreadable, *contract.violations_of_all(found, name_of)]
         images = sum(len(task.image.seeds) for task in tasks)
         if images > limits.max_images:
             wrong.append(

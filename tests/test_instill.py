@@ -54,7 +54,7 @@ class TestRequests:
 
     def test_every_field_stands_where_our_own_contract_has_it(self):
         parameter = {"aspect-ratio": "16:9", "negative-prompt": "dogs", "n": 2, "seed": 2**32 - 1}
-        (read,) = instill.read([made(task("a cat", **parameter))], 8)
+        (read,), _ = instill.read([made(task("a cat", **parameter))], 8)
         assert read == pb.GenerateRequest(
             data=pb.TaskData(prompt="a cat"),
             parameter=pb.TaskParameter(aspect_ratio="16:9", negative_prompt="dogs", n=2, seed=2**32 - 1),
@@ -72,7 +72,7 @@ class TestRequests:
         ],
     )
     def test_what_is_left_out_is_as_the_schema_has_it(self, given):
-        (read,) = instill.read([made(given)], 8)
+        (read,), _ = instill.read([made(given)], 8)
         parameter = SCHEMA["input"]["properties"]["parameter"]["properties"]
         assert (read.parameter.n, read.parameter.seed) == (parameter["n"]["default"], parameter["seed"]["default"])
         assert not read.parameter.HasField("aspect_ratio")
@@ -107,16 +107,15 @@ class TestRequests:
         ],
     )
     def test_what_makes_no_request_is_told_by_its_name(self, given, field, words):
-        with pytest.raises(contract.InvalidRequest) as caught:
-            instill.read([made(task()), made(given)], 8)
-        assert caught.value.violations == (contract.Violation(f"task_inputs[1].{field}", words),)
+        _, unreadable = instill.read([made(task()), made(given)], 8)
+        assert unreadable == [contract.Violation(f"task_inputs[1].{field}", words)]
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e300])
     def test_a_number_that_json_has_no_word_for_is_refused_too(self, number):
         given = made(task(n=1))
         given.fields["parameter"].struct_value.fields["n"].number_value = number
-        with pytest.raises(contract.InvalidRequest, match="must be a whole number"):
-            instill.read([given], 8)
+        _, (unreadable,) = instill.read([given], 8)
+        assert "must be a whole number" in unreadable.description
 
     @pytest.mark.parametrize(
         "spelled",
@@ -206,6 +205,21 @@ class TestCall:
         assert said["task_inputs[1].parameter.n"] == "must be 1 to 8, is 99"
         assert said["task_inputs[2].parameter.aspect-ratio"].startswith("must be one of ")
         assert len(said) == 3
+
+    def test_what_cannot_be_read_and_what_breaks_a_rule_are_said_together(self, channel):
+        wrong = {"data": "x", "parameter": {"n": 99}}, task("", n="two"), task(3, **{"aspect-ratio": "1:9"})
+        code, said = refused(lambda: call(channel, *wrong))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert set(said) == {
+            "task_inputs[0].data",
+            "task_inputs[0].parameter.n",
+            "task_inputs[1].data.prompt",
+            "task_inputs[1].parameter.n",
+            "task_inputs[2].data.prompt",
+            "task_inputs[2].parameter.aspect-ratio",
+        }
+        assert said["task_inputs[1].data.prompt"] == "is required and must not be blank"
+        assert said["task_inputs[2].data.prompt"] == "must be a string"
 
     def test_all_inputs_together_make_no_more_images_than_one_request_may(self, channel):
         code, said = refused(lambda: call(channel, task(n=5), task(n=4)))

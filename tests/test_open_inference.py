@@ -7,7 +7,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -99,6 +99,18 @@ def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, dict[str, str]
     if status is not None and status.details:
         status.details[0].Unpack(bad)
     return caught.value.code(), {each.field: each.description for each in bad.field_violations}
+
+
+def torn_prompt() -> Tensor:
+    """A prompt that is not as its shape says."""
+    return Tensor(name="prompt", datatype="BYTES", shape=[9], contents={"bytes_contents": [b"a cat"]})
+
+
+def unreadable(message: oip.ModelInferRequest) -> Sequence[contract.Violation]:
+    try:
+        return open_inference.read(message, 8).unreadable
+    except contract.InvalidRequest as error:
+        return error.violations
 
 
 class TestRequests:
@@ -213,11 +225,9 @@ class TestRequests:
         ],
     )
     def test_what_makes_no_request_is_told_by_its_name(self, message, field, words):
-        with pytest.raises(contract.InvalidRequest) as caught:
-            open_inference.read(message, 8)
-        said = {each.field: each.description for each in caught.value.violations}
-        assert words in said[field]
-        assert len(str(caught.value)) < 1000
+        violations = unreadable(message)
+        assert words in {each.field: each.description for each in violations}[field]
+        assert len(str(contract.InvalidRequest(violations))) < 1000
 
     @pytest.mark.parametrize(
         ("level", "priority"), [(0, 0), (1, 2), (2, 1), (3, 0), (4, -1), (5, -2), (6, -2), (2**64 - 1, -2)]
@@ -246,9 +256,8 @@ class TestRequests:
         assert made.request_id == ("my_req__1_" + "_" * 200)[:128]
 
     def test_everything_that_is_wrong_is_told_at_once(self):
-        with pytest.raises(contract.InvalidRequest) as caught:
-            open_inference.read(asked(texts("prompt", "a", "b"), seed=-1, format="gif", steps="few"), 8)
-        assert {each.field for each in caught.value.violations} == {"seed", "format", "steps"}
+        violations = unreadable(asked(texts("prompt", "a", "b"), seed=-1, format="gif", steps="few"))
+        assert {each.field for each in violations} == {"seed", "format", "steps"}
 
 
 def test_an_answer_that_its_metadata_makes_too_large_is_told_so():
@@ -283,6 +292,14 @@ class TestModelInfer:
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert set(said) == {"prompt[1]", "steps", "aspect_ratio", "quality", "scheduler"}
         assert said["prompt[1]"] == "is required and must not be blank"
+
+    @pytest.mark.parametrize("prompt", [texts("prompt", "a cat"), torn_prompt()])
+    def test_what_cannot_be_read_and_what_breaks_a_rule_are_said_together(self, stub, model, prompt):
+        wrong = asked(prompt, texts("seed", "1", "2"), model=model, steps=0, width="wide", stpes=3, priority=-1)
+        code, said = refused(lambda: stub.ModelInfer(wrong, timeout=PATIENCE))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        torn = {"prompt"} if prompt.shape == [9] else set()
+        assert set(said) == {"seed", "steps", "width", "stpes", "priority"} | torn
 
     def test_all_prompts_together_make_no_more_images_than_one_request_may(self, stub, model):
         code, said = refused(

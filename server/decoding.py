@@ -86,7 +86,7 @@ def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], Awaitable[A
 
 
 def _written(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
-    """As an async generator, but as a coroutine that writes what that yields."""
+    """Make a coroutine of an async generator: it writes what the generator yields."""
 
     async def written(request: Any, context: Context) -> None:
         async for response in behaviour(request, context):

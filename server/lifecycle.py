@@ -83,7 +83,7 @@ class Server:
         self._hurrying = asyncio.Event()
 
     async def serve(self) -> None:
-        """Serve until SIGTERM, SIGINT or the end of its terminal; a second one of the first two ends the grace period.
+        """Serve until SIGTERM, SIGINT or the end of its terminal; a second SIGTERM or SIGINT ends the grace period.
 
         Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, DeviceLost, or whatever loading the model raised.
         """

@@ -42,7 +42,7 @@ class Silence:
     """How long the call in flight has not returned, without the time for which this process itself was paused.
 
     A process that is stopped (SIGSTOP, a frozen container, a paused virtual machine) makes no progress, and its clock
-    goes on. Whoever looks every `interval` seconds notices: the time between two looks is then much longer.
+    goes on. A check every `interval` seconds notices: the time between two checks is then much longer.
     """
 
     def __init__(self, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -79,7 +79,7 @@ class Service:
         self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
         gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
         self.tokens = gates[0].files if gates else None
-        """The file of tokens, None where none are needed."""
+        """The file of tokens, None where calls need none."""
         self.interceptors: list[grpc.aio.ServerInterceptor] = [Calls(self.metrics, self._traces), *gates, Decoding()]
         """What calls go through. The first sees every call, those that the others turn away included."""
         self._compiling: asyncio.Task[None] | None = None
@@ -91,7 +91,7 @@ class Service:
             self._traces.observe(observation)
 
     def tell_metrics(self) -> None:
-        """Tell Prometheus, where the settings name an address for it. Raises CannotListen."""
+        """Serve metrics to Prometheus, where the settings name an address for it. Raises CannotListen."""
         if self._settings.metrics_listen is None:
             return
         self.metrics.registry.register(Present(self.engine, lambda: self.servicer.detached))

@@ -261,7 +261,7 @@ class Metrics:
 
     @property
     def wasted_seconds(self) -> float:
-        """Device time that was good for nobody, as the metric has it."""
+        """Device time whose images no caller got, as the metric has it."""
         return self.registry.get_sample_value("t2i_device_seconds_total", {"use": "wasted"}) or 0.0
 
     def call_ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
@@ -460,7 +460,7 @@ def log_to_stderr(level: str, form: str, stream: TextIO | None = None) -> None:
 
 
 def _is_about_a_caller_who_is_there(record: logging.LogRecord) -> bool:
-    """Whether a record of gRPC's is no traceback of a call whose caller went in the instant of its answer."""
+    """Whether to log a record of gRPC's: not a traceback of a call whose caller left just before the answer."""
     return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
 
 

@@ -596,7 +596,7 @@ class AsyncEventStream(AsyncIterator[Event]):
         left = self._deadline.left(time.monotonic())
         await asyncio.sleep(step.delay if left is None else min(step.delay, left))
         self._call = self._client._open(step.request, self._deadline)
-        if self._closed:  # by another task, meantime
+        if self._closed:  # by another task, during the delay
             self._call.cancel()
 
     async def aclose(self) -> None:

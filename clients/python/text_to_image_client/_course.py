@@ -45,7 +45,7 @@ class Course:
         self.number = request.after if isinstance(request, pb.AttachRequest) else 0
         self.resubmitted = 0
         self.done = False
-        # After an event that was heard before, there may be nothing more.
+        # After an event that the caller already has, there may be nothing more.
         self.complete = self.number > 0
         self._resubmits = resubmit if isinstance(request, pb.GenerateRequest) else 0
         self._resume = resume and _is_detached(request)

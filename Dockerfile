@@ -71,5 +71,5 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 EXPOSE 50051
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=120s CMD ["t2i", "--target", "127.0.0.1:50051", "health"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=120s CMD ["t2i", "--target", "127.0.0.1:50051", "health"]
 ENTRYPOINT ["python", "-m", "server"]

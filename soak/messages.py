@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from multiprocessing import get_context
+from statistics import median
 from typing import Any
 from urllib.request import urlopen
 
@@ -53,7 +54,6 @@ _TRAILER_BYTES = 8 * 1024  # gRPC's default limit of what a caller accepts
 _ANSWER_BYTES = 4 * 1024 * 1024  # images of the steady model are far below
 _LATE_SECONDS = 60  # beyond a deadline: a busy machine is slow, a call that hangs is not back by then
 _GROWTH_BYTES = 24 * 2**20  # of memory, which an allocator may hold on to
-_WARM_SHARE = 0.25  # of the messages, after which memory counts
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 _CHUNK = 500  # messages for which hypothesis remembers what it has tried
 _FORBIDDEN = re.compile(rf"Traceback|{re.escape(str(ROOT))}|object at 0x|site-packages|\.py\b|NoneType|Exception\b")
@@ -129,14 +129,23 @@ class Report:
     seed: int
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)  # by method and status
     seconds: float = 0.0
-    memory: tuple[int, int] = (0, 0)  # bytes, once warm and at the end
+    memory: list[int] = field(default_factory=list)  # bytes, after each chunk
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The server's memory in its second quarter and in its last, as medians: garbage makes it rise and fall."""
+        if not self.memory:
+            return 0, 0
+        quarter = max(1, len(self.memory) // 4)
+        return median(self.memory[quarter : 2 * quarter] or self.memory), median(self.memory[-quarter:])
+
     violations: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        warm, end = (each / 2**20 for each in self.memory)
+        warm, end = (each / 2**20 for each in self.levels)
         lines = [
             f"messages: {self.ends.total()} calls in {self.seconds:.0f} s, seed {self.seed}; "
-            f"memory {warm:.1f} MiB once warm, {end:.1f} MiB at the end; {len(self.violations)} violations"
+            f"memory {warm:.1f} MiB in the second quarter, {end:.1f} MiB in the last; {len(self.violations)} violations"
         ]
         for method in sorted({method for method, _ in self.ends}):
             ends = (f"{count} {code}" for (name, code), count in sorted(self.ends.items()) if name == method)
@@ -155,7 +164,6 @@ def campaign(count: int, seed: int, seconds: float, workers: int = 3) -> Report:
         watched = threading.Thread(target=_watch_health, args=(server.target, heard), daemon=True)
         watched.start()
         sizes = [min(_CHUNK, count - first) for first in range(0, count, _CHUNK)]
-        warm = 0
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             waiting = iter(enumerate(sizes))
             running = {pool.submit(_chunk, server.target, seed + n, size) for n, size in islice(waiting, workers)}
@@ -165,15 +173,14 @@ def campaign(count: int, seed: int, seconds: float, workers: int = 3) -> Report:
                 ends, violation = done.result()
                 report.ends += ends
                 report.violations += violation
-                if not warm and report.ends.total() >= _WARM_SHARE * count:
-                    warm = process.memory_info().rss
+                if server.process.poll() is None:
+                    report.memory.append(process.memory_info().rss)
                 if time.monotonic() - began < seconds and not report.violations and server.process.poll() is None:
                     running |= {pool.submit(_chunk, server.target, seed + n, size) for n, size in islice(waiting, 1)}
         report.violations += _violations_of_server(server, process, heard)
-        end = process.memory_info().rss if server.process.poll() is None else 0
-        report.memory = warm or end, end
-        if end > warm + _GROWTH_BYTES and warm:
-            report.violations.append(f"memory grew from {warm} to {end} bytes")
+        warm, end = report.levels
+        if end > warm + _GROWTH_BYTES:
+            report.violations.append(f"memory grew from {warm:.0f} to {end:.0f} bytes")
     finally:
         code = server.stop()
     if code != 0 or "Traceback" in server.log:

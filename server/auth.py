@@ -35,6 +35,7 @@ _OPEN = {
     "/model.model.v1alpha.ModelPublicService/Readiness",
 }
 
+_MOST_BYTES = 16 * 2**20  # of a file of certificates or tokens
 _STREAM_SECONDS = 86_400  # what a call may last beyond its connection's age: no job should need as long
 _ANSWER_SECONDS = 20.0  # at most, for a peer's answer to a ping, and for its first bytes
 _PING_SECONDS = 10  # between pings of a client: gRPC's own default would cut off those that look after a long call
@@ -77,7 +78,7 @@ class Files(Generic[_T]):
 
     def _read_all(self) -> _T:
         try:
-            held = self._read(*(path.read_bytes() for path in self._paths))
+            held = self._read(*(_content(path) for path in self._paths))
         except OSError as error:
             raise Unusable(f"cannot read {error.filename}: {error.strerror}") from error
         if self._stamps() != self._seen:  # the next call reads what it was changed to
@@ -86,6 +87,15 @@ class Files(Generic[_T]):
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]
+
+
+def _content(path: Path) -> bytes:
+    """The file, or as much of a device such as /dev/zero as shows that it has no end. Raises OSError and Unusable."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise Unusable(f"{path} has more than {_MOST_BYTES} bytes, which no file of certificates or tokens needs")
+    return content
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

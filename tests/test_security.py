@@ -444,6 +444,13 @@ class TestTokens:
         with pytest.raises(auth.Unusable, match=words):
             auth.TokenCheck(tmp_path / "tokens")
 
+    @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
+    def test_a_device_without_end_is_not_read_for_ever(self, device):
+        with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
+            auth.TokenCheck(Path(device))
+        with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
+            auth.certificates_of(Settings(tls_certificate=Path(device), tls_key=Path(device)))
+
     def test_the_readme_makes_certificates_and_tokens_that_can_be_used(self, tmp_path):
         section = (ROOT / "README.md").read_text("utf-8").split("## Security")[1]
         commands = section.split("```sh\n")[1].split("```")[0]

@@ -56,6 +56,26 @@ def by_image(images: int, function: Callable[..., torch.Tensor], *values: torch.
     return torch.cat([function(*rows) for rows in zip(*(each.chunk(images) for each in values), strict=True)])
 
 
+def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, images: int = 1) -> torch.Tensor:
+    """A linear layer, (..., outputs), of the rows of so many images, (rows, ..., channels).
+
+    On a CPU those of each image are a product of their own, compiled or not. MKL takes rows some at a time, six of them
+    by its code for AVX2, and sums up the last few of a product in another order.
+    """
+    if images == 1 or values.device.type != "cpu":
+        return F.linear(values, weight, bias)
+    if torch.compiler.is_dynamo_compiling():
+        return torch.cat([F.linear(rows, weight, bias) for rows in values.chunk(images)])
+    result = values.new_empty(*values.shape[:-1], len(weight))
+    for rows, made in zip(values.chunk(images), result.chunk(images), strict=True):
+        given, place = rows.reshape(-1, values.shape[-1]), made.view(-1, len(weight))
+        if bias is None:
+            torch.mm(given, weight.t(), out=place)
+        else:
+            torch.addmm(bias, given, weight.t(), out=place)
+    return result
+
+
 def quantised(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Values in fp8, to be multiplied by `scale`, of shape () or, without a kernel, one that spreads over theirs."""
     if not _runs_kernels(values) or scale.ndim:

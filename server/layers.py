@@ -190,7 +190,7 @@ class _Together(OfImages):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if self._first is not None:
             values = kernels.by_image(self.images, self._first, values)
-        return F.linear(values, self.weight, self.bias)
+        return kernels.linear(values, self.weight, self.bias, self.images)
 
 
 class _Once(nn.Module):
@@ -317,7 +317,7 @@ class Convolving(Quantisable):
         self.weight_scale = scales
 
 
-class ResnetConvolution(Convolving):
+class ResnetConvolution(Convolving, OfImages):
     """A 3 x 3 convolution of a residual network, without a bias of its own.
 
     It is by a kernel where that is faster, for images of some sizes. It can be one of fewer products, but for whoever
@@ -363,7 +363,7 @@ class ResnetConvolution(Convolving):
         if self._cpu_kernel is not None and self._runs_cpu_kernel:
             return self._cpu_kernel(images, bias, kept)
         if self._winograd is not None and self.has_fewer_products:
-            return self._winograd(images, bias, kept)
+            return self._winograd(images, bias, kept, self.images)
         if self.layer is None:
             return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
         if border:
@@ -663,7 +663,7 @@ class _Block(OfImages):
         return taken if self.own_out.scale is None else kernels.quantised(taken, self.own_out.scale)
 
 
-class Projection(nn.Module):
+class Projection(OfImages):
     """A linear layer, or a convolution of 1 x 1, that is never in fp8. It can be a kernel while `cpu_kernels` run."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
@@ -676,6 +676,8 @@ class Projection(nn.Module):
             if isinstance(self.layer, nn.Linear):
                 return self._cpu_kernel(values)
             return self._cpu_kernel(values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if isinstance(self.layer, nn.Linear):
+            return kernels.linear(values, self.layer.weight, self.layer.bias, self.images)
         result: torch.Tensor = self.layer(values)
         return result
 
@@ -686,7 +688,7 @@ class Projection(nn.Module):
             self._cpu_kernel = cpu_kernels.Linear(weight, self.layer.bias)
 
 
-class Linear(Quantisable):
+class Linear(Quantisable, OfImages):
     """A linear layer. It can be a kernel of `cpu_kernels` while these run."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -704,7 +706,7 @@ class Linear(Quantisable):
             return self._cpu_kernel(values)
         self._observe(values)
         if self.scale is None:
-            return F.linear(values, self.weight, self.bias)
+            return kernels.linear(values, self.weight, self.bias, self.images)
         if self.weight_scale is not None and not values.is_cuda:
             # oneDNN takes seconds for one such product where it finds AMX, and refuses to make it where it finds less.
             weight, bias = self.weight.float() * self.weight_scale, None if self.bias is None else self.bias.float()

@@ -743,6 +743,8 @@ class _ImageByImage(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        if isinstance(layer, torch.nn.Linear):
+            self.in_features = layer.in_features  # which diffusers' pipelines read of an embedding
 
     def forward(self, rows: torch.Tensor) -> Any:
         if self.images == 1:
@@ -752,22 +754,24 @@ class _ImageByImage(torch.nn.Module):
 
 # Layers that would make an image's bytes depend on its place in the batch. On the CPU, torch shares the values of SiLU
 # and GELU out to threads without regard to rows, and computes the last few of each share by scalar code, which rounds
-# otherwise than vector code. On CUDA, cuDNN cuts up the sums of some convolutions without regard to rows.
+# otherwise than vector code; and MKL sums up the last rows of a product in another order, as `kernels.linear` says. On
+# CUDA, cuDNN cuts up the sums of some convolutions without regard to rows.
 _PLACE_MATTERS: dict[str, tuple[type[torch.nn.Module], ...]] = {
-    "cpu": (torch.nn.SiLU, GEGLU),
+    "cpu": (torch.nn.SiLU, GEGLU, torch.nn.Linear),
     "cuda": (torch.nn.Conv2d,),
 }
 
 
-def _take_by_image(unet: torch.nn.Module, device: str) -> Iterator[_ImageByImage | layers.OfImages]:
-    for module in list(unet.modules()):
-        if isinstance(module, layers.OfImages) and device == "cpu":
-            yield module
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, _PLACE_MATTERS.get(device, ())):
-                by_image = _ImageByImage(layer)
-                setattr(module, name, by_image)
-                yield by_image
+def _take_by_image(network: torch.nn.Module, device: str) -> Iterator[_ImageByImage | layers.OfImages]:
+    for name, layer in list(network.named_children()):
+        if isinstance(layer, layers.OfImages) and device == "cpu":  # which sees to the layers within itself
+            yield from (each for each in layer.modules() if isinstance(each, layers.OfImages))
+        elif isinstance(layer, _PLACE_MATTERS.get(device, ())):
+            by_image = _ImageByImage(layer)
+            setattr(network, name, by_image)
+            yield by_image
+        else:
+            yield from _take_by_image(layer, device)
 
 
 def _undo_by_image(unet: torch.nn.Module) -> None:

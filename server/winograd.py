@@ -6,6 +6,8 @@ becomes 4 x 4 pixels. A few lines of tiles are made at once, so that all of that
 those of the convolution but for rounding, of which there is five times as much: 2e-6 of their size in fp32.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,22 +41,27 @@ class Winograd:
         self._weight = transformed(layer.weight.detach())
 
     def __call__(
-        self, images: torch.Tensor, bias: torch.Tensor | None = None, kept: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+        parts: int = 1,
     ) -> torch.Tensor:
         """Of images (batch, channels, height + 2, width + 2), plus a bias and what is `kept` where there are any.
 
         The bias is (outputs,), or of each image another, (batch, outputs); `kept` and the result are (batch, outputs,
-        height, width).
+        height, width). No product has tiles of two of so many equal `parts` of the batch: what a tile comes to depends
+        on its place in a product, as `kernels.linear` says.
         """
         height, width = images.shape[2] - 2, images.shape[3] - 2
         if height % _SIDE == width % _SIDE == 0:
-            return self._of_whole_tiles(images, bias, kept)
+            return self._of_whole_tiles(images, bias, kept, parts)
         larger = F.pad(images, (0, -width % _SIDE, 0, -height % _SIDE))
-        result = self._of_whole_tiles(larger, bias, None)[:, :, :height, :width]
+        result = self._of_whole_tiles(larger, bias, None, parts)[:, :, :height, :width]
         return result.contiguous(memory_format=torch.channels_last) if kept is None else kept + result
 
     def _of_whole_tiles(
-        self, images: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor | None
+        self, images: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor | None, parts: int
     ) -> torch.Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = images.shape
@@ -73,32 +80,33 @@ class Winograd:
         if bias is not None and bias.ndim == 2:
             bias = bias[:, None]
 
-        parts = min(down, -(-batch * down * across // _AT_ONCE))
-        lines = -(-down // parts)  # of tiles, at once
-        most = batch * lines * across
+        together = batch // parts
+        lines = -(-down // min(down, -(-together * down * across // _AT_ONCE)))  # of tiles, at once
+        most = together * lines * across
         one, other = images.new_empty(2, 36 * most * channels).unbind()
         products, half, whole = (images.new_empty(count * most * outputs) for count in (36, 24, 16))
-        for first in range(0, down, lines):
-            part = slice(first, min(first + lines, down))
-            count = batch * (part.stop - first) * across
+        for begin, first in itertools.product(range(0, batch, together), range(0, down, lines)):
+            some, part = slice(begin, begin + together), slice(first, min(first + lines, down))
+            count = together * (part.stop - first) * across
             pixels = one[: 36 * count * channels].view(6, -1)
             turned = other[: pixels.numel()].view(6, -1)
-            pixels.view(tiles[:, :, :, part].shape).copy_(tiles[:, :, :, part])
+            read = tiles[:, :, some, part]
+            pixels.view(read.shape).copy_(read)
             torch.mm(_PIXELS, pixels, out=turned)
             torch.bmm(_PIXELS.expand(6, 6, 6), turned.view(6, 6, -1), out=pixels.view(6, 6, -1))
             product = products[: 36 * count * outputs].view(36, count, outputs)
             torch.bmm(pixels.view(36, count, channels), self._weight, out=product)
             if bias is not None:
-                product[_ONES].view(batch, -1, outputs).add_(bias)
+                product[_ONES].view(together, -1, outputs).add_(bias[some] if bias.ndim == 3 else bias)
             turned = half[: 24 * count * outputs].view(4, -1)
             torch.mm(_BACK, product.view(6, -1), out=turned)
             back = whole[: 16 * count * outputs].view(4, 4, -1)
             torch.bmm(_BACK.expand(4, 4, 6), turned.view(4, 6, -1), out=back)
-            back, place = back.view(places[:, :, :, part].shape), places[:, :, :, part]
+            place = places[:, :, some, part]
             if added is None:
-                place.copy_(back)
+                place.copy_(back.view(place.shape))
             else:
-                torch.add(back, added[:, :, :, part], out=place)
+                torch.add(back.view(place.shape), added[:, :, some, part], out=place)
         return result.permute(0, 3, 1, 2)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from server import checkpoint, cpu_kernels, model
+from server import checkpoint, cpu_kernels, layers, model, winograd
 from server.domain import ImageRequest, OutOfMemory, Stage, StepFailed
 from server.settings import EMBEDDED
 
@@ -154,6 +155,47 @@ def test_every_call_has_the_rows_of_a_full_batch_and_half_of_them_without_guidan
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shapes of the products of matrices: how many at once, of how many rows, of and to how many columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, int, int, int]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        kind = function.overloadpacket.__name__
+        if kind in ("mm", "addmm", "bmm", "baddbmm", "linear"):
+            values = args[1] if kind in ("addmm", "baddbmm") else args[0]
+            count = len(values) if "bmm" in kind else 1
+            channels, outputs = values.shape[-1], result.shape[-1]
+            self.shapes.add((count, values.numel() // channels // count, channels, outputs))
+        return result
+
+
+@pytest.mark.parametrize("by", ["diffusers' layers", "our layers", "fewer products"])
+def test_no_product_on_a_cpu_has_rows_of_two_images(folders, by: str, monkeypatch: pytest.MonkeyPatch):
+    """MKL's code for AVX2 makes the last rows of a product otherwise than the others; not every CPU runs that."""
+
+    def refuse(*_: object) -> None:
+        raise layers.CannotFuse("it stays as it is")
+
+    monkeypatch.setattr(winograd, "gains", lambda layer: by == "fewer products" and winograd.fits(layer, 1))
+    if by == "diffusers' layers":
+        monkeypatch.setattr(layers, "fuse", refuse)
+    several = model.load(checkpoint.inspect(*folders), device="cpu", precision="fp32", max_batch=ROOM)
+    shapes = {}
+    for images in (ROOM, 1):
+        several.limit_batch(images)
+        together = [planned(several, REQUEST, seed) for seed in range(images)]
+        with Products() as products:
+            finish(several, *together)
+        shapes[images] = products.shapes
+    assert len(shapes[1]) > 10
+    assert shapes[ROOM] == shapes[1]
+    assert any(count == 36 for count, *_ in shapes[1]) == (by == "fewer products")
 
 
 def test_only_like_expert_shape_and_guidance_share_a_call(ensemble):

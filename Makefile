@@ -67,17 +67,14 @@ test: $(VENV)/.dev .triton/.done ## set up and run all tests, with line coverage
 
 # The tests whose results depend on the CPU, as on lesser ones than this: make test has run them as on this. torch, oneDNN
 # and MKL each have a variable of their own for it, and none of these can raise a processor. torch would take its own at
-# its word, and end at the first instruction that is not there. At its default inductor writes code that does not compile.
-# MKL's code for AVX2 on an Intel CPU makes the last bits of Winograd's products depend on an image's place (not on an AMD
-# one, nor by the C++ kernels), a fault that --max-batch with --compile off has there: that test is left out.
-CPU_TESTS = $(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_winograd.py tests/test_layers.py \
-	tests/test_compilation.py -k "not fp8 and not compiled_convolves and (cpu_kernels or winograd or layers or quickly_built)"
+# its word, and end at the first instruction that is not there.
+CPU_TESTS = $(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,cpu_kernels winograd layers batching compilation)) \
+	-k "not fp8 and (cpu_kernels or winograd or layers or embedded or any_number_of_threads or quickly_built)"
 
 test-cpu: $(VENV)/.dev ## the CPU's own tests as on a CPU without AVX2 and, where this one has AVX-512, as on one without
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(CPU_TESTS)
 	! grep -qw avx512f /proc/cpuinfo || \
-		OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(CPU_TESTS) \
-		--deselect tests/test_winograd.py::test_an_image_is_convolved_alike_at_any_place
+		OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(CPU_TESTS)
 
 DEPLOY_TESTS := $(addprefix tests/test_,$(addsuffix .py,image kubernetes probes rolling_update security telemetry \
 	content_filter compatibility open_inference))

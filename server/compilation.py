@@ -216,8 +216,13 @@ def warming() -> Iterator[None]:
     """While this lasts, shapes that this thread sees for the first time where it is `running` compiled are compiled."""
     token = _warming.set(True)
     try:
-        # What is configured holds for the thread that does it.
-        with torch._dynamo.config.patch(recompile_limit=_CODES, accumulated_recompile_limit=_CODES):
+        # What is configured holds for the thread that does it. inductor keeps the C++ that it writes by a key without
+        # the instructions that it is for, and would compile it for others: that fails, or computes nonsense.
+        keys = torch.compiler.config.cache_key_tag + torch.backends.cpu.get_cpu_capability()
+        with (
+            torch._dynamo.config.patch(recompile_limit=_CODES, accumulated_recompile_limit=_CODES),
+            torch.compiler.config.patch(cache_key_tag=keys),  # type: ignore[attr-defined]
+        ):
             yield
     finally:
         _warming.reset(token)

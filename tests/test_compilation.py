@@ -1,6 +1,7 @@
 """Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were, meanwhile too."""
 
 import gc
+import os
 import re
 import shutil
 import subprocess
@@ -212,6 +213,19 @@ def test_a_folder_that_inductor_cannot_use_is_named_with_the_true_reason(folders
         monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(folder / "inductor"))
     with pytest.raises(CannotCompile, match=told):
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_cache=cache)
+
+
+@NEEDS_KERNELS
+def test_what_was_compiled_for_other_instructions_is_compiled_again(tmp_path):
+    """A cache can be that of machines with other CPUs."""
+    code = (
+        "import torch; from server import compilation; values = torch.linspace(0, 1, 1000)\n"
+        "with compilation.warming(): made = torch.compile(lambda values: (values.cos() * 2).sum() + values)(values)\n"
+        "assert torch.allclose(made, (values.cos() * 2).sum() + values)"
+    )
+    for capability in ("avx2", "default", "avx2"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=600)
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"offload": True}])

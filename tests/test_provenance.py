@@ -58,8 +58,7 @@ def test_whatever_changes_the_arithmetic_changes_the_fingerprint(
     here = environment_of(server)
     there = environment_of(start_server(**{variable: value}).wait_until_ready())
     names = {field.name for field in pb.Environment.DESCRIPTOR.fields}
-    assert {name for name in names if getattr(here, name) != getattr(there, name)} == {
-        "fingerprint",
-        "reference",
-        *differing,
-    }
+    changed = {name for name in names if getattr(here, name) != getattr(there, name)}
+    # What another number of threads makes of the picture of reference depends on the CPU: it can be the same.
+    assert changed | {"reference"} == {"fingerprint", "reference", *differing}
+    assert "reference" in changed or differing == {"threads"}

@@ -124,7 +124,10 @@ def test_events_come_while_the_image_is_made_and_its_bytes_are_those_of_the_bare
         events.append(event)
         times.append(time.monotonic() - began)
     assert [event.number for event in events] == list(range(1, len(events) + 1))
-    assert [event.WhichOneof("event") for event in events] == ["queued", *["progress"] * 12, "choice", "done"]
+    kinds = [event.WhichOneof("event") for event in events]
+    while kinds[:2] == ["queued", "queued"]:  # the wait has changed, as on a busy machine
+        del kinds[0]
+    assert kinds == ["queued", *["progress"] * 12, "choice", "done"]
     assert len({round(each, 3) for each in times}) > 6  # they do not come in one go
 
     server: ServerProcess = start_server(OMP_NUM_THREADS="1", **weights).wait_until_ready()

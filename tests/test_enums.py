@@ -131,7 +131,7 @@ def test_server_and_client_know_every_value(name: str):
         (WarningCode, pb.Warning.Code),
         (Notice, pb.Warning.Code),
     ],
-    ids=str,
+    ids=lambda each: f"{each.__module__}.{each.__name__}" if isinstance(each, type) else each.DESCRIPTOR.name,
 )
 def test_words_are_the_contracts_names(words: Any, numbers: Any):
     prefix = numbers.Name(0).removesuffix("UNSPECIFIED")

@@ -190,8 +190,12 @@ def _run(case: Case) -> tuple[str, list[str]]:
 
 
 def _environment() -> dict[str, str]:
-    """That of this process without what the server reads, and without the folder that torch names once imported."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("T2I_", "TORCHINDUCTOR_"))}
+    """That of this process without what the server reads, and without the folder that torch names once imported.
+
+    Without coverage too, which writes a file of its own at the end.
+    """
+    others = ("T2I_", "TORCHINDUCTOR_", "COVERAGE_", "COV_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 
 def _less_memory() -> tuple[str, list[str] | None]:

@@ -133,9 +133,9 @@ def test_two_servers_never_share_a_port(start_server):
     assert start_server("--listen", first.target).wait() == 3
 
 
-@pytest.mark.parametrize("kind", ["in no folder", "a folder", "the root"])
+@pytest.mark.parametrize("kind", ["in no folder", "a folder"])
 def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4_before_it_loads(start_server, tmp_path, kind):
-    path = {"in no folder": tmp_path / "missing" / "ready", "a folder": tmp_path, "the root": Path("/")}[kind]
+    path = {"in no folder": tmp_path / "missing" / "ready", "a folder": tmp_path}[kind]
     server = start_server("--ready-file", str(path), program=("tests/steady_server.py",), cold=True)
     assert server.wait() == 4
     assert f"cannot write the ready file {path}: " in server.log

@@ -719,7 +719,7 @@ class TestHostilePeers:
                 grpc.StatusCode.OK: lambda: stub.Generate(request(PROMPT, **ONE_STEP), timeout=PATIENCE),
                 grpc.StatusCode.INVALID_ARGUMENT: lambda: stub.Generate(request(PROMPT, requestId=PROMPT)),
                 grpc.StatusCode.NOT_FOUND: lambda: stub.Attach(pb.AttachRequest(request_id=PROMPT)),
-                grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: stub.Generate(request(PROMPT, **LONG_JOB), timeout=3),
+                grpc.StatusCode.DEADLINE_EXCEEDED: lambda: stub.Generate(request(PROMPT, **LONG_JOB), timeout=3),
             }
             for expected, call in calls.items():
                 assert code(call) == expected

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the ensemble itself: a tiny one, and the devices of this machine."""
+"""Fixtures that several test modules share: a tiny ensemble, this machine's devices, mounts and replicas."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_ensemble
+from replicas import Replicas
 
 from server import model
 
@@ -38,3 +39,17 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in folders:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def all_replicas() -> Iterator[Replicas]:
+    replicas = Replicas()
+    yield replicas
+    for each in replicas.alive():
+        each.process.kill()
+
+
+@pytest.fixture
+def replicas(all_replicas: Replicas) -> Replicas:
+    all_replicas.replace()
+    return all_replicas

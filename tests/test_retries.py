@@ -8,8 +8,7 @@ the Python client.
 import asyncio
 import json
 import signal
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from proxies import Proxy
+from replicas import Replicas
 from serving import PATIENCE, RETRIES, RETRY_POLICY, SERVICE, ServerProcess, request
 from stepped_model import SteppedModel
 
@@ -52,68 +52,27 @@ def device_lost(call: Any) -> bool:
 # Three servers.
 
 
-class Replicas:
-    """Servers that give their device up after four seconds. Those that a test has ended are replaced for the next."""
-
-    def __init__(self) -> None:
-        self.servers: list[ServerProcess] = []
-
-    def replace(self) -> None:
-        self.servers = self.alive()
-        while len(self.servers) < 3:
-            self.servers.append(ServerProcess("--device-seconds", "4", program=("tests/steady_server.py",)))
-        for each in self.servers:
-            each.wait_until_ready()
-
-    def alive(self) -> list[ServerProcess]:
-        return [each for each in self.servers if each.process.poll() is None]
-
-    def that_began(self, seed: int) -> list[ServerProcess]:
-        return [each for each in self.servers if f"begins: {seed}\n" in f"{each.log}\n"]
-
-    def channel(self) -> grpc.Channel:
-        """One that takes the servers in turn, with the Python client's retries."""
-        config = json.loads(RETRIES[0][1]) | {"loadBalancingConfig": [{"round_robin": {}}]}
-        target = "ipv4:" + ",".join(each.target for each in self.servers)
-        return grpc.insecure_channel(target, [("grpc.service_config", json.dumps(config))])
-
-
-@pytest.fixture(scope="module")
-def all_replicas() -> Iterator[Replicas]:
-    replicas = Replicas()
-    yield replicas
-    for each in replicas.alive():
-        each.process.kill()
-
-
-@pytest.fixture
-def replicas(all_replicas: Replicas) -> Replicas:
-    all_replicas.replace()
-    return all_replicas
-
-
 def test_a_call_that_the_device_does_not_return_from_costs_one_server_of_three(replicas: Replicas):
+    seed = replicas.fresh_seed()
     with replicas.channel() as channel:
-        asked = request("hang", parameter={"seed": 1})
+        asked = request("hang", parameter={"seed": seed})
         call = pb_grpc.TextToImageServiceStub(channel).Generate.future(asked, timeout=PATIENCE)
         assert device_lost(call), (call.code(), call.details())
         assert "x-request-id" in dict(call.trailing_metadata())
-    (gone,) = replicas.that_began(1)
+    (gone,) = replicas.that_began(seed)
     assert gone.wait() == 6
     assert len(replicas.alive()) == 2
 
 
-@pytest.mark.parametrize(("method", "seed"), [("Generate", 2), ("StreamGenerate", 3)])
-def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Replicas, method: str, seed: int):
+@pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
+def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Replicas, method: str):
+    seed = replicas.fresh_seed()
     with replicas.channel() as channel:
         # Either as a stream, whose errors come where it is read.
         call = channel.unary_stream(f"/{SERVICE}/{method}", pb.GenerateRequest.SerializeToString)(
             request("hang", parameter={"seed": seed}), timeout=PATIENCE
         )
-        deadline = time.monotonic() + PATIENCE
-        while not (began := replicas.that_began(seed)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        began = replicas.wait_until_begun(seed)
         call.initial_metadata()  # waits for the headers: a call without them is gRPC's to retry
         began[0].process.send_signal(signal.SIGKILL)
         with pytest.raises(grpc.RpcError) as caught:

@@ -71,7 +71,6 @@ every = pytest.mark.parametrize("call", [generate_in_a_thread, generate_async, s
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Refused),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
-        (grpc.StatusCode.CANCELLED, Cancelled),
         (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
         (grpc.StatusCode.NOT_FOUND, NotFound),
         (grpc.StatusCode.ALREADY_EXISTS, AlreadyExists),

@@ -14,6 +14,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 
 from text_to_image_client import (
     AsyncTextToImage,
+    Cancelled,
     DeadlineExceeded,
     Done,
     Event,
@@ -155,12 +156,23 @@ class TestResubmit:
             await connect(service.target, retries=0).generate()
         assert len(service.requests) == 1
 
-    @pytest.mark.parametrize("code", ["INTERNAL", "ABORTED", "RESOURCE_EXHAUSTED", "CANCELLED", "UNKNOWN"])
+    @pytest.mark.parametrize("code", ["INTERNAL", "ABORTED", "RESOURCE_EXHAUSTED", "UNKNOWN"])
     async def test_a_failure_of_another_kind_is_not_made_again(self, service, status, connect, code):
         service.answer(status(grpc.StatusCode[code], "words"))
         with pytest.raises(Exception, match="words"):
             await connect(service.target).generate()
         assert len(service.requests) == 1
+
+    async def test_a_job_that_was_cancelled_is_not_made_again(self, service, connect):
+        service.answer(admitted_and_then(grpc.StatusCode.CANCELLED, "cancelled by Cancel"))
+        with pytest.raises(Cancelled, match="cancelled by Cancel"):
+            await connect(service.target).generate()
+        assert len(service.requests) == 1
+
+    async def test_a_call_that_an_ending_server_cancels_before_its_headers_is_retried(self, service, status, connect):
+        service.answer(status(grpc.StatusCode.CANCELLED, "CANCELLED"), ANSWER)
+        await connect(service.target, resubmit=0).generate()
+        assert len(service.requests) == 2
 
     async def test_a_stream_goes_on_and_no_image_comes_twice(self, service, status, connect):
         gone = status(grpc.StatusCode.UNAVAILABLE, "gone")

@@ -689,12 +689,14 @@ def _channel_options(target: str, retries: int, round_robin: bool) -> list[tuple
     config: dict[str, Any] = {}
     if retries:
         # Health checks are left out: a probe wants to know what is, not what may be in three seconds.
+        # CANCELLED: the service cancels no call before its headers. gRPC's server does as it stops, to calls that reach
+        # it before the client has seen its GOAWAY.
         policy = {
             "maxAttempts": retries + 1,
             "initialBackoff": "0.2s",
             "maxBackoff": "2s",
             "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE"],
+            "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
         }
         config["methodConfig"] = [{"name": [{"service": service}], "retryPolicy": policy}]
     else:

@@ -11,13 +11,14 @@ ARG COMPILER_BASE=${BASE}
 
 FROM ${COMPILER_BASE} AS kernels
 WORKDIR /build
-COPY server/__init__.py server/cpu_library.py server/cpu_kernels.cpp server/
+COPY server/__init__.py server/
+COPY server/acceleration server/acceleration
 # For x86-64 alone: on other processors, images are made without them.
 # hadolint ignore=DL3008
 RUN mkdir kernels && \
     if [ "$(uname -m)" = x86_64 ]; then \
         command -v g++ || { apt-get update && apt-get install --yes --no-install-recommends g++; } && \
-        python3 -m server.cpu_library --output kernels; \
+        python3 -m server.acceleration.cpu_library --output kernels; \
     fi
 
 FROM ${BASE} AS build
@@ -63,7 +64,7 @@ WORKDIR /srv
 COPY LICENSE ./
 COPY weights ./weights
 COPY server ./server
-COPY --from=kernels /build/kernels ./server
+COPY --from=kernels /build/kernels ./server/acceleration
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

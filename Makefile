@@ -50,7 +50,7 @@ bench-loadgen: $(VENV)/.dev ## MLCommons' LoadGen: one after the other, all at o
 	$(BIN)/python -m bench.loadgen $(ARGS)
 
 bench-scale: .venv-ray/.done ## one replica and two on Ray, what is lost when they die, a thousand simulated
-	PYTHONPATH=.:clients/python:tests .venv-ray/bin/python -m bench.scale $(ARGS)
+	PYTHONPATH=.:clients/python:tests/support .venv-ray/bin/python -m bench.scale $(ARGS)
 
 soak: $(VENV)/.dev ## bad input by the thousand, for 20 to 60 minutes; ARGS="messages --count 1000 --seed 7" is a part
 	OMP_NUM_THREADS=1 $(BIN)/python -m soak $(ARGS)
@@ -68,7 +68,7 @@ test: $(VENV)/.dev .triton/.done ## set up and run all tests, with line coverage
 # The tests whose results depend on the CPU, as on lesser ones than this: make test has run them as on this. torch, oneDNN
 # and MKL each have a variable of their own for it, and none of these can raise a processor. torch would take its own at
 # its word, and end at the first instruction that is not there.
-CPU_TESTS = $(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,cpu_kernels winograd layers batching compilation)) \
+CPU_TESTS = $(BIN)/python -m pytest $(addprefix tests/,$(addsuffix .py,$(addprefix acceleration/test_,cpu_kernels winograd layers compilation) ensemble/test_batching)) \
 	-k "not fp8 and (cpu_kernels or winograd or layers or embedded or any_number_of_threads or quickly_built)"
 
 test-cpu: $(VENV)/.dev ## the CPU's own tests as on a CPU without AVX2 and, where this one has AVX-512, as on one without
@@ -76,17 +76,17 @@ test-cpu: $(VENV)/.dev ## the CPU's own tests as on a CPU without AVX2 and, wher
 	! grep -qw avx512f /proc/cpuinfo || \
 		OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(CPU_TESTS)
 
-DEPLOY_TESTS := $(addprefix tests/test_,$(addsuffix .py,image kubernetes probes rolling_update security telemetry \
-	content_filter compatibility open_inference))
+DEPLOY_TESTS := $(addprefix tests/,deploy observability interoperability api/test_security.py api/test_content_filter.py \
+	api/test_open_inference.py)
 
 test-deploy: $(VENV)/.dev lint-deploy ## what a cluster needs: the image, Kubernetes, security ...; all as root, on Debian
 	$(PYTEST) $(DEPLOY_TESTS) $(ARGS)
 
 test-instill: $(VENV)/.dev .venv-instill/.done instill-model ## what Instill Core deploys, with Instill's SDK and Ray
-	$(BIN)/python -m pytest tests/test_instill.py tests/test_instill_deployment.py $(ARGS)
+	$(BIN)/python -m pytest tests/api/test_instill.py tests/deploy/test_instill_deployment.py $(ARGS)
 
 test-ray: .venv-ray/.done ## the service on Ray Serve: replicas, ingress, what is lost with them; ARGS="-m smoke" is short
-	PYTHONPATH=.:clients/python .venv-ray/bin/python -m pytest tests/test_ray.py $(ARGS)
+	PYTHONPATH=.:clients/python .venv-ray/bin/python -m pytest tests/deploy/test_ray.py $(ARGS)
 
 .triton/.done: requirements-triton.txt
 	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps --upgrade --target .triton --requirement $<
@@ -121,16 +121,16 @@ PROTOC = (cd $(1) && $(CURDIR)/.venv-generate/bin/python -m grpc_tools.protoc \
 # Our own contract belongs to the client, those of others to the server alone.
 generate: .venv-generate/.done ## make the Python stubs from proto/
 	$(call PROTOC,clients/python,text_to_image_client/v1,text_to_image)
-	$(call PROTOC,.,server/inference_v2,open_inference)
-	$(call PROTOC,.,server/model_ray_v1alpha,user_defined)
-	$(call PROTOC,.,server/model_model_v1alpha,model_public)
+	$(call PROTOC,.,server/stubs/inference_v2,open_inference)
+	$(call PROTOC,.,server/stubs/model_ray_v1alpha,user_defined)
+	$(call PROTOC,.,server/stubs/model_model_v1alpha,model_public)
 
 generate-check: .venv-generate/.done
 	@fresh=$$(mktemp -d) && mkdir "$$fresh/clients" "$$fresh/clients/python" && \
 	$(call PROTOC,$$fresh/clients/python,text_to_image_client/v1,text_to_image) && \
-	$(call PROTOC,$$fresh,server/inference_v2,open_inference) && \
-	$(call PROTOC,$$fresh,server/model_ray_v1alpha,user_defined) && \
-	$(call PROTOC,$$fresh,server/model_model_v1alpha,model_public) && \
+	$(call PROTOC,$$fresh,server/stubs/inference_v2,open_inference) && \
+	$(call PROTOC,$$fresh,server/stubs/model_ray_v1alpha,user_defined) && \
+	$(call PROTOC,$$fresh,server/stubs/model_model_v1alpha,model_public) && \
 	(cd "$$fresh" && find . -type f) | while read -r stub; do \
 		cmp "$$fresh/$$stub" "$$stub" || { echo "stale stubs: run make generate"; exit 1; }; \
 	done && rm -r "$$fresh"
@@ -166,7 +166,7 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -f server/cpu-kernels-*.so
+	rm -f server/acceleration/cpu-kernels-*.so
 	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .coverage
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from serving import ServerProcess
 
-from server import cpu_library  # before any test imports torch, which then runs as it does in the service
+from server.acceleration import cpu_library  # before any test imports torch, which then runs as it does in the service
 
 # No proxy stands before the servers of the tests, which are all on this machine.
 for _name in ("no_proxy", "NO_PROXY"):

@@ -16,8 +16,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from server import checkpoint, model
+from server import model
 from server.domain import ImageRequest, default_request
+from server.ensemble import checkpoint
 from server.settings import Settings
 
 

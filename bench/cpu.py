@@ -100,8 +100,9 @@ def stock(options: argparse.Namespace, compiled: bool) -> Draw:
 def ours(options: argparse.Namespace, mode: str) -> Draw:
     from dataclasses import replace
 
-    from server import checkpoint, model
+    from server import model
     from server.domain import default_request
+    from server.ensemble import checkpoint
 
     experts = checkpoint.inspect(options.base, options.refiner)
     ensemble = model.load(experts, "cpu", compile=mode, compile_cache=None if mode == "off" else options.cache)

@@ -22,10 +22,11 @@ import grpc
 from torch.profiler import ProfilerActivity, profile
 
 from bench.serving import LOCAL
-from server import images, service
+from server import service
+from server.api import images
 from server.domain import ImageRequest, default_request
-from server.engine import Engine
-from server.scheduling import Order
+from server.engine.engine import Engine
+from server.engine.scheduling import Order
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb

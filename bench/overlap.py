@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from server import checkpoint, model
+from server import model
 from server.domain import ImageRequest, default_request
-from server.engine import Engine
-from server.events import Event, Failed, Finished, ImageReady
-from server.scheduling import Limits
+from server.engine.engine import Engine
+from server.engine.events import Event, Failed, Finished, ImageReady
+from server.engine.scheduling import Limits
+from server.ensemble import checkpoint
 
 _EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
 _LOADING_SECONDS = 600.0

@@ -31,9 +31,9 @@ from serving import PATIENCE, ServerProcess
 
 from bench.scheduling import UNBOUNDED
 from bench.serving import LOCAL
-from server.call_times import CallTimes, Kind
 from server.domain import Stage
-from server.scheduling import Schedule, Task
+from server.engine.call_times import CallTimes, Kind
+from server.engine.scheduling import Schedule, Task
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 

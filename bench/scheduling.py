@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.call_times import CallTimes, Kind
 from server.domain import Stage
-from server.scheduling import Limits, Order, Schedule, Task
+from server.engine.call_times import CallTimes, Kind
+from server.engine.scheduling import Limits, Order, Schedule, Task
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's

@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.cpu import decibels
 from bench.stock import Stock
-from server import checkpoint, model
+from server import model
 from server.domain import ImageRequest, Stage, default_request
+from server.ensemble import checkpoint
 
 WAYS = ("off", "blocks", "blocks-fp8", "full", "offload", "offload-fp8", "stock", "stock-compiled")
 FEW = 8  # steps of a checkpoint that needs no more

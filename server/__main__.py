@@ -3,7 +3,7 @@
 0 stopped when asked · 1 unexpected error · 2 bad flags · 3 cannot listen · 4 cannot write the ready file ·
 5 the model is loaded but cannot make an image · 6 the device did not answer any more ·
 7 certificates or tokens cannot be used · 8 the content filter cannot be had ·
-10 and up: the checkpoint or the device, see server/checkpoint.py
+10 and up: the checkpoint or the device, see server/ensemble/checkpoint.py
 """
 
 # Signals come first, since the imports take a second or two.
@@ -20,16 +20,16 @@ import os
 import sys
 from functools import partial
 
-from server.addresses import CannotListen
-from server.auth import Unusable
-from server.checkpoint import CheckpointError
-from server.content_filter import UnusableFilter
-from server.events import DeviceLost
+from server.api.addresses import CannotListen
+from server.api.auth import Unusable
+from server.api.content_filter import UnusableFilter
+from server.engine.events import DeviceLost
+from server.ensemble.checkpoint import CheckpointError
 from server.lifecycle import CannotWriteReadyFile, Server
+from server.observability.stderr_lines import CapturedStderr
+from server.observability.telemetry import log_to_stderr
 from server.service import WarmUpFailed, load
 from server.settings import BadSettings, Settings, read
-from server.stderr_lines import CapturedStderr
-from server.telemetry import log_to_stderr
 
 log = logging.getLogger("server")
 

@@ -21,19 +21,19 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from server import addresses, auth, instill, standard_services
-from server.decoding import Decoding
-from server.engine import Model
-from server.events import DeviceLost
-from server.inference_v2 import open_inference_pb2_grpc as oip_grpc
-from server.instill import InstillServicer, ModelPublicServicer
-from server.model_model_v1alpha import model_public_pb2_grpc as public_grpc
-from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
-from server.open_inference import OpenInferenceServicer
+from server.api import addresses, auth, instill, standard_services
+from server.api.decoding import Decoding
+from server.api.instill import InstillServicer, ModelPublicServicer
+from server.api.open_inference import OpenInferenceServicer
+from server.api.standard_services import HEALTH, HealthServicer
+from server.engine.engine import Model
+from server.engine.events import DeviceLost
+from server.observability.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from server.service import Service
 from server.settings import Settings
-from server.standard_services import HEALTH, HealthServicer
-from server.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
+from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
+from server.stubs.model_model_v1alpha import model_public_pb2_grpc as public_grpc
+from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)

@@ -38,10 +38,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server import checkpoint, compilation, cpu_kernels, kernels, layers, preview, provenance
-from server.checkpoint import CannotCompile, Checkpoint, Experts, MissingPart, NoDevice, NotEnoughMemory
-from server.compilation import Compiled, Ways
-from server.cpu_library import CannotBuild
+from server.acceleration import compilation, cpu_kernels, kernels, layers
+from server.acceleration.compilation import Compiled, Ways
+from server.acceleration.cpu_library import CannotBuild
 from server.domain import (
     Environment,
     ImageRequest,
@@ -53,8 +52,10 @@ from server.domain import (
     Warning,
     default_request,
 )
-from server.residency import Residency
-from server.text_encoder import TextEncoder
+from server.ensemble import checkpoint, preview, provenance
+from server.ensemble.checkpoint import CannotCompile, Checkpoint, Experts, MissingPart, NoDevice, NotEnoughMemory
+from server.ensemble.residency import Residency
+from server.ensemble.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
 

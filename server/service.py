@@ -22,16 +22,17 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from server import auth, checkpoint, content_filter
-from server.checkpoint import CheckpointError
-from server.decoding import Decoding
+from server.api import auth, content_filter
+from server.api.decoding import Decoding
 from server.domain import ImageRequest, ModelCard, default_request
-from server.engine import Engine, Model
-from server.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
-from server.scheduling import Order
+from server.engine.engine import Engine, Model
+from server.engine.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.engine.scheduling import Order
+from server.ensemble import checkpoint
+from server.ensemble.checkpoint import CheckpointError
+from server.observability.telemetry import Calls, Metrics, Present, traces_of_environment
 from server.servicer import TextToImageServicer
 from server.settings import Settings
-from server.telemetry import Calls, Metrics, Present, traces_of_environment
 
 log = logging.getLogger(__name__)
 

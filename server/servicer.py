@@ -15,15 +15,15 @@ from typing import Any
 
 import grpc
 
-from server import auth, contract
-from server.content_filter import Screening
-from server.contract import InvalidRequest, Limits, Task, Violation
+from server.api import auth, contract
+from server.api.content_filter import Screening
+from server.api.contract import InvalidRequest, Limits, Task, Violation
+from server.api.recordings import Recording, Recordings
 from server.domain import Caller, ModelCard
-from server.engine import Engine
-from server.events import Observe, unobserved
-from server.recordings import Recording, Recordings
+from server.engine.engine import Engine
+from server.engine.events import Observe, unobserved
+from server.observability.telemetry import job_of_call
 from server.settings import Settings
-from server.telemetry import job_of_call
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 

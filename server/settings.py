@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from server import addresses
-from server.scheduling import Limits
+from server.api import addresses
+from server.engine.scheduling import Limits
 
 OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
 _HUGE = 2**53  # beyond it a float does not hold every whole number

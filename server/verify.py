@@ -1,13 +1,13 @@
 """`python -m server.verify`: are the weights whole, and those that are wanted? Says so without loading them.
 
 For a step before the server starts, such as an init container. It takes the server's own --base and --refiner, or
-T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints, which server/checkpoint.py has.
+T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints (server/ensemble/checkpoint.py).
 """
 
 import argparse
 import sys
 
-from server import checkpoint
+from server.ensemble import checkpoint
 from server.settings import BadSettings, Settings, read
 
 

@@ -7,4 +7,6 @@ and for every violation what repeats it alone; the command ends with 1 if there 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # serving.py, which the tests have their servers from
+sys.path.insert(
+    0, str(Path(__file__).parent.parent / "tests" / "support")
+)  # serving.py, which the tests have their servers from

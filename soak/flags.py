@@ -31,7 +31,7 @@ from pydantic.fields import FieldInfo
 from serving import PATIENCE, ROOT
 
 from server import __main__ as program
-from server import checkpoint
+from server.ensemble import checkpoint
 from server.settings import BadSettings, Settings, read
 from text_to_image_client import cli
 
@@ -62,7 +62,7 @@ _MAYBE: dict[Any, list[str]] = {
         "nowhere:nothing", "this.module:is", "sys:exit", "1x1", "0x0", "64x64", "99999x99999", "64x64," * 500 + "64x64",
     ],
 }  # fmt: skip
-# Those of the model need the real one, which start.py starts; here the model is that of tests/steady_server.py.
+# Those of the model need the real one, which start.py starts; here the model is that of tests/support/steady_server.py.
 _MODEL = {"base", "refiner", "preview_decoder", "compile_cache", "warm_up", "device", "precision", "offload", "compile"}
 
 
@@ -287,7 +287,7 @@ def _started(typed: Typed) -> list[str]:
         environment |= {"PYTHONPATH": f"{ROOT}:{ROOT}/clients/python"} | dict(typed.variables)
         listen = () if any(name[4:] == "LISTEN" for name, _ in typed.variables) else ("--listen", "127.0.0.1:0")
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "steady_server.py"), *listen, *typed.flags],
+            [sys.executable, str(ROOT / "tests" / "support" / "steady_server.py"), *listen, *typed.flags],
             env=environment, cwd=folder, stderr=subprocess.PIPE, text=True, errors="backslashreplace",
         )  # fmt: skip
         found, code = outcome(process)

@@ -1,8 +1,9 @@
 """Every method of every protocol with messages grown from the descriptors, and with random bytes, against one server.
 
-The server is the real one around the model of tests/steady_server.py, with default limits and every protocol on. Of
-each call: no INTERNAL, no UNKNOWN, no answer or trailer beyond what callers accept, none that outlives its deadline. Of
-the server: no traceback, health SERVING throughout, nothing left to do at the end, and memory that stays as it is.
+The server is the real one around the model of tests/support/steady_server.py, with default limits and every protocol
+on. Of each call: no INTERNAL, no UNKNOWN, no answer or trailer beyond what callers accept, none that outlives its
+deadline. Of the server: no traceback, health SERVING throughout, nothing left to do at the end, and memory that stays
+as it is.
 """
 
 import base64
@@ -31,9 +32,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import strategies as st
 from serving import PATIENCE, ROOT, ServerProcess
 
-from server import lifecycle, open_inference  # noqa: F401  # the first brings the descriptors of every protocol
+from server import lifecycle  # noqa: F401  # the first brings the descriptors of every protocol
+from server.api import open_inference  # the first brings the descriptors of every protocol
 from server.domain import ASPECT_RATIOS
-from server.telemetry import REQUEST_ID
+from server.observability.telemetry import REQUEST_ID
 from soak import growing
 
 SERVICES = (
@@ -47,7 +49,7 @@ SERVICES = (
 )
 FLAGS = ("--kserve", "--instill", "--channelz", "--metrics-listen", "127.0.0.1:0", "--retention-seconds", "5")
 
-PROGRAM = ("tests/steady_server.py",)
+PROGRAM = ("tests/support/steady_server.py",)
 _UNKNOWN_METHODS = ("/text_to_image.v1.TextToImageService/Nothing", "/nothing.v1.Nothing/At", "/nothing", "/")
 _ENDLESS = ("/grpc.health.v1.Health/Watch",)  # streams that only their callers end
 _TRAILER_BYTES = 8 * 1024  # gRPC's default limit of what a caller accepts

@@ -2,7 +2,7 @@
 
 One server after another at the same port, with the same ready file and unix socket: each gets some signals that it must
 outlive, and then one that ends it, in one of seven rounds before it has begun to serve. Another server gets none; it is
-there for those who can go elsewhere. Both are the real server around the model of tests/steady_server.py.
+there for those who can go elsewhere. Both are the real server around the model of tests/support/steady_server.py.
 
 - Every call ends with OK, or UNAVAILABLE where its server was ended, and long before its caller gives up.
 - Who was admitted before SIGINT or SIGTERM gets the images. SIGHUP and SIGSTOP cost nobody anything.
@@ -76,7 +76,7 @@ def campaign(count: int, seed: int, seconds: float) -> Report:
     report = Report(seed)
     began = time.monotonic()
     other = ServerProcess(
-        program=("tests/steady_server.py",), cold=True, STEADY_SECONDS=_CALL_SECONDS
+        program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS=_CALL_SECONDS
     ).wait_until_ready()
     try:
         with tempfile.TemporaryDirectory() as folder, TextToImage(other.target) as client:
@@ -113,7 +113,7 @@ class Place:
         return ServerProcess(
             "--listen", f"{self.target},unix:{self.folder}/socket", "--ready-file", f"{self.folder}/ready",
             "--device-seconds", f"{_DEVICE_SECONDS}",
-            program=("tests/steady_server.py",), cold=True, STEADY_SECONDS=_CALL_SECONDS,
+            program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS=_CALL_SECONDS,
             TMPDIR=f"{self.folder}/temporary", HOME=f"{self.folder}/home",
         )  # fmt: skip
 

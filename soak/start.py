@@ -2,7 +2,7 @@
 
 Each case is the real server in a machine that lacks one thing. It must serve, or end with a documented exit code and
 one sentence; never with a traceback, and it leaves nothing behind. Most cases take the small model of
-tests/steady_server.py; those of folders take the embedded weights, for which kernels are built.
+tests/support/steady_server.py; those of folders take the embedded weights, for which kernels are built.
 """
 
 import os
@@ -169,7 +169,7 @@ def _run(case: Case) -> tuple[str, list[str]]:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         words = [each.replace("FOLDER", folder) for each in case.flags]
         script = f'set -e\n{case.script.replace("FOLDER", folder)}\nexec "$@"\n'
-        program = ["-m", "server"] if case.real else ["tests/steady_server.py"]
+        program = ["-m", "server"] if case.real else ["tests/support/steady_server.py"]
         command = ["sh", "-c", script, "sh", sys.executable, *program, "--listen", "127.0.0.1:0", *words]
         if case.unshare:
             command = ["unshare", case.unshare, *command]
@@ -236,7 +236,7 @@ def _clock() -> tuple[str, list[str] | None]:
         clock = Path(folder) / "clock"
         clock.write_text("+0")
         server = ServerProcess(
-            program=("tests/steady_server.py",), cold=True, STEADY_SECONDS="0.2", LD_PRELOAD=str(_FAKETIME),
+            program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS="0.2", LD_PRELOAD=str(_FAKETIME),
             FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1",
             DONT_FAKE_MONOTONIC="1",
         ).wait_until_ready()  # fmt: skip

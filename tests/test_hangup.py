@@ -18,7 +18,7 @@ from tls import LOCAL, Authority
 
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-STEADY = ("tests/steady_server.py",)
+STEADY = ("tests/support/steady_server.py",)
 
 
 @pytest.fixture

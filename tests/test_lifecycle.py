@@ -136,7 +136,7 @@ def test_two_servers_never_share_a_port(start_server):
 @pytest.mark.parametrize("kind", ["in no folder", "a folder"])
 def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4_before_it_loads(start_server, tmp_path, kind):
     path = {"in no folder": tmp_path / "missing" / "ready", "a folder": tmp_path}[kind]
-    server = start_server("--ready-file", str(path), program=("tests/steady_server.py",), cold=True)
+    server = start_server("--ready-file", str(path), program=("tests/support/steady_server.py",), cold=True)
     assert server.wait() == 4
     assert f"cannot write the ready file {path}: " in server.log
     assert "listening" not in server.log
@@ -148,7 +148,7 @@ def test_what_is_no_regular_file_is_refused_as_a_ready_file_and_left_as_it_is(st
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     path = tmp_path / ("pipe" if kind == "a pipe" else "link")
-    server = start_server("--ready-file", str(path), program=("tests/steady_server.py",))
+    server = start_server("--ready-file", str(path), program=("tests/support/steady_server.py",))
     assert server.wait() == 4
     assert f"cannot write the ready file {path}: it is no regular file" in server.log
     assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe"]
@@ -164,7 +164,7 @@ def test_a_folder_without_a_checkpoint_ends_the_server_before_it_serves(start_se
 
 
 def test_a_device_that_does_not_answer_ends_the_process_for_an_orchestrator_to_restart(start_server):
-    server = start_server("--device-seconds", "2", program=("tests/faulty_server.py",)).wait_until_ready()
+    server = start_server("--device-seconds", "2", program=("tests/support/faulty_server.py",)).wait_until_ready()
     with connect(server) as channel:
         stub, health = pb_grpc.TextToImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
@@ -179,7 +179,7 @@ def test_a_device_that_does_not_answer_ends_the_process_for_an_orchestrator_to_r
 
 
 def test_faults_of_the_device_end_the_call_that_met_them_and_no_other(start_server):
-    server = start_server("--max-batch", "4", program=("tests/faulty_server.py",)).wait_until_ready()
+    server = start_server("--max-batch", "4", program=("tests/support/faulty_server.py",)).wait_until_ready()
     with connect(server) as channel:
         stub = pb_grpc.TextToImageServiceStub(channel)
         prompts = ("a cat", "broken", "a dog")

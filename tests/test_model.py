@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from server import checkpoint, model
+from server import model
 from server.domain import ImageRequest, Notice, Stage, default_request
+from server.ensemble import checkpoint
 from server.settings import EMBEDDED
 
 REQUEST = ImageRequest("a cat", "a dog", (1,), 20, 5.0, 0.8, "euler", 32, 32)

@@ -6,7 +6,7 @@ from pydantic_core import PydanticUndefined
 from serving import ROOT
 
 from server import __main__ as command
-from server import checkpoint
+from server.ensemble import checkpoint
 from server.settings import Settings
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -50,6 +50,6 @@ def test_the_operating_guide_has_every_alert_and_no_flag_that_is_not_there():
 
 def test_every_test_that_the_threat_table_names_is_there():
     told = re.findall(r"`(test_\w+)(?:\[[^`]*\])?`", (ROOT / "SECURITY.md").read_text("utf-8"))
-    there = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    there = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert told
     assert [name for name in told if f"def {name}(" not in there] == []

@@ -10,8 +10,8 @@ import pytest
 from serving import request
 
 from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
-from server.engine import Engine
-from server.scheduling import Limits
+from server.engine.engine import Engine
+from server.engine.scheduling import Limits
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc

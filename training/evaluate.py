@@ -18,8 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from server import checkpoint, model
+from server import model
 from server.domain import ASPECT_RATIOS, ImageRequest, default_request, size_of
+from server.ensemble import checkpoint
 from training import art, autoencoder, captions, colours, reading, scenes, synonyms, words
 from training.art import SIDE, STYLES
 from training.colours import PAINTS

@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from server.contract import ADMITTED
-from server.decoding import abort_if_undecodable, decoded_by
-from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
+from server.api.contract import ADMITTED
+from server.api.decoding import abort_if_undecodable, decoded_by
+from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)

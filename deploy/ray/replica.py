@@ -20,12 +20,12 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
 from deploy.ray.ingress import SECONDS_LEFT
-from server import contract
-from server.instill import InstillServicer
-from server.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
+from server.api import contract
+from server.api.instill import InstillServicer
+from server.observability.telemetry import log_to_stderr
 from server.service import Service, load
 from server.settings import read
-from server.telemetry import log_to_stderr
+from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)

@@ -190,7 +190,7 @@ def test_tls_is_true_or_with_files_and_nothing_else(make):
 
 
 def test_tls_true_speaks_tls():
-    """What comes over the wire is a handshake: the service's own certificates are tested in tests/test_security.py."""
+    """A handshake goes over the wire. The service's own certificates are tested in tests/api/test_security.py."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         target = f"127.0.0.1:{listening.getsockname()[1]}"
         with ThreadPoolExecutor(1) as pool, TextToImage(target, tls=True, retries=0) as client:

@@ -1,0 +1,1 @@
+"""What callers meet: validation, messages, statuses, protocols, tokens, filters."""

@@ -1,0 +1,1 @@
+"""Stable Diffusion XL's ensemble of experts: checkpoints, trajectories, prompts, previews, provenance."""

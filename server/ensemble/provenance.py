@@ -1,0 +1,68 @@
+"""What decides an image's bytes beside its request and the weights, read off this process once the model is loaded.
+
+Seen to change bytes on one and the same processor: the instruction set in use, the number of threads that share a sum
+(in fp32) and the precision; versions and TF32 change the arithmetic by their nature. What cannot be read off, such as
+the instruction set that MKL or oneDNN chose for itself, shows in the reference image, which lifecycle.py adds.
+"""
+
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import features
+
+from server import __version__
+from server.api import images
+from server.domain import Environment
+
+_PACKAGES = ("diffusers", "transformers", "tokenizers", "pillow")
+_CODECS = ("libjpeg_turbo", "webp", "zlib", "zlib_ng")
+
+
+def environment(device: str, precision: str, max_batch: int) -> Environment:
+    """The environment of networks on `device` in `precision`, as ModelCard has them, with `max_batch` images a call.
+
+    None of them is compiled yet.
+    """
+    return Environment(
+        versions=_versions(device),
+        hardware=torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        precision=precision,
+        fp32_math=_fp32_math(device),
+        threads=torch.get_num_threads() if device == "cpu" else 0,
+        max_batch=max_batch,
+        compiled="off",
+    )
+
+
+def _versions(device: str) -> dict[str, str]:
+    # torch's own word has the build behind the version, "+cpu" or "+cu130", whichever index it came from.
+    versions = {"server": __version__, "torch": str(torch.__version__)}
+    versions |= {package: version(package) for package in _PACKAGES}
+    versions |= {codec: found for codec in _CODECS if (found := features.version(codec))}
+    versions["coding"] = images.CODING_VERSION
+    if device == "cuda":
+        cudnn: Any = torch.backends.cudnn
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn.version())}
+    return versions
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: *(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return f"{named[1] if named else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _fp32_math(device: str) -> str:
+    backends: Any = torch.backends
+    by_device = {
+        "cuda": (backends.cuda.matmul, backends.cudnn.conv),
+        "cpu": (backends.mkldnn.matmul, backends.mkldnn.conv),
+    }
+    if device not in by_device:
+        return "matmul ieee, convolution ieee"
+    matmul, convolution = (each.fp32_precision.replace("none", "ieee") for each in by_device[device])
+    return f"matmul {matmul}, convolution {convolution}"

@@ -1,0 +1,1 @@
+"""Generated stubs of other people's contracts: `make generate`."""

@@ -1,0 +1,185 @@
+"""The library of the C++ kernels is found, or built and kept; one that cannot be used is built again, or named."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from serving import ROOT
+
+from server.acceleration import cpu_library
+from server.acceleration.cpu_library import CannotBuild
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs an x86-64 CPU and g++"
+)
+
+NAME = cpu_library._NAME
+ANOTHER_FOLDER = "name a folder that can be written to, has room, and is not mounted noexec"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cpu_library, "_PREBUILT", tmp_path / "prebuilt")
+    cpu_library._load.cache_clear()
+    yield
+    cpu_library._load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return cpu_library.build(tmp_path_factory.mktemp("whole")).read_bytes()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def in_process(folder: Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process that loads the library and calls into it, or prints why it cannot."""
+    program = (
+        "import sys, pathlib; from server.acceleration import cpu_library\n"
+        "cpu_library._PREBUILT = pathlib.Path('/nonexistent')\n"
+        "try:\n    print(cpu_library.load(pathlib.Path(sys.argv[1]) if sys.argv[1:] else None).linear)\n"
+        "except cpu_library.CannotBuild as error:\n    sys.exit(str(error))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *([] if folder is None else [folder])], cwd=ROOT, env=os.environ | environment,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_what_was_built_is_kept_and_not_built_again(cache: Path):
+    assert in_process(cache).returncode == 0
+    (kept,) = cache.iterdir()
+    written = kept.stat().st_mtime_ns
+    assert in_process(cache, CXX="no-such-compiler").returncode == 0
+    assert [each.stat().st_mtime_ns for each in cache.iterdir()] == [written]
+
+
+def test_what_is_prebuilt_is_found_without_a_compiler_and_put_into_no_cache(cache: Path, whole: bytes, monkeypatch):
+    assert cpu_library.prebuild().read_bytes() == whole
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpu_library.prebuild().read_bytes() == whole, "it is not built again"
+    assert cpu_library.load(cache)
+    assert not cache.exists()
+
+
+def for_arm(library: bytes) -> bytes:
+    return library[:18] + b"\xb7\x00" + library[20:]  # ELF's e_machine
+
+
+def signed(content: bytes) -> bytes:
+    return content + cpu_library.hashlib.sha256(content).digest()
+
+
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda library: b"",
+    "cut off": lambda library: library[: len(library) // 2],
+    "a bit is another": lambda library: library[:9000] + bytes([library[9000] ^ 1]) + library[9001:],
+    "no library": lambda library: signed(b"no library"),
+    "for another architecture": lambda library: signed(for_arm(library[:-32])),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_library_that_cannot_be_used_is_built_again(how: str, cache: Path, whole: bytes):
+    """In a process of its own, which a library that is cut off could end."""
+    cache.mkdir()
+    (cache / NAME).write_bytes(BROKEN[how](whole))
+    failed = in_process(cache, CXX="no-such-compiler")
+    assert re.fullmatch(
+        rf"{cache / NAME} (is broken|cannot be loaded: .+); no-such-compiler: No such file or directory; "
+        r"install a C\+\+ compiler\n",
+        failed.stderr,
+    )
+    assert in_process(cache).returncode == 0
+    assert (cache / NAME).read_bytes() == whole
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_library_in_the_cache_that_another_user_could_have_written_is_not_loaded(cache: Path, whole: bytes):
+    for owner, mode in ((12345, 0o755), (0, 0o757)):
+        cpu_library._load.cache_clear()
+        cache.mkdir(exist_ok=True)
+        (cache / NAME).write_bytes(whole[:-32] + b"\0" * 32)
+        (cache / NAME).chmod(mode)
+        os.chown(cache / NAME, owner, owner)
+        with pytest.raises(cpu_library._Unusable, match="belongs to somebody else, or can be written by anybody"):
+            cpu_library._open(cache / NAME, is_shared=True)
+        assert cpu_library.load(cache)
+        assert (cache / NAME).read_bytes() == whole
+        assert (cache / NAME).stat().st_uid == 0
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [
+        ("no-such-compiler", "no-such-compiler: No such file or directory; install a C++ compiler"),
+        ("false", "false: exit 1; set CXX to a C++ compiler that works"),
+        ("/", "/: Permission denied; set CXX to a C++ compiler that can be run"),
+    ],
+)
+def test_a_compiler_that_is_missing_or_fails_is_named(compiler: str, told: str, cache: Path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(CannotBuild, match=re.escape(told)):
+        cpu_library.load(cache)
+    assert not list(cache.iterdir()), "nothing is left"
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    told = f"nothing can be written to {tmp_path}/file/cache: Not a directory; let --compile-cache {ANOTHER_FOLDER}"
+    with pytest.raises(CannotBuild, match=re.escape(told)):
+        cpu_library.load(tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("size=48k", "nothing can be written to {}: No space left on device"),
+        ("ro", "nothing can be written to {}: Read-only file system"),
+        ("noexec", "{}/" + NAME + " is on a file system that is mounted noexec"),
+    ],
+)
+def test_a_folder_in_which_nothing_can_be_kept_or_run_is_named(options: str, told: str, mounted):
+    folder = mounted(options)
+    with pytest.raises(CannotBuild, match=re.escape(f"{told.format(folder)}; let --compile-cache {ANOTHER_FOLDER}")):
+        cpu_library.load(folder)
+    assert [each.name for each in folder.iterdir()] in ([], [NAME]), "nothing unfinished is left"
+
+
+def test_a_temporary_folder_in_which_nothing_can_be_run_is_named(mounted):
+    folder = mounted("noexec")
+    failed = in_process(None, TMPDIR=str(folder))
+    assert f"{folder}/" in failed.stderr
+    assert f"is on a file system that is mounted noexec; let TMPDIR {ANOTHER_FOLDER}" in failed.stderr
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(cache: Path):
+    old, new = (cache / f"{cpu_library._UNFINISHED}{name}" for name in ("old", "new"))
+    for each in (old, new):
+        each.mkdir(parents=True)
+        (each / "part").touch()
+    os.utime(old, (0, 0))
+    cpu_library.build(cache)
+    assert sorted(cache.iterdir()) == sorted([new, cache / NAME])
+
+
+def test_the_command_builds_it_where_it_is_told_to_or_says_why_not(tmp_path: Path, whole: bytes):
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "server.acceleration.cpu_library", "--output", str(tmp_path / "output")]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    failed = run(CXX="no-such-compiler")
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("no-such-compiler: No such file or directory; install a C++ compiler\n")
+    assert Path(run().stdout.strip()).read_bytes() == whole

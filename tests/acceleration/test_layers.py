@@ -1,0 +1,428 @@
+"""The layers made over compute what diffusers' do; in fp8 they come near, and always to the same bytes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
+from pydantic import ValidationError
+from torch import nn
+
+from server import model
+from server.acceleration import compilation, cpu_kernels, kernels, layers
+from server.domain import Stage, default_request
+from server.ensemble import checkpoint
+from server.ensemble.checkpoint import CannotCompile, NoDevice
+from server.settings import EMBEDDED, Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+NO_KERNELS = "the C++ kernels are not for this CPU"
+
+
+def unet(expert: str) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(EMBEDDED / expert / "unet", variant="fp16", dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def predicted(network: UNet2DConditionModel, height: int = 32, width: int = 32) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    config = network.config
+    ids = 6 if config.projection_class_embeddings_input_dim == 352 else 5
+    pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+    added = {"text_embeds": torch.randn(2, pooled, generator=draw), "time_ids": torch.full((2, ids), 256.0)}
+    rows, hidden = (
+        torch.randn(2, *shape, generator=draw) for shape in ((4, height, width), (77, config.cross_attention_dim))
+    )
+    return network(rows, torch.tensor(500.0), encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[
+        0
+    ]
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])  # the last is enlarged to odd sizes on its way up
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # made over for it: both compute on a CPU too
+def test_a_network_made_over_predicts_the_same_noise(device: str, expert: str, size: tuple[int, int]):
+    plain = unet(expert)
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused, device)
+    assert error(predicted(fused, *size), predicted(plain, *size)) < 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_decoder_made_over_decodes_the_same_pixels(device: str):
+    plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused.decoder, device)
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, layers.Upsample]:
+    """diffusers' layer and the one made over for a device, as `fuse` leaves it."""
+    torch.manual_seed(0)
+    plain = Upsample2D(channels, use_conv=True).requires_grad_(False)
+    return plain, layers.Upsample(copy.deepcopy(plain), device).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "by a kernel"])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 6)])
+@pytest.mark.parametrize("cut", [None, (0, 0), (1, 0), (0, 1), (1, 1)])  # of twice the size
+def test_an_enlarged_image_is_convolved_to_its_edges(device: str, size: tuple[int, int], cut: tuple[int, int] | None):
+    plain, made_over = enlarging("cpu" if device == "cpu" else "cuda")
+    if device == "by a kernel":
+        made_over.become_kernel()
+    images = torch.randn(2, 48, *size)
+    output_size = None if cut is None else tuple(2 * side - less for side, less in zip(size, cut, strict=True))
+    made, expected = made_over(images, output_size), plain(images, output_size)
+    assert made.shape == expected.shape
+    assert error(made, expected) < 1e-6
+
+
+def test_weights_are_summed_before_they_are_rounded():
+    plain, _ = enlarging("cuda")
+    rounded = layers._by_phases(plain.conv.bfloat16()).weight
+    assert torch.equal(rounded, layers._by_phases(plain.conv.float()).weight.bfloat16())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_an_enlarged_image_has_the_same_bytes_at_any_place(threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for channels, height, width in [(160, 7, 10), (192, 8, 8), (96, 5, 11)]:
+            _, made_over = enlarging("cpu", channels)
+            images = torch.randn(6, channels, height, width).to(memory_format=torch.channels_last)
+            made = made_over(images)
+            for turn in range(1, 6):
+                assert torch.equal(made_over(images.roll(turn, 0)), made.roll(turn, 0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_in_fp8_an_enlarged_image_is_nearly_the_same():
+    plain, made_over = enlarging("cuda")
+    images = torch.randn(2, 48, 8, 8)
+    with layers.observing():
+        made_over(images)
+    made_over.quantise(made_over.observed())
+    assert 1e-3 < error(made_over(images), plain(images)) < 0.05
+    assert made_over.weight.dtype == torch.float8_e4m3fn
+    assert error(made_over(images, (15, 16)), plain(images, (15, 16))) < 1e-6, "odd sizes are not in fp8"
+
+
+def fewer_products(network: nn.Module) -> list[bool]:
+    """Of each convolution of a residual network whether it is by fewer products."""
+    return [each.has_fewer_products for each in network.modules() if isinstance(each, layers.ResnetConvolution)]
+
+
+@pytest.fixture
+def with_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AVX2, whatever is here."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
+@pytest.mark.usefixtures("with_fewer_products")
+def test_a_network_that_convolves_by_fewer_products_predicts_the_same_noise(expert: str, size: tuple[int, int]):
+    plain = unet(expert)
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused, "cpu")
+    layers.convolve_by_winograd(fused)
+    assert any(fewer_products(fused))
+    assert error(predicted(fused, *size), predicted(plain, *size)) < 1e-5
+
+
+@pytest.mark.usefixtures("with_fewer_products")
+def test_a_decoder_that_convolves_by_fewer_products_decodes_the_same_pixels():
+    plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused.decoder, "cpu")
+    layers.convolve_by_winograd(fused.decoder)
+    assert set(fewer_products(fused.decoder)) == {True, False}
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+@pytest.mark.usefixtures("with_fewer_products")
+def test_what_is_compiled_convolves_as_pytorch_does():
+    network = unet("refiner")
+    layers.fuse(network, "cpu")
+    layers.convolve_by_winograd(network)
+    resnet = next(each for each in network.modules() if isinstance(each, layers.Resnet))
+    images, shifts = torch.randn(2, resnet.norm1.weight.numel(), 16, 16), torch.randn(2, 10000)
+    with torch.inference_mode(), compilation.warming():  # in which so many versions of one function may be compiled
+        compiled = torch.compile(resnet, fullgraph=True, dynamic=False)(images, shifts)
+        assert error(compiled, resnet(images, shifts)) < 1e-5
+
+
+@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
+def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_run(expert: str, size: tuple[int, int]):
+    plain = unet(expert)
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused, "cpu")
+    before = predicted(fused, *size)
+    assert layers.run_cpu_kernels(fused)
+    layers.multiply_by_cpu_kernels(fused)
+    assert torch.equal(predicted(fused, *size), before), "they do not run yet"
+    with cpu_kernels.running():
+        assert all(fewer_products(fused))
+        by_kernels = predicted(fused, *size)
+    assert error(by_kernels, before) > 0
+    assert error(by_kernels, predicted(plain, *size)) < 1e-5
+
+
+@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
+def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
+    plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused.decoder, "cpu")
+    layers.multiply_by_cpu_kernels(fused.decoder)
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), cpu_kernels.running():
+        assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+
+
+def test_a_network_that_was_not_made_over_or_is_not_in_fp32_is_not_for_the_kernels_of_a_cpu():
+    network = unet("refiner")
+    assert not layers.run_cpu_kernels(network)
+    layers.fuse(network, "cpu")
+    assert not layers.run_cpu_kernels(network.bfloat16())
+
+
+def test_what_multiplies_in_fp8_is_left_at_that():
+    network = unet("base")
+    layers.fuse(network, "cpu")
+    quantise(network)
+    layers.convolve_by_winograd(network)
+    assert not any(fewer_products(network))
+
+
+def test_what_was_made_of_a_text_is_not_taken_for_another():
+    layer = nn.Linear(4, 4)
+    once = layers._Once(layer)
+    texts = [torch.ones(2, 4), torch.zeros(2, 4)]
+    with torch.inference_mode():
+        for text in [*texts, *texts]:
+            assert torch.equal(once(text), layer(text))
+            assert once(text) is once(text)
+
+
+def test_in_fp8_a_network_predicts_nearly_the_same_noise():
+    plain = unet("base")
+    fused = copy.deepcopy(plain)
+    layers.fuse(fused)
+    with layers.observing():
+        predicted(fused)
+    for layer in layers.quantisable(fused).values():
+        layer.quantise(layer.observed())
+    assert 1e-4 < error(predicted(fused), predicted(plain)) < 0.05
+
+
+def convolutions(network: nn.Module) -> list[layers.Convolving]:
+    return [each for each in network.modules() if isinstance(each, layers.Convolving)]
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: str):
+    plain = unet(expert)
+    by_kernel = copy.deepcopy(plain)
+    layers.fuse(by_kernel)
+    layers.convolve_by_kernel(by_kernel)
+    assert all(each.is_kernel for each in convolutions(by_kernel))
+    assert error(predicted(by_kernel, 20, 44), predicted(plain, 20, 44)) < 1e-5
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+def test_a_network_some_of_whose_convolutions_are_faster_by_a_kernel_predicts_the_same_noise(expert: str, monkeypatch):
+    monkeypatch.setattr(kernels, "convolves", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "is_one_round", lambda rows, channels, outputs: rows == 2 * 16 * 16)
+    by_kernel = []
+    convolution = kernels.convolution
+    monkeypatch.setattr(kernels, "convolution", lambda *given: by_kernel.append(given[0]) or convolution(*given))
+    plain = unet(expert)
+    mixed = copy.deepcopy(plain)
+    layers.fuse(mixed)
+    assert error(predicted(mixed, 32, 32), predicted(plain, 32, 32)) < 1e-5
+    ways_up = [each for each in mixed.modules() if isinstance(each, layers.Upsample)]
+    assert all(each.is_kernel for each in ways_up)
+    assert len(by_kernel) > len(ways_up) > 0
+    assert not any(each.is_kernel for each in mixed.modules() if isinstance(each, layers.ResnetConvolution))
+
+
+def quantise(network: nn.Module) -> None:
+    for layer in convolutions(network):
+        layer.quantise(torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("change", [layers.convolve_by_kernel, quantise])
+def test_convolutions_by_a_kernel_take_all_images_at_once(change: Callable[[nn.Module], None]):
+    plain, changed = unet("base"), unet("base")
+    layers.fuse(plain)
+    layers.fuse(changed)
+    change(changed)
+    by_image, fewer = (len(list(model._take_by_image(each, "cuda"))) for each in (plain, changed))
+    assert by_image - fewer == len(convolutions(changed)) > 0
+
+
+def test_a_kernel_reads_the_weights_that_were_there_and_no_copy_of_them():
+    network = unet("base")
+    layers.fuse(network)
+    before = [each.layer.weight.data_ptr() for each in convolutions(network)]
+    layers.convolve_by_kernel(network)
+    network.to(memory_format=torch.channels_last)  # as those that are compiled are once more
+    assert [each.weight.data_ptr() for each in convolutions(network)] == before
+    quantise(network)
+    assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in convolutions(network))
+
+
+@pytest.mark.parametrize("expert", ["base", "refiner"])
+def test_a_twin_is_made_over_and_its_network_is_left_as_it_was(expert: str):
+    network = unet(expert)
+    expected, weights = predicted(network), {each.data_ptr(): each.stride() for each in network.parameters()}
+    twin = layers.twin(network)
+    assert weights.keys() == {each.data_ptr() for each in twin.parameters()}, "their weights are in memory once"
+    layers.fuse(twin)
+    assert error(predicted(twin), expected) < 1e-5
+    assert torch.equal(predicted(network), expected)
+    assert weights == {each.data_ptr(): each.stride() for each in network.parameters()}
+    assert weights.keys() & {each.data_ptr() for each in twin.parameters()}, "what is the same is still shared"
+
+
+def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
+    odd = unet("base")
+    odd.time_embed_act = nn.SiLU()
+    before = predicted(odd)
+    with pytest.raises(layers.CannotFuse, match="UNet2DConditionModel"):
+        layers.fuse(odd)
+    assert torch.equal(predicted(odd), before)
+
+
+@pytest.mark.parametrize(("spared", "in_fp8"), [(0, {0, 1, 2}), (1, {0, 1}), (2, {0}), (9, set())])
+def test_the_last_blocks_of_a_network_can_be_spared(spared: int, in_fp8: set[int]):
+    fused = unet("base")
+    layers.fuse(fused)
+    names = layers.quantisable(fused, spared)
+    assert {int(name.split(".")[1]) for name in names if name.startswith("up_blocks.")} == in_fp8
+    assert {name.split(".")[0] for name in names} >= {"down_blocks", "mid_block"}, "but for those all can"
+
+
+def test_what_no_input_showed_has_no_scale():
+    fused = unet("base")
+    layers.fuse(fused)
+    with pytest.raises(RuntimeError, match="no input was seen"):
+        next(iter(layers.quantisable(fused).values())).observed()
+
+
+def load(**options) -> model.Ensemble:
+    return model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu", **options)
+
+
+def drawn(ensemble: model.Ensemble) -> np.ndarray:
+    request = replace(default_request(ensemble.card, "cat", seed=1), steps=8)
+    trajectory = ensemble.plan(request, ensemble.encode(request), 1)
+    for _ in trajectory.stages:
+        ensemble.step([trajectory])
+    return ensemble.decode(trajectory)
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return drawn(load())
+
+
+@pytest.fixture(scope="module")
+def kept_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scales")
+
+
+@pytest.fixture(scope="module")
+def in_fp8(kept_in: Path) -> model.Ensemble:
+    return load(precision="fp8", compile_cache=kept_in)
+
+
+def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are(in_fp8: model.Ensemble):
+    for stage, left in ((Stage.BASE, {2}), (Stage.REFINER, {1, 2})):
+        unet = in_fp8._unets[stage]
+        for at, block in enumerate(unet.up_blocks):
+            scales = [each.scale for each in block.modules() if isinstance(each, layers.Quantisable)]
+            assert scales
+            assert all((scale is None) == (at in left) for scale in scales)
+
+
+def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_same(
+    plain, in_fp8: model.Ensemble, kept_in: Path, caplog: pytest.LogCaptureFixture
+):
+    image = drawn(in_fp8)
+    assert in_fp8.card.precision == in_fp8.card.environment.precision == "fp8"
+    assert 18 < 10 * np.log10(255**2 / np.square(image.astype(float) - plain).mean()) < 60
+    (kept,) = kept_in.glob("fp8-scales-*.safetensors")
+    written = kept.stat().st_mtime_ns
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image)
+    assert kept.stat().st_mtime_ns == written, "what was kept was used"
+    kept.unlink()
+    (kept / "something").mkdir(parents=True)
+    assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image), "without them it observes again"
+    assert [each for each in caplog.messages if "kept" in each] == [
+        f"what fp8 observed is not kept: {kept_in}: Is a directory"
+    ]
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(torch.nan), torch.tensor(0.0), torch.ones(2), torch.tensor(1)], ids=str)
+def test_kept_scales_that_can_be_none_count_as_none(scale: torch.Tensor, tmp_path: Path):
+    kept = tmp_path / "scales.safetensors"
+    layers.keep_scales({"good": torch.tensor(0.5)}, kept)
+    assert layers.kept_scales(kept) == {"good": 0.5}
+    layers.keep_scales({"good": torch.tensor(0.5), "bad": scale}, kept)
+    assert layers.kept_scales(kept) == {}
+    kept.write_bytes(b"cut off")
+    assert layers.kept_scales(kept) == {}
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_what_another_thread_traces_changes_nothing_that_is_not_compiled(plain, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # which is true of all threads while one traces
+    assert np.array_equal(drawn(load()), plain)
+
+
+def test_networks_that_take_turns_on_the_device_draw_the_same_bytes(plain):
+    assert np.array_equal(drawn(load(offload=True)), plain)
+
+
+def test_on_a_processor_fp8_is_for_one_image_to_a_call():
+    with pytest.raises(NoDevice, match="leave --max-batch at 1"):
+        load(precision="fp8", max_batch=2)
+
+
+def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_drawn_as_it_is_where_not(
+    plain, monkeypatch: pytest.MonkeyPatch
+):
+    def odd(network: nn.Module, device: str) -> None:
+        raise layers.CannotFuse("UNet2DConditionModel has an unusual Transformer2DModel")
+
+    monkeypatch.setattr(layers, "fuse", odd)
+    with pytest.raises(CannotCompile, match="unusual Transformer2DModel; leave --compile off, and --precision auto"):
+        load(precision="fp8")
+    assert np.abs(drawn(load()).astype(int) - plain).max() <= 2, "by diffusers' own layers, but for rounding"
+
+
+@pytest.mark.parametrize("flags", [{"compile": "blocks"}, {"overlap": True}])
+def test_what_is_offloaded_neither_compiles_nor_overlaps(flags: dict):
+    with pytest.raises(ValidationError, match="--offload moves networks about"):
+        Settings(offload=True, **flags)

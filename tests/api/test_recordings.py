@@ -1,0 +1,505 @@
+"""What a job's recording keeps, tells and forgets: an engine that does as the test says, real coding, no waiting."""
+
+import asyncio
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from cards import CARD, LIMITS
+from PIL import Image
+from serving import request
+
+from server.api import contract
+from server.api.recordings import Recording, Recordings
+from server.domain import Caller, Stage
+from server.engine.events import (
+    Cancelled,
+    Draining,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    ModelFailed,
+    Observation,
+    Preview,
+    PreviewDropped,
+    Progress,
+    Queued,
+    Settled,
+)
+from server.engine.scheduling import Task
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+
+DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
+ME = Caller("me")
+DONE = Finished((), 0.5, 1.5, CARD.environment)
+
+
+def image(index: int, side: int = 64) -> ImageReady:
+    noise = np.random.default_rng(index).integers(0, 256, (side, side, 3), np.uint8)
+    return ImageReady(index, index, noise, 1, 1)
+
+
+def preview(index: int, step: int) -> Preview:
+    return Preview(index, step, 30, np.full((16, 16, 3), step, np.uint8))
+
+
+def progress(step: int) -> Progress:
+    return Progress(0, Stage.BASE, step, 30, 1.0)
+
+
+@dataclass(eq=False)
+class Submitted:
+    """A job of the engine below; `tell` makes its events happen."""
+
+    tell: Callable[[Event], None]
+    arguments: tuple[object, ...]
+    cancelled: bool = False
+    task: Task = field(default_factory=lambda: Task("", [], used=1.25))
+
+
+@dataclass
+class ScriptedEngine:
+    jobs: list[Submitted] = field(default_factory=list)
+
+    def submit(self, name, request, deliver, *arguments) -> Submitted:
+        self.jobs.append(Submitted(deliver, arguments))
+        return self.jobs[-1]
+
+    def cancel(self, job: Submitted) -> None:
+        job.cancelled = True
+
+
+@dataclass
+class Clock:
+    """Timers that go off when the test moves the time on."""
+
+    now: float = 0
+    timers: dict["Timer", tuple[float, Callable[[Recording], None], Recording]] = field(default_factory=dict)
+
+    def call_later(self, delay: float, callback: Callable[[Recording], None], recording: Recording) -> "Timer":
+        timer = Timer(self)
+        self.timers[timer] = self.now + delay, callback, recording
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        for timer, (when, callback, recording) in list(self.timers.items()):
+            if when <= self.now:
+                del self.timers[timer]
+                callback(recording)
+
+
+@dataclass(eq=False)
+class Timer:
+    clock: Clock
+
+    def cancel(self) -> None:
+        self.clock.timers.pop(self, None)
+
+
+@dataclass
+class House:
+    """Recordings over the scripted engine and clock."""
+
+    engine: ScriptedEngine = field(default_factory=ScriptedEngine)
+    clock: Clock = field(default_factory=Clock)
+    retention_bytes: int = 10_000_000
+    observed: list[Observation] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recordings = Recordings(
+            self.engine, 600, self.retention_bytes, self.clock.call_later, self.observed.append
+        )
+
+    def begin(self, name: str = "mine", *, prompt: str = "a cat", whole: bool = False, **fields: object) -> Recording:
+        message = request(prompt, requestId=name, **fields)
+        task = contract.parse(message, name, CARD, LIMITS)
+        return self.recordings.begin(message, contract.in_one_message(task) if whole else task, CARD, math.inf, ME)
+
+    @property
+    def settled(self) -> list[Settled]:
+        return [each for each in self.observed if isinstance(each, Settled)]
+
+    async def end(self, name: str, *events: Event, **fields: object) -> Recording:
+        """A detached job from its beginning to after its end."""
+        recording = self.begin(name, **DETACH, **fields)
+        await tell(recording, self.engine, *events)
+        return recording
+
+
+async def tell(recording: Recording, engine: ScriptedEngine, *events: Event) -> None:
+    """Make the events of the newest job happen, the last of which ends it, and wait until they are recorded."""
+    for event in events:
+        engine.jobs[-1].tell(event)
+    await recording.ended
+    await asyncio.sleep(0)  # let whoever waits for the end see it
+
+
+async def listen(recording: Recording, after: int = 0) -> list[pb.StreamGenerateResponse]:
+    with recording.listening(after) as messages:
+        return [message async for message in messages]
+
+
+def kinds(messages: Iterable[pb.StreamGenerateResponse]) -> list[str | None]:
+    return [message.WhichOneof("event") for message in messages]
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+class TestListening:
+    async def test_whoever_listens_hears_all_events_once_in_order_live_or_later_from_where_they_want(self, house):
+        recording = house.begin(**DETACH)
+        early = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, Queued(0, 1.0), progress(1), progress(2), image(0), DONE)
+        heard = await early
+        assert kinds(heard) == ["queued", "progress", "progress", "choice", "done"]
+        assert [message.number for message in heard] == [1, 2, 3, 4, 5]
+        for after in range(6):
+            assert await listen(recording, after) == heard[after:]
+
+    async def test_a_number_that_is_still_to_come_is_refused(self, house):
+        recording = house.begin(**DETACH)
+        with pytest.raises(contract.InvalidRequest, match="after: must be at most 0, the newest event, is 1"):
+            await listen(recording, 1)
+
+    async def test_it_ends_for_all_with_the_jobs_error_and_for_late_ones_too(self, house):
+        recording = house.begin(**DETACH)
+        early = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, Queued(0, 1.0), Failed(ModelFailed("broken")))
+        for listening in (early, listen(recording), listen(recording, 1)):
+            with pytest.raises(ModelFailed, match="broken"):
+                await listening
+
+    async def test_an_image_that_cannot_be_coded_ends_the_job_and_tells_its_listener_nothing_internal(
+        self, house, caplog
+    ):
+        recording = house.begin(**DETACH)
+        (job,) = house.engine.jobs
+        job.tell(ImageReady(0, 0, np.zeros((8, 8, 7), np.complex64), 1, 1))
+        with pytest.raises(contract.Fault, match="internal error; the server's log has the cause"):
+            await listen(recording)
+        assert job.cancelled
+        assert "Traceback" in caplog.text
+
+    async def test_the_metadata_has_the_images_in_order_whichever_was_ready_first(self, house):
+        recording = house.begin(parameter={"n": 2, "seed": 0})
+        house.engine.jobs[0].tell(image(1))
+        house.engine.jobs[0].tell(image(0))
+        house.engine.jobs[0].tell(DONE)
+        *_, done = await listen(recording)
+        assert [each.seed for each in done.done.metadata.images] == [0, 1]
+
+
+class TestTheNewestOnly:
+    async def test_a_replay_has_the_last_place_in_the_queue_alone(self, house):
+        events = (Queued(2, 3.0), Queued(1, 2.0), Queued(0, 1.0), progress(1), image(0), DONE)
+        messages = await listen(await house.end("mine", *events))
+        assert kinds(messages) == ["queued", "progress", "choice", "done"]
+        assert messages[0].queued.position == 0
+        assert [message.number for message in messages] == [3, 4, 5, 6]
+
+    async def test_of_each_image_only_the_newest_preview_is_kept_until_the_image_is_there(self, house):
+        recording = house.begin(parameter={"n": 2, "seed": 0}, output={"previewInterval": 1}, **DETACH)
+        (job,) = house.engine.jobs
+        for event in (preview(0, 1), preview(1, 1), preview(0, 2), image(1)):
+            job.tell(event)
+        with recording.listening() as messages:
+            while not (await anext(messages)).HasField("choice"):
+                pass
+        with recording.listening() as messages:
+            first, second = await anext(messages), await anext(messages)
+        assert kinds([first, second]) == ["preview", "choice"]
+        assert (first.preview.choice_index, first.preview.step) == (0, 2)
+        await tell(recording, house.engine, image(0), preview(0, 3), DONE)
+        assert kinds(await listen(recording)) == ["choice", "choice", "done"]
+
+    async def test_who_listens_hears_every_preview_as_it_comes(self, house):
+        recording = house.begin(output={"previewInterval": 1})
+        (job,) = house.engine.jobs
+        with recording.listening() as messages:
+            for step in range(1, 4):
+                job.tell(preview(0, step))
+                message = await anext(messages)
+                assert (message.number, message.preview.step, message.preview.steps) == (step, step, 30)
+
+    @pytest.mark.parametrize("raw", [True, False])
+    async def test_a_preview_is_a_small_jpeg_that_travels_as_the_images_do(self, house, raw: bool):
+        recording = house.begin(output={"previewInterval": 1, "raw": raw, "format": "FORMAT_PNG"})
+        house.engine.jobs[0].tell(preview(0, 1))
+        with recording.listening() as messages:
+            told = (await anext(messages)).preview
+        if raw:
+            assert Image.open(io.BytesIO(told.raw)).size == (16, 16)
+        else:
+            assert told.image.startswith("data:image/jpeg;base64,")
+        assert bool(told.raw) is raw
+        assert bool(told.image) is not raw
+
+    async def test_the_engine_is_told_how_often_and_for_whom(self, house):
+        house.begin(output={"previewInterval": 5}, priority=-1)
+        assert house.engine.jobs[0].arguments == (math.inf, "me", -1, 5, None)
+
+
+class TestWhoseJob:
+    async def test_a_job_ends_with_its_caller(self, house):
+        recording = house.begin()
+        with recording.listening():
+            assert not house.engine.jobs[0].cancelled
+        assert house.engine.jobs[0].cancelled
+
+    async def test_a_detached_job_does_not(self, house):
+        recording = house.begin(**DETACH)
+        with recording.listening():
+            pass
+        assert not house.engine.jobs[0].cancelled
+
+    async def test_what_the_only_listener_has_is_let_go(self, house):
+        recording = house.begin()
+        (job,) = house.engine.jobs
+        with recording.listening() as messages:
+            before = recording.size
+            job.tell(image(0))
+            await anext(messages)
+            job.tell(DONE)
+            await recording.ended
+            assert recording.size < before + 3000, "the metadata of `done`, and no image"
+
+    async def test_the_same_request_joins_and_another_is_refused(self, house):
+        first = house.begin(**DETACH)
+        assert house.begin(**DETACH) is first
+        with pytest.raises(contract.NameTaken, match="mine is another request"):
+            house.begin(prompt="a dog", **DETACH)
+        assert len(house.engine.jobs) == 1
+        await tell(first, house.engine, image(0), DONE)
+        assert house.begin(**DETACH) is first, "it joins after the end, too"
+
+    async def test_a_name_alone_is_nothing_to_join_or_to_attach_to(self, house):
+        first = house.begin()
+        assert house.begin() is not first
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find("mine", ME)
+        detached = house.begin(**DETACH)
+        assert house.begin(prompt="a dog") is not detached
+        assert house.recordings.find("mine", ME) is detached
+
+    async def test_a_failed_job_leaves_its_name_to_the_next_request(self, house):
+        failed = await house.end("mine", Failed(ModelFailed("broken")))
+        assert house.recordings.find("mine", ME) is failed
+        again = house.begin(prompt="a dog", **DETACH)
+        assert house.recordings.find("mine", ME) is again
+        house.clock.advance(601)
+        assert house.recordings.find("mine", ME) is again, "the failed one's time is not its own"
+
+    async def test_a_failed_job_keeps_its_name_when_the_next_request_is_not_admitted(self, house, monkeypatch):
+        def refuse(*arguments: object) -> None:
+            raise Draining("the server is shutting down")
+
+        failed = await house.end("mine", Failed(ModelFailed("broken")))
+        monkeypatch.setattr(house.engine, "submit", refuse)
+        with pytest.raises(Draining):
+            house.begin(**DETACH)
+        assert house.recordings.find("mine", ME) is failed
+
+    async def test_a_name_that_no_job_can_have_is_said_without_it(self, house):
+        for look in (house.recordings.find, house.recordings.cancel):
+            with pytest.raises(contract.UnknownJob, match="no detached job has such a name: they have 1 to 128 char"):
+                look(None, ME)
+
+    async def test_cancelling_ends_the_job_and_frees_its_name_at_once(self, house):
+        first = house.begin(**DETACH)
+        following = asyncio.create_task(listen(first))
+        house.recordings.cancel("mine", ME)
+        assert house.engine.jobs[0].cancelled
+        with pytest.raises(contract.UnknownJob, match="no detached job is named mine here"):
+            house.recordings.cancel("mine", ME)
+        second = house.begin(prompt="a dog", **DETACH)
+        house.engine.jobs[0].tell(Failed(Cancelled("cancelled")))
+        with pytest.raises(Cancelled):
+            await following
+        await asyncio.sleep(0)
+        assert house.recordings.find("mine", ME) is second
+
+    async def test_cancelling_what_has_ended_forgets_it(self, house):
+        await house.end("mine", image(0), DONE)
+        house.recordings.cancel("mine", ME)
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find("mine", ME)
+        assert not house.clock.timers
+
+    @pytest.mark.parametrize("name", [None, "", "nobody"])
+    async def test_names_that_nobody_bears_are_unknown(self, house, name: str | None):
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find(name, ME)
+
+    async def test_waiting_until_all_jobs_have_ended_includes_those_that_nobody_follows(self, house):
+        recording = house.begin(**DETACH)
+        waiting = asyncio.create_task(house.recordings.wait_until_ended())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await tell(recording, house.engine, image(0), DONE)
+        await waiting
+
+
+class TestRetention:
+    async def test_a_detached_job_is_kept_for_so_long_after_its_end_and_then_unknown(self, house):
+        running = house.begin("running", **DETACH)
+        house.clock.advance(10_000)
+        assert house.recordings.find("running", ME) is running
+        await tell(running, house.engine, image(0), DONE)
+        house.clock.advance(599)
+        assert house.recordings.find("running", ME) is running
+        house.clock.advance(1)
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find("running", ME)
+
+    async def test_beyond_the_bytes_the_oldest_to_have_ended_go_first(self):
+        house = House()
+        size = (await house.end("a size", image(0), DONE)).size
+        house = House(retention_bytes=2 * size + size // 2)
+        late = house.begin("begun first, ended last", **DETACH)
+        late_job = house.engine.jobs[-1]
+        for name in ("a", "b", "c"):
+            await house.end(name, image(0), DONE)
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find("a", ME)
+        assert house.recordings.find("b", ME)
+        late_job.tell(image(0))
+        late_job.tell(DONE)
+        await late.ended
+        await asyncio.sleep(0)
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find("b", ME)
+        assert house.recordings.find("c", ME)
+        assert house.recordings.find("begun first, ended last", ME) is late
+        assert len(house.clock.timers) == 2, "no timer holds on to what is forgotten"
+
+    async def test_what_is_larger_than_all_the_room_is_told_to_who_listens_and_not_kept(self):
+        house = House(retention_bytes=1000)
+        recording = house.begin(**DETACH)
+        listening = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, image(0), DONE)
+        assert kinds(await listening) == ["choice", "done"]
+        with pytest.raises(contract.UnknownJob):
+            house.recordings.find("mine", ME)
+
+    async def test_a_listener_reads_on_in_what_is_forgotten_meanwhile(self, house):
+        recording = await house.end("mine", image(0), DONE)
+        with recording.listening() as messages:
+            first = await anext(messages)
+            house.clock.advance(600)
+            assert kinds([first, *[message async for message in messages]]) == ["choice", "done"]
+
+
+class TestSilence:
+    async def test_after_a_silence_the_newest_state_comes_again_as_the_same_event(self, house):
+        recording = house.begin(**DETACH)
+        house.engine.jobs[0].tell(Queued(2, 100.0))
+        with recording.listening(heartbeat_seconds=0.01) as messages:
+            queued, again = await anext(messages), await anext(messages)
+            assert kinds([queued, again]) == ["queued", "queued"]
+            assert (again.number, again.queued.position) == (queued.number, 2)
+            assert again.queued.eta.ToTimedelta() < queued.queued.eta.ToTimedelta(), "what has passed is taken off"
+            house.engine.jobs[0].tell(progress(1))
+            while (step := await anext(messages)).number == queued.number:
+                pass
+            again = await anext(messages)
+            assert kinds([step, again]) == ["progress", "progress"]
+            assert (again.number, again.progress.step) == (step.number, 1)
+
+    async def test_what_is_repeated_bears_the_newest_number_so_that_nothing_comes_twice_to_who_attaches(self, house):
+        recording = house.begin(output={"previewInterval": 1}, **DETACH)
+        for event in (Queued(0, 1.0), progress(1), preview(0, 1)):
+            house.engine.jobs[0].tell(event)
+        with recording.listening(heartbeat_seconds=0.01) as messages:
+            events = [await anext(messages) for _ in range(4)]
+        assert kinds(events) == ["queued", "progress", "preview", "progress"]
+        assert [each.number for each in events] == [1, 2, 3, 3]
+        with recording.listening(after=3, heartbeat_seconds=0.01) as messages:
+            again = await anext(messages)
+            assert (again.number, again.progress.step) == (3, 1)
+            house.engine.jobs[0].tell(image(0))
+            house.engine.jobs[0].tell(DONE)
+            rest = [message async for message in messages if message.number != 3]
+        assert [each.number for each in rest] == [4, 5]
+
+    async def test_an_eta_that_has_passed_is_zero(self):
+        event = pb.StreamGenerateResponse(queued=pb.Queued(position=1))
+        event.queued.eta.FromSeconds(5)
+        assert contract.repeated_message(event, 100.0, 103.0, 1).queued.eta.ToSeconds() == 2
+        assert contract.repeated_message(event, 100.0, 200.0, 1).queued.eta.ToSeconds() == 0
+
+
+class TestImageRoom:
+    async def test_images_of_one_message_are_coded_alike_whichever_is_ready_first(self):
+        sizes = []
+        for order in ((0, 1), (1, 0)):
+            house = House()
+            recording = house.begin(
+                parameter={"n": 2, "seed": 0},
+                output={"format": "FORMAT_PNG", "raw": True, "maxMessageBytes": 40_000},
+                whole=True,
+            )
+            for index in order:
+                house.engine.jobs[0].tell(image(index, side=128))
+            house.engine.jobs[0].tell(DONE)
+            *_, done = await listen(recording)
+            sizes.append([each.sha256 for each in done.done.metadata.images])
+            assert {each.code for each in done.done.metadata.warnings} == {pb.Warning.CODE_IMAGE_RECODED}
+        assert sizes[0] == sizes[1]
+
+
+class TestWhatTheDeviceWorkedFor:
+    """Each job of the scripted engine has used 1.25 s of its device."""
+
+    @pytest.mark.parametrize("detach", [{}, DETACH])
+    async def test_images_that_somebody_got_were_worth_it(self, house, detach: dict[str, object]):
+        recording = house.begin(**detach)
+        listening = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, image(0), DONE)
+        await listening
+        assert house.settled == [Settled(1.25, delivered=True)]
+
+    @pytest.mark.parametrize("detach", [{}, DETACH])
+    async def test_a_job_that_failed_was_not(self, house, detach: dict[str, object]):
+        recording = house.begin(**detach)
+        listening = asyncio.create_task(listen(recording))
+        await tell(recording, house.engine, Failed(ModelFailed("broken")))
+        with pytest.raises(ModelFailed):
+            await listening
+        assert house.settled == [Settled(1.25, delivered=False)]
+
+    async def test_nor_one_that_finished_after_its_listener_had_gone(self, house):
+        recording = house.begin()
+        with recording.listening() as messages:
+            house.engine.jobs[0].tell(Queued(0, 1.0))
+            await anext(messages)
+        assert house.settled == []
+        await tell(recording, house.engine, image(0), DONE)
+        assert house.settled == [Settled(1.25, delivered=False)]
+
+    async def test_nor_one_whose_listener_goes_before_the_last_message(self, house):
+        recording = house.begin()
+        with recording.listening() as messages:
+            await tell(recording, house.engine, image(0), DONE)
+            await anext(messages)
+            assert house.settled == []
+        assert house.settled == [Settled(1.25, delivered=False)]
+
+    async def test_a_detached_job_may_still_find_its_listener_until_it_is_forgotten(self, house):
+        found, _ = await house.end("found", image(0), DONE), await house.end("forgotten", image(0), DONE)
+        assert house.settled == []
+        await listen(found)
+        assert house.settled == [Settled(1.25, delivered=True)]
+        house.clock.advance(600)
+        assert house.settled == [Settled(1.25, delivered=True), Settled(1.25, delivered=False)]
+
+    async def test_a_preview_that_comes_after_its_image_is_told_as_dropped(self, house):
+        await house.end("mine", image(0), preview(0, 1), DONE)
+        assert house.observed.count(PreviewDropped()) == 1

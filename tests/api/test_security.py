@@ -1,0 +1,789 @@
+"""Who is let in and who is not, and what hostile peers can do: real servers, real sockets, real certificates."""
+
+import contextlib
+import hashlib
+import hmac
+import itertools
+import os
+import queue
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, first_step, request
+from tls import LOCAL, Authority, channel, exchange
+
+from server.api import auth
+from server.api.standard_services import OPEN_METHODS
+from server.domain import Caller
+from server.settings import Settings
+from text_to_image_client import TLS, AsyncTextToImage, ServingStatus, TextToImage, Unauthenticated
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["TextToImageService"].methods]
+OPEN = [each for each in OPEN_METHODS if not each.endswith("/List")]  # whose empty message says what Check's does
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+ONE_STEP = {"sampling": {"steps": 1}}
+DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
+
+
+def line(name: str, token: str, *limits: str) -> str:
+    return " ".join([name, hashlib.sha256(token.encode()).hexdigest(), *limits]) + "\n"
+
+
+def bearer(token: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {token}")]
+
+
+def outcome(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    """How a call ends, all its messages read, and what is said."""
+    try:
+        answer = call()
+        if isinstance(answer, Iterator):
+            list(answer)
+    except grpc.RpcError as error:
+        assert_tells_nothing_internal(error.details())
+        return error.code(), error.details()
+    return grpc.StatusCode.OK, ""
+
+
+def code(call: Callable[[], object]) -> grpc.StatusCode:
+    return outcome(call)[0]
+
+
+def assert_tells_nothing_internal(text: str) -> None:
+    for leak in (str(ROOT), sys.prefix, "Traceback", ".py", "Error(", "object at 0x", PROMPT):
+        assert leak not in text
+
+
+PROMPT = "a heron that nobody may read of"
+
+
+@dataclass
+class House:
+    """A server that has everything on, and what it is to be reached with."""
+
+    server: ServerProcess
+    authority: Authority
+    own: tuple[Path, Path]
+    tokens: Path
+
+    def channel(self) -> grpc.Channel:
+        return channel(self.server.target, self.authority.file, self.own)
+
+    @property
+    def health_target(self) -> str:
+        return self.server.wait_for_log(r"health checks on (\S+)")[1]
+
+
+TOKENS = (
+    "# who may draw\n\n"
+    + line("one", "token-of-one", "jobs=1  # one job at a time")
+    + line("two", "token-of-two", "priority=2")
+    + line("two", "next-token-of-two")
+)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    authority = Authority(tmp_path_factory.mktemp("tls") / "ours")
+    certificate, key = authority.issue("server", *LOCAL)
+    own = authority.issue("client", "client@example.org")
+    tokens = authority.folder / "tokens"
+    tokens.write_text(TOKENS)
+    server = ServerProcess(
+        *("--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-authority", str(authority.file)),
+        *("--tokens", str(tokens), "--health-listen", "127.0.0.1:0"),
+    )
+    yield House(server.wait_until_ready(), authority, own, tokens)
+    assert server.stop() == 0, server.log
+    assert "Traceback" not in server.log
+    assert "token-of" not in server.log
+    assert hashlib.sha256(b"token-of-one").hexdigest() not in server.log
+
+
+@pytest.fixture
+def stub(house: House) -> Iterator[pb_grpc.TextToImageServiceStub]:
+    with house.channel() as open_channel:
+        yield pb_grpc.TextToImageServiceStub(open_channel)
+
+
+def check(open_channel: grpc.Channel, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(open_channel)
+    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE).status
+
+
+class TestTls:
+    def test_a_client_with_a_certificate_of_the_authority_is_served(self, house):
+        with house.channel() as known:
+            assert check(known, SERVICE) == SERVING
+
+    @pytest.mark.parametrize("who", ["in plaintext", "without a certificate", "with one of another authority"])
+    def test_nobody_else_can_connect(self, house, tmp_path, who):
+        stranger = Authority(tmp_path / "others").issue("client", "client@example.org")
+        stranded = {
+            "in plaintext": lambda: connect(house.server),
+            "without a certificate": lambda: channel(house.server.target, house.authority.file),
+            "with one of another authority": lambda: channel(house.server.target, house.authority.file, stranger),
+        }
+        with stranded[who]() as shut_out:
+            assert code(lambda: check(shut_out)) == grpc.StatusCode.UNAVAILABLE
+
+    def test_a_new_certificate_is_shown_to_the_next_connection_and_a_broken_one_to_none(self, house):
+        first = self.shown(house)
+        with house.channel() as before:
+            assert check(before) == SERVING
+            certificate, key = house.authority.issue("server", *LOCAL)
+            second = self.shown(house)
+            assert second != first
+            assert check(before) == SERVING, "a connection outlives its certificate"
+        good = key.read_bytes()
+        exchange(key, b"no key at all, but secret")
+        assert self.shown(house) == second
+        told = house.server.wait_for_log(r"WARNING .*the changed certificates cannot be used, those before stay: (.*)")
+        assert told[1] == f"{certificate} and {key} must be a certificate and its unencrypted key, in PEM"
+        assert "secret" not in house.server.log
+        exchange(key, good)
+        assert self.shown(house) == second
+        house.authority.issue("server", *LOCAL)
+        assert self.shown(house) not in (first, second)
+
+    def shown(self, house: House) -> str:
+        """The serial number of the certificate that a new connection sees."""
+        context = ssl.create_default_context(cafile=str(house.authority.file))
+        context.load_cert_chain(*house.own)
+        context.set_alpn_protocols(["h2"])
+        host, _, port = house.server.target.rpartition(":")
+        with (
+            socket.create_connection((host, int(port)), PATIENCE) as plain,
+            context.wrap_socket(plain, server_hostname=host) as encrypted,
+        ):
+            return encrypted.getpeercert()["serialNumber"]
+
+    @pytest.mark.parametrize(("version", "is_spoken"), [(b"\3\3", True), (b"\3\2", False)], ids=["1.2", "1.1"])
+    def test_what_is_older_than_tls_1_2_is_not_spoken(self, house, version, is_spoken):
+        """The hello is made by hand, since the ssl of this Python may not offer TLS 1.1 any more."""
+
+        def counted(size: int, content: bytes) -> bytes:
+            return len(content).to_bytes(size, "big") + content
+
+        ciphers = b"\xc0\x2b\xc0\x09"  # ECDHE-ECDSA with AES 128: in GCM, and in CBC as TLS 1.1 has it
+        extensions = (
+            b"\0\x0a" + counted(2, counted(2, b"\0\x17"))  # the curve P-256
+            + b"\0\x0d" + counted(2, counted(2, b"\4\3"))  # ECDSA with it
+            + b"\0\x10" + counted(2, counted(2, counted(1, b"h2")))
+        )  # fmt: skip
+        hello = version + bytes(32) + b"\0" + counted(2, ciphers) + b"\1\0" + counted(2, extensions)
+        with dialled(house.server.target, b"\x16\3\1" + counted(2, b"\1" + counted(3, hello))) as connection:
+            reply = _first_byte(connection)
+        assert (reply == b"\x16") == is_spoken, "a handshake goes on, or is over"
+
+    @pytest.mark.parametrize(
+        ("broken", "words"),
+        [
+            ({"server.crt": None}, "cannot read .*server.crt: No such file"),
+            ({"server.key": b""}, "must be a certificate and its unencrypted key"),
+            ({"server.key": "other.key"}, "server.key is not the key of .*server.crt"),
+            ({"server.key": "encrypted"}, "must be a certificate and its unencrypted key"),
+            ({"authority": b"nothing"}, "must be certificates of authorities"),
+        ],
+    )
+    def test_files_that_cannot_be_used_are_told_by_what_is_wrong_with_them(self, tmp_path, broken, words):
+        authority = Authority(tmp_path / "ours")
+        certificate, key = authority.issue("server", *LOCAL)
+        authority.issue("other", *LOCAL)
+        for name, content in broken.items():
+            path = authority.folder / name
+            if content is None:
+                path.unlink()
+            elif content == "encrypted":
+                subprocess.run(
+                    [
+                        *"openssl pkcs8 -topk8 -passout pass:secret -in".split(),
+                        key,
+                        "-out",
+                        authority.folder / "locked",
+                    ],
+                    check=True,
+                )
+                path.write_bytes((authority.folder / "locked").read_bytes())
+            else:
+                path.write_bytes((authority.folder / content).read_bytes() if isinstance(content, str) else content)
+        wrong = Settings(tls_certificate=certificate, tls_key=key, tls_client_authority=authority.file)
+        with pytest.raises(auth.Unusable, match=words):
+            auth.certificates_of(wrong)
+
+    @pytest.mark.parametrize("wrong", ["certificates", "tokens"])
+    def test_a_server_that_cannot_keep_strangers_out_ends_with_7(self, start_server, tmp_path, wrong):
+        (tmp_path / "empty").touch()
+        empty = str(tmp_path / "empty")
+        flags = ["--tls-certificate", empty, "--tls-key", empty] if wrong == "certificates" else ["--tokens", empty]
+        server = start_server(*flags)
+        assert server.wait() == 7
+        assert empty in server.log
+        assert "listening" not in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"tls_key": "k"}, "go together"),
+        ({"tls_certificate": "c"}, "go together"),
+        ({"tls_client_authority": "a"}, "needs --tls-certificate and --tls-key"),
+        ({"tokens": "t", "listen": "0.0.0.0:50051"}, "whoever hears a token can use it"),
+        ({"tokens": "t", "listen": "[::]:50051"}, "whoever hears a token can use it"),
+        ({"tokens": "t", "listen": "example.org:50051"}, "whoever hears a token can use it"),
+        ({"plaintext_tokens": True}, "without --tokens"),
+    ],
+)
+def test_flags_that_would_be_a_half_locked_door_are_refused(flags, words):
+    with pytest.raises(ValidationError, match=words):
+        Settings(**flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"listen": "127.0.0.1:50051"},
+        {"listen": "[::1]:50051"},
+        {"listen": "localhost:50051"},
+        {"listen": "0.0.0.0:50051", "tls_certificate": "c", "tls_key": "k"},
+        {"listen": "0.0.0.0:50051", "plaintext_tokens": True},
+    ],
+)
+def test_tokens_are_taken_where_nobody_else_hears_them_or_where_a_flag_says_so(flags):
+    assert Settings(tokens="t", **flags).tokens == Path("t")
+
+
+@pytest.mark.slow
+def test_nothing_is_told_to_the_makers_of_what_it_is_built_on(start_server, tmp_path: Path):
+    server = start_server("--content-filter", "open-nsfw", HOME=str(tmp_path)).wait_until_ready()
+    connections = psutil.Process(server.process.pid).net_connections("inet")
+    assert {each.status for each in connections} == {psutil.CONN_LISTEN}
+    assert list(tmp_path.rglob("*")) == [], "ONNX Runtime keeps a name of the machine for what it tells"
+
+
+class TestTheHealthPort:
+    def test_it_says_what_the_main_port_says_without_tls_or_token_and_nothing_else(self, house):
+        with grpc.insecure_channel(house.health_target) as probe:
+            assert check(probe) == check(probe, SERVICE) == SERVING
+            for path in (*(f"/{SERVICE}/{method}" for method in METHODS), REFLECTION):
+                assert code(lambda: probe.unary_unary(path)(b"")) == grpc.StatusCode.UNIMPLEMENTED  # noqa: B023
+
+    def test_it_follows_the_server_from_loading_to_its_end(self, start_server):
+        server = start_server("--health-listen", "127.0.0.1:0")
+        with grpc.insecure_channel(server.wait_for_log(r"health checks on (\S+)")[1]) as probe:
+            watch = health_pb2_grpc.HealthStub(probe).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+            assert next(watch).status == NOT_SERVING
+            assert next(watch).status == SERVING
+            server.terminate()
+            assert next(watch).status == NOT_SERVING
+        assert server.wait() == 0
+
+    def test_a_taken_one_ends_the_server_with_3(self, start_server, house):
+        server = start_server("--health-listen", house.health_target)
+        assert server.wait() == 3
+        assert f"cannot listen on {house.health_target}" in server.log
+
+
+WRONG_TOKENS = {
+    "none": [],
+    "unknown": bearer("token-of-nobody"),
+    "empty": bearer(""),
+    "its digest": bearer(hashlib.sha256(b"token-of-one").hexdigest()),
+    "cut short": bearer("token-of-on"),
+    "with a space": bearer("token-of-one "),
+    "another scheme": [("authorization", "Basic token-of-one")],
+    "no scheme": [("authorization", "token-of-one")],
+    "two": bearer("token-of-one") + bearer("token-of-two"),
+    "elsewhere": [("token", "token-of-one")],
+    "huge": bearer("x" * 7000),
+}
+
+
+class TestTokens:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_no_method_is_open_without_one(self, house, method):
+        with house.channel() as open_channel:
+            call = open_channel.unary_stream(f"/{SERVICE}/{method}")
+            ended = outcome(lambda: call(b"", timeout=PATIENCE))
+        assert ended == (
+            grpc.StatusCode.UNAUTHENTICATED,
+            'a token is needed here: send it as metadata, "authorization: Bearer TOKEN"',
+        )
+
+    @pytest.mark.parametrize("wrong", WRONG_TOKENS.values(), ids=WRONG_TOKENS.keys())
+    def test_a_wrong_one_is_unauthenticated_and_not_repeated(self, stub, wrong):
+        ended, text = outcome(lambda: stub.GetModel(pb.GetModelRequest(), metadata=wrong, timeout=PATIENCE))
+        assert ended == grpc.StatusCode.UNAUTHENTICATED
+        assert "token-of" not in text
+
+    def test_a_known_one_is_served_and_so_is_the_next_of_the_same_name(self, stub):
+        for token in ("token-of-one", "token-of-two", "next-token-of-two"):
+            assert code(lambda: stub.GetModel(pb.GetModelRequest(), metadata=bearer(token))) == grpc.StatusCode.OK  # noqa: B023
+
+    def test_a_message_without_one_is_not_even_awaited(self, house):
+        over = threading.Event()
+        with house.channel() as open_channel:
+            call = open_channel.stream_unary(f"/{SERVICE}/Generate")
+            silent = (b"" for _ in iter(lambda: over.wait(PATIENCE), True))
+            assert code(lambda: call(silent, timeout=PATIENCE)) == grpc.StatusCode.UNAUTHENTICATED
+        over.set()
+
+    def test_health_and_reflection_need_none(self, house):
+        with house.channel() as open_channel:
+            assert check(open_channel, SERVICE) == SERVING
+            reflected = reflection_pb2_grpc.ServerReflectionStub(open_channel).ServerReflectionInfo(
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=PATIENCE
+            )
+            assert SERVICE in {each.name for each in next(reflected).list_services_response.service}
+
+    def test_all_are_compared_whichever_it_is(self, tmp_path, monkeypatch):
+        (tmp_path / "tokens").write_text(TOKENS)
+        gate = auth.TokenCheck(tmp_path / "tokens")
+        compared: list[bytes] = []
+        real = hmac.compare_digest
+        monkeypatch.setattr(hmac, "compare_digest", lambda known, given: compared.append(known) or real(known, given))
+        for token in ("token-of-one", "next-token-of-two"):
+            compared.clear()
+            gate._find(bearer(token))
+            assert len(compared) == 3
+
+    def test_the_detached_job_of_one_is_not_there_for_another(self, stub):
+        mine, other = bearer("token-of-one"), bearer("token-of-two")
+        asked = request(requestId="private", **DETACH, **ONE_STEP)
+        list(stub.StreamGenerate(asked, metadata=mine, timeout=PATIENCE))
+
+        def attach(metadata, name="private"):
+            return lambda: stub.Attach(pb.AttachRequest(request_id=name), metadata=metadata, timeout=PATIENCE)
+
+        def cancel(metadata, name="private"):
+            return lambda: stub.Cancel(pb.CancelRequest(request_id=name), metadata=metadata, timeout=PATIENCE)
+
+        for call in (attach, cancel):
+            found, never = outcome(call(other)), outcome(call(other, "never-was"))
+            assert found[0] == grpc.StatusCode.NOT_FOUND
+            assert found[1] == never[1].replace("never-was", "private"), "not even whether it exists is told"
+        another = request("a dog", requestId="private", **DETACH, **ONE_STEP)
+        assert code(lambda: stub.StreamGenerate(another, metadata=other, timeout=PATIENCE)) == grpc.StatusCode.OK
+        assert code(cancel(other)) == grpc.StatusCode.OK
+        assert code(attach(mine)) == grpc.StatusCode.OK
+        assert code(cancel(mine)) == grpc.StatusCode.OK
+
+    def test_a_name_has_its_jobs_at_once_and_no_more_wherever_they_come_from(self, house, stub):
+        running = stub.StreamGenerate(request(requestId="the-only-one", **LONG_JOB), metadata=bearer("token-of-one"))
+        first_step(running)
+        with house.channel() as elsewhere:
+            again = pb_grpc.TextToImageServiceStub(elsewhere)
+            ended, text = outcome(lambda: again.Generate(request(**ONE_STEP), metadata=bearer("token-of-one")))
+            assert ended == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "1 requests of this caller are waiting already" in text
+            served = code(lambda: again.Generate(request(**ONE_STEP), metadata=bearer("token-of-two")))
+            assert served == grpc.StatusCode.OK, "another name has a turn, from the same host"
+        running.cancel()
+        house.server.wait_for_log("the-only-one: Cancelled")
+
+    def test_a_name_has_its_own_highest_priority(self, stub):
+        for token, highest in (("token-of-two", 2), ("token-of-one", 0)):
+            metadata = bearer(token)
+            assert stub.GetModel(pb.GetModelRequest(), metadata=metadata).limits.max_priority == highest
+            done = stub.Generate(request(priority=2, **ONE_STEP), metadata=metadata, timeout=PATIENCE)
+            lowered = [each for each in done.metadata.warnings if each.code == pb.Warning.CODE_PRIORITY_LOWERED]
+            assert len(lowered) == (highest < 2)
+
+    def test_the_file_is_read_anew_when_it_changes_and_a_broken_one_is_not_taken(self, house, stub):
+        def known(token: str) -> bool:
+            ended = code(lambda: stub.GetModel(pb.GetModelRequest(), metadata=bearer(token), timeout=PATIENCE))
+            return ended != grpc.StatusCode.UNAUTHENTICATED
+
+        exchange(house.tokens, line("three", "token-of-three").encode())
+        assert (known("token-of-three"), known("token-of-one")) == (True, False)
+        exchange(house.tokens, TOKENS.encode() + b"four token-of-four-in-clear\n")
+        assert (known("token-of-three"), known("token-of-one")) == (True, False)
+        told = house.server.wait_for_log("WARNING .*the changed tokens cannot be used, those before stay: (.*)")[1]
+        assert told.startswith(f"line 6 of {house.tokens} must be NAME SHA256")
+        house.tokens.unlink()
+        assert known("token-of-three")
+        exchange(house.tokens, TOKENS.encode())
+        assert (known("token-of-three"), known("token-of-one")) == (False, True)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("# nobody\n", "has no tokens"),
+            (line("one", "a") + "two\n", "line 2 of .* must be NAME SHA256"),
+            ("one token\n", "line 1 of"),
+            (line("o/ne", "a"), "line 1 of"),
+            (line("one", "a", "jobs=0"), "line 1 of"),
+            (line("one", "a", "priority=3"), "line 1 of"),
+            (line("one", "a", "jbos=1"), "line 1 of"),
+            (line("one", "a") + line("two", "a"), "line 2 of .* has the token of an earlier line"),
+        ],
+    )
+    def test_a_file_that_cannot_be_used_is_told_by_its_line(self, tmp_path, content, words):
+        (tmp_path / "tokens").write_text(content)
+        with pytest.raises(auth.Unusable, match=words):
+            auth.TokenCheck(tmp_path / "tokens")
+
+    @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
+    def test_a_device_without_end_is_not_read_for_ever(self, device):
+        with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
+            auth.TokenCheck(Path(device))
+        with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
+            auth.certificates_of(Settings(tls_certificate=Path(device), tls_key=Path(device)))
+
+    def test_the_readme_makes_certificates_and_tokens_that_can_be_used(self, tmp_path):
+        section = (ROOT / "README.md").read_text("utf-8").split("## Security")[1]
+        commands = section.split("```sh\n")[1].split("```")[0]
+        made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
+        files = {"tls_certificate": tmp_path / "server.crt", "tls_key": tmp_path / "server.key"}
+        assert auth.server_credentials(auth.certificates_of(Settings(**files)), False) is not None
+        caller = auth.TokenCheck(tmp_path / "tokens")._find(bearer(made.stdout.strip()))
+        assert caller == Caller("alice", "alice", jobs=4, max_priority=1)
+
+
+class TestClients:
+    def test_the_library_uses_tls_and_a_token_in_every_call(self, house):
+        tls = TLS(house.authority.file, *house.own)
+        with TextToImage(house.server.target, tls=tls, token="token-of-two") as client:
+            assert client.health() is ServingStatus.SERVING
+            assert client.model().limits.max_priority == 2
+            assert client.generate("a cat", steps=1).images
+            with client.stream("a cat", steps=1, request_id="of-the-library", on_disconnect="detach") as events:
+                list(events)
+            assert list(client.attach("of-the-library"))
+            client.cancel("of-the-library")
+
+    async def test_its_twin_for_asyncio_does_too(self, house):
+        tls = TLS(house.authority.file, *house.own)
+        async with AsyncTextToImage(house.server.target, tls=tls, token="token-of-two") as client:
+            assert await client.health() is ServingStatus.SERVING
+            assert (await client.model()).limits.max_priority == 2
+            assert (await client.generate("a cat", steps=1)).images
+            async with client.stream("a cat", steps=1, request_id="of-the-twin", on_disconnect="detach") as events:
+                assert [event async for event in events]
+            assert [event async for event in client.attach("of-the-twin")]
+            await client.cancel("of-the-twin")
+
+    def test_a_wrong_token_or_none_is_an_error_of_its_own(self, house):
+        for token in ("token-of-nobody", None):
+            tls = TLS(house.authority.file, *house.own)
+            with TextToImage(house.server.target, tls=tls, token=token) as client, pytest.raises(Unauthenticated):
+                client.model()
+
+    def test_half_a_certificate_and_a_token_that_cannot_be_sent_are_told_at_once_and_not_repeated(self, house):
+        with pytest.raises(ValueError, match="go together"):
+            TextToImage("x:1", tls=TLS(certificate=house.own[0]))
+        with pytest.raises(ValueError, match="visible ASCII") as caught:
+            TextToImage("x:1", token="sécret")
+        assert "cret" not in str(caught.value)
+
+    def test_the_command_takes_flags_or_variables_and_never_repeats_the_token(self, house, tmp_path):
+        def t2i(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "text_to_image_client", "--target", house.server.target, *arguments]
+            ended = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+            assert "token-of" not in ended.stdout + ended.stderr
+            return ended
+
+        authority, certificate, key = str(house.authority.file), *map(str, house.own)
+        flags = ("--tls-authority", authority, "--tls-client-certificate", certificate, "--tls-client-key", key)
+        variables = {
+            "T2I_TLS_AUTHORITY": authority,
+            "T2I_TLS_CLIENT_CERTIFICATE": certificate,
+            "T2I_TLS_CLIENT_KEY": key,
+            "T2I_TOKEN": "token-of-two",
+        }
+        image = tmp_path / "cat.jpg"
+        drawn = t2i("generate", "a cat", "--steps", "1", "-o", str(image), **variables)
+        assert drawn.returncode == 0, drawn.stderr
+        assert image.read_bytes()
+        assert "SERVING" in t2i(*flags, "health").stdout
+        assert "priority 2" in t2i(*flags, "--token", "token-of-two", "model").stdout
+        refused = t2i(*flags, "--token", "token-of-nobody", "model")
+        assert (refused.returncode, refused.stderr.strip()) == (11, "Error: this token is not known here")
+        assert t2i("--tls-client-key", key, "health").returncode == 2
+        assert t2i("--token", "token-of-two ", "health").returncode == 2
+        assert t2i("--help", **variables).returncode == 0
+
+
+# HTTP/2 by hand (RFC 9113), for what no client library would send.
+DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+REFUSED_STREAM, ENHANCE_YOUR_CALM = 7, 11
+
+
+def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+HELLO = PREFACE + frame(SETTINGS) + frame(SETTINGS, ACK)
+
+
+def opening(stream: int, path: str) -> bytes:
+    """The headers of a call, its message still to come."""
+    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
+    fields["content-type"] = "application/grpc"
+    block = b"".join(b"\0" + b"".join(bytes([len(each)]) + each.encode() for each in field) for field in fields.items())
+    return frame(HEADERS, END_HEADERS, stream, block)
+
+
+@contextlib.contextmanager
+def dialled(target: str, said: bytes = b"") -> Iterator[socket.socket]:
+    """A bare connection on which this is said first, as far as the other side listens."""
+    host, _, port = target.rpartition(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(said)
+        yield connection
+
+
+def frames(connection: socket.socket) -> Iterator[tuple[int, int, bytes]]:
+    """Kind, stream and payload of all frames until the other side closes."""
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as incoming:
+        while len(head := incoming.read(9)) == 9:
+            yield head[3], int.from_bytes(head[5:], "big"), incoming.read(int.from_bytes(head[:3], "big"))
+
+
+def heard(connection: socket.socket) -> bytes:
+    """All that is said until the other side closes."""
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as incoming:
+        return incoming.read()
+    return b""
+
+
+def parting(connection: socket.socket) -> tuple[int, bytes]:
+    """Code and reason of the first GOAWAY."""
+    first = next(payload for kind, _, payload in frames(connection) if kind == GOAWAY)
+    return int.from_bytes(first[4:8], "big"), first[8:]
+
+
+class TestHostilePeers:
+    @pytest.fixture(autouse=True)
+    def _survived(self, server: ServerProcess) -> Iterator[None]:
+        """Whatever it was, health checks and drawing go on as before."""
+        yield
+        with connect(server) as well_meant:
+            assert check(well_meant, SERVICE) == SERVING
+            drawn = pb_grpc.TextToImageServiceStub(well_meant).Generate(request(**ONE_STEP), timeout=PATIENCE)
+            assert len(drawn.data.choices) == 1
+        assert "Traceback" not in server.log
+        assert "ERROR" not in server.log
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(512),  # a TLS hello
+            bytes(range(256)) * 64,
+            PREFACE + b"\xff" * 4096,
+            HELLO + frame(HEADERS, END_HEADERS, 1, b"\xff" * 100),  # no HPACK
+            HELLO + frame(HEADERS, END_HEADERS, 2, b""),  # an even stream
+            HELLO + frame(DATA, 0, 0, b"x"),  # data of no stream
+            HELLO + frame(DATA, 0, 1, b"x" * 20_000),  # longer than was agreed
+            HELLO + frame(PING, 0, 0, b"short"),
+            HELLO + opening(1, f"/{SERVICE}/Generate") + frame(DATA, 0, 1, b"\x07\xff\xff\xff\xff"),
+        ],
+        ids="http1 tls noise preface-noise hpack even-stream no-stream too-much-data short-ping long-message".split(),
+    )
+    def test_what_is_no_grpc_is_hung_up_on_or_ignored(self, server, garbage):
+        with dialled(server.target, garbage) as connection:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            assert_tells_nothing_internal(heard(connection).decode("latin1"))
+
+    def test_a_flood_of_pings_ends_the_connection(self, server):
+        with dialled(server.target, HELLO + 100 * frame(PING, 0, 0, b"12345678")) as connection:
+            assert parting(connection) == (ENHANCE_YOUR_CALM, b"too_many_pings")
+
+    def test_a_thousand_calls_at_once_on_one_connection_are_all_answered(self, server):
+        with connect(server) as busy:
+            get_model = pb_grpc.TextToImageServiceStub(busy).GetModel
+            calls = [get_model.future(pb.GetModelRequest(), timeout=PATIENCE) for _ in range(1000)]
+            assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+    def test_a_thousand_requests_at_once_are_admitted_as_far_as_there_is_room(self, server):
+        with connect(server) as busy:
+            generate = pb_grpc.TextToImageServiceStub(busy).Generate
+            ends: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
+            calls = {generate.future(request(requestId=f"crowd-{n}", **LONG_JOB)): f"crowd-{n}" for n in range(1000)}
+            for call in calls:
+                call.add_done_callback(ends.put)
+            refused = [ends.get(timeout=PATIENCE) for _ in range(1000 - Settings().max_queue)]
+            assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            for call in calls:
+                call.cancel()
+        for admitted in calls.keys() - set(refused):
+            server.wait_for_log(f"{calls[admitted]}: Cancelled")
+
+    def test_streams_beyond_the_limit_are_refused_each_by_itself(self, server):
+        most, more = Settings().max_streams, 500
+        flood = b"".join(opening(2 * number + 1, f"/{SERVICE}/Generate") for number in range(most + more))
+        with dialled(server.target, HELLO + flood) as connection:
+            refused = (
+                stream
+                for kind, stream, payload in frames(connection)
+                if kind == RESET and int.from_bytes(payload, "big") == REFUSED_STREAM
+            )
+            assert len(set(itertools.islice(refused, more))) == more
+
+    def test_calls_that_are_begun_and_reset_at_once_cost_nothing_that_lasts(self, server):
+        flood = b"".join(
+            opening(2 * number + 1, f"/{SERVICE}/Generate") + frame(RESET, 0, 2 * number + 1, b"\0\0\0\x08")
+            for number in range(5000)
+        )
+        with dialled(server.target, HELLO + flood) as connection, contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+            heard(connection)
+
+    def test_too_large_a_message_is_refused_compressed_or_not(self, server):
+        with connect(server) as open_channel:
+            call = open_channel.unary_unary(f"/{SERVICE}/Generate")
+            for size, compression in ((5 << 20, None), (100 << 20, grpc.Compression.Gzip)):
+                ended = code(lambda: call(bytes(size), compression=compression, timeout=PATIENCE))  # noqa: B023
+                assert ended == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    @pytest.mark.parametrize("path", [*(f"/{SERVICE}/{method}" for method in METHODS), *OPEN])
+    def test_bytes_that_are_no_message_are_the_callers_fault_in_every_method(self, server, path):
+        with connect(server) as open_channel:
+            call = open_channel.stream_stream(path)
+            for broken in (b"\xff\xff\xff", b"\x0a\x7f", b"\x0a\x02\xff\xfe\x07"):
+                assert outcome(lambda: call(iter([broken]), timeout=PATIENCE)) == (  # noqa: B023
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "the request's bytes are not the Protobuf message that this method takes",
+                )
+
+    def test_whatever_bytes_are_sent_no_method_fails(self, server):
+        seeds = [request(PROMPT, requestId="no name at all", **LONG_JOB).SerializeToString(), b""]
+        anything = st.binary(max_size=200)
+        bent = st.builds(
+            lambda seed, at, junk: seed[:at] + junk + seed[at + len(junk) :],
+            *(st.sampled_from(seeds), st.integers(0, 60), st.binary(min_size=1, max_size=8)),
+        )
+        allowed = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+        with connect(server) as open_channel:
+
+            @settings(max_examples=300, deadline=None, database=None)
+            @given(st.sampled_from(["Generate", "StreamGenerate", "Attach", "Cancel"]), anything | bent)
+            def send(method: str, message: bytes) -> None:
+                call = open_channel.unary_stream(f"/{SERVICE}/{method}")
+                assert outcome(lambda: call(message, timeout=PATIENCE))[0] in allowed
+
+            send()
+
+    def test_whatever_a_message_says_it_is_answered_in_words(self, server):
+        """Values of every kind in every field, and a name that no request may have, lest one of them be drawn."""
+        numbers = st.integers(0, 2**32 - 1)
+        floats = st.floats(width=32)
+        with connect(server) as open_channel:
+            stub = pb_grpc.TextToImageServiceStub(open_channel)
+
+            @settings(max_examples=200, deadline=None, database=None)
+            @given(st.text(), st.text(), numbers, numbers, numbers, floats, floats, st.text())
+            def send(prompt, ratio, n, steps, side, guidance, fraction, scheduler) -> None:
+                asked = pb.GenerateRequest(request_id="not a name", data=pb.TaskData(prompt=prompt))
+                asked.parameter.MergeFrom(pb.TaskParameter(aspect_ratio=ratio, n=n, negative_prompt=scheduler))
+                sampling = {"steps": steps, "width": side, "height": side, "guidance_scale": guidance}
+                asked.sampling.MergeFrom(pb.Sampling(**sampling, high_noise_frac=fraction, scheduler=scheduler))
+                ended, words = outcome(lambda: stub.Generate(asked, timeout=PATIENCE))
+                assert ended == grpc.StatusCode.INVALID_ARGUMENT
+                assert "requestId: must have" in words
+
+            send()
+
+    def test_no_prompt_is_in_the_log_however_its_request_ends(self, server):
+        with connect(server) as open_channel:
+            stub = pb_grpc.TextToImageServiceStub(open_channel)
+            calls = {
+                grpc.StatusCode.OK: lambda: stub.Generate(request(PROMPT, **ONE_STEP), timeout=PATIENCE),
+                grpc.StatusCode.INVALID_ARGUMENT: lambda: stub.Generate(request(PROMPT, requestId=PROMPT)),
+                grpc.StatusCode.NOT_FOUND: lambda: stub.Attach(pb.AttachRequest(request_id=PROMPT)),
+                grpc.StatusCode.DEADLINE_EXCEEDED: lambda: stub.Generate(request(PROMPT, **LONG_JOB), timeout=3),
+            }
+            for expected, call in calls.items():
+                assert code(call) == expected
+            negative = {"negative-prompt": PROMPT, "n": 99}
+            assert code(lambda: stub.Generate(request(parameter=negative))) == grpc.StatusCode.INVALID_ARGUMENT
+            running = stub.StreamGenerate(request(PROMPT, requestId="cancelled-heron", **LONG_JOB))
+            first_step(running)
+            running.cancel()
+        server.wait_for_log("cancelled-heron: Cancelled")
+        assert "heron that" not in server.log
+
+
+class TestPeersThatAreGone:
+    """The options of server/api/auth.py on a real gRPC server, with times that a test can wait for."""
+
+    @pytest.fixture
+    def serve(self) -> Iterator[Callable[..., str]]:
+        servers: list[grpc.Server] = []
+
+        def start(**flags: float) -> str:
+            options = [("grpc.so_reuseport", 0), *auth.connection_options(Settings(**flags))]
+            servers.append(grpc.server(ThreadPoolExecutor(4), options=options))
+            health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), servers[-1])
+            port = servers[-1].add_insecure_port("127.0.0.1:0")
+            servers[-1].start()
+            return f"127.0.0.1:{port}"
+
+        yield start
+        for each in servers:
+            each.stop(None).wait()
+
+    @pytest.mark.parametrize(
+        "said",
+        [b"", PREFACE, HELLO, HELLO + opening(1, HEALTH_WATCH)],
+        ids=["nothing", "half a greeting", "a greeting", "half a call"],
+    )
+    def test_one_that_falls_silent_is_let_go(self, serve, said):
+        with dialled(serve(keepalive_seconds=1), said) as connection:
+            heard(connection)  # ends only when the other side closes
+
+    def test_one_that_answers_stays(self, serve):
+        with dialled(serve(keepalive_seconds=1), HELLO) as connection:
+            pings = 0
+            for kind, _, payload in frames(connection):
+                if kind == PING:
+                    connection.sendall(frame(PING, ACK, 0, payload))
+                    if (pings := pings + 1) == 3:  # the second would never come to one that was let go
+                        break
+            assert pings == 3
+
+    def test_after_its_time_a_client_is_asked_to_connect_anew(self, serve):
+        with dialled(serve(connection_seconds=1), HELLO) as connection:
+            assert parting(connection) == (0, b"max_age")
+
+    def test_there_are_no_more_connections_than_allowed(self, serve):
+        target = serve(max_connections=3)
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(dialled(target, HELLO)) for _ in range(10)]
+            said = Counter(bool(_first_byte(each)) for each in connections)
+        assert said == {True: 3, False: 7}
+
+
+def _first_byte(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(1)
+    except ConnectionError:
+        return b""

@@ -1,0 +1,78 @@
+"""What a call is expected to cost."""
+
+import pytest
+
+from server.domain import Stage
+from server.engine.call_times import CallTimes, Kind
+
+BASE = Kind(Stage.BASE, 1024, 1024, 2)
+
+
+def measured(*seconds: float, kind: Kind = BASE, jobs: int = 1) -> CallTimes:
+    times = CallTimes()
+    for each in seconds:
+        times.record(kind, each, jobs)
+    return times
+
+
+def test_nothing_is_expected_of_what_nothing_is_known_of():
+    assert CallTimes().expect(BASE) == 0
+    assert measured(3.0).expect(BASE._replace(stage=Stage.DECODE)) == 0
+
+
+def test_what_was_measured_is_expected_again():
+    assert measured(0.5).expect(BASE) == 0.5
+
+
+def test_a_first_call_that_compiles_counts_no_more_after_the_second():
+    assert measured(60.0, 0.5).expect(BASE) == 0.5
+
+
+def test_outliers_do_not_count():
+    assert measured(0.5, 0.5, 90.0, 0.5, 0.5, 70.0, 0.5).expect(BASE) == 0.5
+
+
+def test_a_lasting_change_counts():
+    assert measured(*[0.5] * 20, *[0.8] * 9).expect(BASE) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("kind", "jobs", "seconds"),
+    [
+        (BASE._replace(width=512), 1, 0.25),
+        (BASE._replace(rows=1), 1, 0.25),
+        (BASE, 4, 2.0),
+        (BASE._replace(stage=Stage.REFINER), 1, 0.5),
+    ],
+)
+def test_what_was_never_measured_is_scaled_from_the_nearest(kind: Kind, jobs: int, seconds: float):
+    assert measured(0.5).expect(kind, jobs) == pytest.approx(seconds)
+
+
+def test_the_nearest_size_counts_and_not_the_first():
+    times = measured(0.5)
+    times.record(BASE._replace(width=256), 0.2)
+    assert times.expect(BASE._replace(width=128)) == pytest.approx(0.1)
+
+
+def test_a_measured_batch_is_expected_instead_of_its_parts():
+    times = measured(0.5)
+    times.record(BASE, 1.5, jobs=4)
+    assert times.expect(BASE, 4) == 1.5
+    assert times.expect(BASE) == 0.5
+
+
+def test_the_deviation_is_how_far_calls_are_from_what_was_expected_of_them():
+    assert measured(1.0).deviation == 0.0
+    assert measured(1.0, 1.0, 1.3, 0.9).deviation == pytest.approx(0.4 / 3)
+    assert measured(1.0, 60.0).deviation == 1.0
+
+
+def test_the_version_tells_of_notable_changes_only():
+    times = measured(0.5)
+    version = times.version
+    times.record(BASE, 0.51)
+    assert times.version == version
+    for _ in range(9):
+        times.record(BASE, 0.6)
+    assert times.version != version

@@ -1,0 +1,568 @@
+"""What the engine promises, driven by a model whose every call waits for the word of the test: no torch, no gRPC."""
+
+import contextvars
+import math
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from stepped_model import REQUEST, Clock, Events, Path, Prompt, SteppedModel, running
+
+from server.domain import ImageRequest, Notice, Stage
+from server.engine.engine import Engine
+from server.engine.events import (
+    Begun,
+    CallMade,
+    Cancelled,
+    DeadlineExceeded,
+    DeviceFull,
+    DeviceLost,
+    DeviceUnavailable,
+    Draining,
+    Ended,
+    Failed,
+    Finished,
+    ModelFailed,
+    Observation,
+    Preview,
+    PreviewDropped,
+    Progress,
+    Queued,
+    Refused,
+    Stretch,
+)
+from server.engine.scheduling import Limits, Order
+
+
+@pytest.fixture
+def model() -> SteppedModel:
+    return SteppedModel()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engine(model: SteppedModel, clock: Clock) -> Iterator[Engine]:
+    with running(Engine(Limits(jobs=3), clock=clock), model) as engine:
+        yield engine
+
+
+def measure(engine: Engine, model: SteppedModel, clock: Clock, request: ImageRequest = REQUEST) -> None:
+    """Run one job whose every call takes a second."""
+    events = Events()
+    engine.submit("measured", request, events)
+    for _ in range(5):
+        model.calls.get(timeout=60)
+        clock.now += 1
+        model.allow()
+    assert isinstance(events.to_the_end()[-1], Finished)
+
+
+def test_a_job_reports_every_real_model_call_and_ends_with_one_terminal_event(engine: Engine, model: SteppedModel):
+    model.allow(100)
+    events = Events()
+    engine.submit("job", replace(REQUEST, seeds=(5, 6)), events)
+    queued, *steps, finished = events.to_the_end()
+    assert isinstance(queued, Queued)
+    assert queued.position == 0
+    told = [(e.index, e.stage, e.step, e.steps) if isinstance(e, Progress) else (e.index, e.seed) for e in steps]
+    one_image = [(Stage.BASE, 1, 2), (Stage.BASE, 2, 2), (Stage.REFINER, 1, 1), (Stage.DECODE, 1, 1)]
+    assert told == [
+        (0, Stage.ENCODE, 1, 1),
+        *((0, *call) for call in one_image),
+        (0, 5),
+        *((1, *call) for call in one_image),
+        (1, 6),
+    ]
+    assert isinstance(finished, Finished)
+    assert [each.field for each in finished.warnings] == ["data.prompt"]
+    assert events.is_over()
+
+
+def test_jobs_run_in_the_order_in_which_they_came(engine: Engine, model: SteppedModel):
+    first, second = Events(), Events()
+    engine.submit("job", REQUEST, first)
+    engine.submit("job", replace(REQUEST, seeds=(9,)), second)
+    assert second.next() == Queued(position=1, eta=0.0)
+    model.allow(100)
+    first.to_the_end()
+    second.to_the_end()
+    seeds = [model.calls.get_nowait()[1] for _ in range(10)]
+    assert seeds == [5] * 5 + [9] * 5
+
+
+def test_a_cancelled_job_costs_the_device_no_more_than_the_call_in_flight(engine: Engine, model: SteppedModel):
+    events = Events()
+    job = engine.submit("job", REQUEST, events)
+    model.allow(2)
+    for expected in ("encode", "step", "step"):
+        assert model.calls.get(timeout=60)[0] == expected
+    engine.cancel(job)
+    model.allow(100)
+    terminal = events.to_the_end()[-1]
+    assert isinstance(terminal, Failed)
+    assert isinstance(terminal.error, Cancelled)
+    assert model.calls.empty()
+
+
+def test_a_waiting_job_can_be_cancelled_without_reaching_the_device(engine: Engine, model: SteppedModel):
+    running, waiting = Events(), Events()
+    engine.submit("job", REQUEST, running)
+    engine.cancel(engine.submit("job", replace(REQUEST, seeds=(9,)), waiting))
+    model.allow(1)
+    assert isinstance(waiting.to_the_end()[-1], Failed)
+    model.allow(100)
+    assert isinstance(running.to_the_end()[-1], Finished)
+    assert {model.calls.get_nowait()[1] for _ in range(5)} == {5}
+
+
+def test_cancelling_twice_or_after_the_end_changes_nothing(engine: Engine, model: SteppedModel):
+    model.allow(100)
+    events = Events()
+    job = engine.submit("job", REQUEST, events)
+    assert isinstance(events.to_the_end()[-1], Finished)
+    engine.cancel(job)
+    engine.cancel(job)
+    again = Events()
+    engine.submit("job", REQUEST, again)
+    assert isinstance(again.to_the_end()[-1], Finished)
+    assert events.is_over()
+
+
+def test_a_passed_deadline_ends_running_and_waiting_jobs_after_the_call_in_flight(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    running, waiting, patient = Events(), Events(), Events()
+    engine.submit("job", REQUEST, running, timeout=10)
+    engine.submit("job", REQUEST, waiting, timeout=5)
+    engine.submit("job", replace(REQUEST, seeds=(9,)), patient, timeout=math.inf)
+    assert model.calls.get(timeout=60)[0] == "encode"
+    clock.now = 10.0
+    model.allow(100)
+    for late in (running, waiting):
+        terminal = late.to_the_end()[-1]
+        assert isinstance(terminal, Failed)
+        assert isinstance(terminal.error, DeadlineExceeded)
+    assert isinstance(patient.to_the_end()[-1], Finished)
+    assert {model.calls.get_nowait()[1] for _ in range(5)} == {9}
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine, model: SteppedModel, clock: Clock):
+    measure(engine, model, clock)
+    jobs = [Events() for _ in range(3)]
+    for events in jobs:
+        engine.submit("job", REQUEST, events)
+    assert [events.next() for events in jobs] == [Queued(0, 5.0), Queued(1, 10.0), Queued(2, 15.0)]
+    with pytest.raises(Refused, match=r"3 requests are waiting already, for 15\.0 s.*; try again in 5\.0 s") as refused:
+        engine.submit("job", REQUEST, Events())
+    assert refused.value.retry_after == pytest.approx(5.0)
+    model.allow(100)
+    for events in jobs:
+        assert isinstance(events.to_the_end()[-1], Finished)
+    engine.submit("job", REQUEST, jobs[0])
+
+
+def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clock: Clock):
+    for limits, words in (
+        (Limits(9, pixels=100), "100 pixels"),
+        (Limits(9, bytes=500), "500 bytes"),
+        (Limits(9, 1), "1 requests of this"),
+    ):
+        with running(Engine(limits, clock=clock), model) as engine:
+            events = Events()
+            engine.submit("job", REQUEST, events)
+            with pytest.raises(Refused, match=words):
+                engine.submit("job", REQUEST, Events())
+            model.allow(100)
+            events.to_the_end()
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_time(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    measure(engine, model, clock)
+    with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, were it alone"):
+        engine.submit("job", REQUEST, Events(), timeout=3)
+    engine.submit("job", REQUEST, Events(), timeout=6)
+    with pytest.raises(Refused, match=r"10\.0 s") as refused:
+        engine.submit("job", REQUEST, Events(), timeout=7)
+    assert 0 < refused.value.retry_after < 5
+    with pytest.raises(Refused, match="1 admitted request would miss a deadline"):
+        engine.submit("job", replace(REQUEST, seeds=(7,)), Events(), timeout=5.9)
+
+
+def test_a_deadline_goes_before_what_came_earlier_but_no_sooner_than_it_must(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    measure(engine, model, clock)
+    patient, urgent = Events(), Events()
+    engine.submit("patient", REQUEST, patient)
+    assert model.calls.get(timeout=60) == ("encode", 5)
+    engine.submit("urgent", replace(REQUEST, seeds=(9,)), urgent, timeout=8)
+    seeds = []
+    for _ in range(9):
+        clock.now += 1
+        model.allow()
+        seeds.append(model.calls.get(timeout=60)[1])
+    model.allow()
+    assert seeds == [5] + [9] * 5 + [5] * 3  # a second one of the patient's would have been too many
+    assert isinstance(urgent.to_the_end()[-1], Finished)
+    assert isinstance(patient.to_the_end()[-1], Finished)
+
+
+def test_a_short_job_goes_before_a_long_one_between_two_of_its_calls(engine: Engine, model: SteppedModel, clock: Clock):
+    measure(engine, model, clock)
+    long, short = Events(), Events()
+    engine.submit("long", replace(REQUEST, seeds=tuple(range(10, 40))), long)
+    assert model.calls.get(timeout=60) == ("encode", 10)
+    engine.submit("short", REQUEST, short)
+    model.allow(1000)
+    assert isinstance(short.to_the_end()[-1], Finished)
+    assert isinstance(long.to_the_end()[-1], Finished)
+    assert [model.calls.get_nowait()[1] for _ in range(5)] == [5] * 5
+
+
+def test_first_come_runs_every_job_to_its_end(model: SteppedModel, clock: Clock):
+    with running(Engine(Limits(jobs=3), Order.FIRST_COME, clock), model) as engine:
+        measure(engine, model, clock)
+        long, short = Events(), Events()
+        engine.submit("long", replace(REQUEST, seeds=tuple(range(10, 40))), long)
+        engine.submit("short", REQUEST, short)
+        model.allow(1000)
+        assert isinstance(long.to_the_end()[-1], Finished)
+        short.to_the_end()
+    seeds = [model.calls.get_nowait()[1] for _ in range(1 + 4 * 30)]
+    assert 5 not in seeds
+
+
+def test_waiting_jobs_are_told_anew_when_their_turn_has_come_nearer_or_farther(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    measure(engine, model, clock)
+    first, second = Events(), Events()
+    job = engine.submit("first", REQUEST, first)
+    engine.submit("second", replace(REQUEST, seeds=(9,)), second)
+    assert second.next() == Queued(1, 10.0)
+    model.calls.get(timeout=60)
+    engine.cancel(job)
+    clock.now += 1
+    model.allow(1)
+    assert second.next() == Queued(0, 5.0)
+    model.allow(100)
+    assert isinstance(second.to_the_end()[-1], Finished)
+
+
+def test_what_the_device_did_for_a_cancelled_job_is_counted_and_is_less_than_a_call(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    events = Events()
+    job = engine.submit("job", REQUEST, events)
+    model.calls.get(timeout=60)
+    clock.now += 1
+    engine.cancel(job)
+    clock.now += 2
+    model.allow(100)
+    events.to_the_end()
+    done = engine.statistics()
+    assert (done.wasted, done.device) == (2.0, 3.0)
+    assert done.outcomes == {"Cancelled": 1}
+
+
+def test_the_error_of_foretold_times_is_published(engine: Engine, model: SteppedModel, clock: Clock):
+    measure(engine, model, clock)
+    events = Events()
+    engine.submit("job", REQUEST, events)
+    for _ in range(5):
+        model.calls.get(timeout=60)
+        clock.now += 2  # a slower machine all at once: 5 s were foretold
+        model.allow()
+    events.to_the_end()
+    measure(engine, model, clock)
+    assert 0 < engine.statistics().eta_error <= 1
+
+
+def test_images_share_network_calls_up_to_the_largest_batch(model: SteppedModel, clock: Clock):
+    model.max_batch = 4
+    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        blocker, *others = [Events() for _ in range(4)]
+        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        model.calls.get(timeout=60)
+        for number, events in enumerate(others):
+            engine.submit("job", replace(REQUEST, seeds=(10 + number,)), events)
+        model.allow(1000)
+        for events in (blocker, *others):
+            assert isinstance(events.to_the_end()[-1], Finished)
+    assert max(map(len, model.batches)) >= 3
+    assert sorted(seed for batch in model.batches for seed in batch) == sorted([1, 10, 11, 12] * 3)
+
+
+def test_the_images_of_one_request_share_network_calls(model: SteppedModel, clock: Clock):
+    model.max_batch = 4
+    model.allow(1000)
+    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        events = Events()
+        engine.submit("job", replace(REQUEST, seeds=(1, 2, 3, 4, 5, 6)), events)
+        told = events.to_the_end()
+    assert model.batches == [[1, 2, 3, 4]] * 3 + [[5, 6]] * 3
+    assert [event.seed for event in told if hasattr(event, "seed")] == [1, 2, 3, 4, 5, 6]
+    base = [(e.index, e.step, e.steps) for e in told if isinstance(e, Progress) and e.stage == Stage.BASE]
+    assert base == [(i, step, 2) for step in (1, 2) for i in range(4)] + [(i, s, 2) for s in (1, 2) for i in (4, 5)]
+
+
+def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
+    class TwoWays(SteppedModel):
+        def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
+            return Path(seed, batch_key="compiled" if seed >= 20 else "not compiled")
+
+    model = TwoWays(max_batch=4)
+    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        blocker, *others = [Events() for _ in range(5)]
+        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        model.calls.get(timeout=60)
+        for seed, events in zip((10, 11, 20, 21), others, strict=True):
+            engine.submit("job", replace(REQUEST, seeds=(seed,)), events)
+        model.allow(1000)
+        for events in (blocker, *others):
+            assert isinstance(events.to_the_end()[-1], Finished)
+    assert all(len({seed >= 20 for seed in batch}) == 1 for batch in model.batches)
+    assert max(map(len, model.batches)) >= 2
+
+
+def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clock):
+    model.max_batch, model.broken_seed = 4, 11
+    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        blocker, *others = [Events() for _ in range(4)]
+        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        model.calls.get(timeout=60)
+        for number, events in enumerate(others):
+            engine.submit("job", replace(REQUEST, seeds=(10 + number,)), events)
+        model.allow(1000)
+        ends = [events.to_the_end()[-1] for events in (blocker, *others)]
+    assert [isinstance(end, Finished) for end in ends] == [True, True, False, True]
+    assert isinstance(ends[2].error, ModelFailed)  # type: ignore[union-attr]
+
+
+def test_what_does_not_fit_together_is_split_and_calls_stay_smaller_from_then_on(model: SteppedModel, clock: Clock):
+    model.max_batch, model.fitting = 8, 2
+    model.allow(1000)
+    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        events, after = Events(), Events()
+        engine.submit("job", replace(REQUEST, seeds=tuple(range(8))), events)
+        finished = events.to_the_end()[-1]
+        engine.submit("job", replace(REQUEST, seeds=(8, 9)), after)
+        undisturbed = after.to_the_end()[-1]
+    assert model.batches == [[0, 1], [2, 3], [4, 5], [6, 7]] * 3 + [[8, 9]] * 3
+    assert sum(name == "step" for name, _ in list(model.calls.queue)) == len(model.batches) + 2  # of eight and of four
+    assert isinstance(finished, Finished)
+    assert isinstance(undisturbed, Finished)
+    assert [each.notice for each in finished.warnings] == [Notice.PROMPT_TRUNCATED, Notice.BATCH_REDUCED]
+    assert [each.notice for each in undisturbed.warnings] == [Notice.PROMPT_TRUNCATED]
+    assert (finished.environment.max_batch, undisturbed.environment.max_batch) == (2, 2)
+
+
+def test_a_job_too_large_for_the_memory_fails_alone_and_its_like_are_refused_for_a_while(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    model.allow(1000)
+    model.fitting = 0
+    events = Events()
+    engine.submit("job", REQUEST, events)
+    terminal = events.to_the_end()[-1]
+    assert isinstance(terminal, Failed)
+    assert isinstance(terminal.error, DeviceFull)
+    with pytest.raises(Refused, match="did not fit in the device's memory") as refused:
+        engine.submit("job", replace(REQUEST, width=16), Events())
+    assert 0 < refused.value.retry_after <= 60
+    model.fitting = 64
+    smaller = Events()
+    engine.submit("job", replace(REQUEST, guidance_scale=1.0), smaller)
+    assert isinstance(smaller.to_the_end()[-1], Finished)
+    clock.now += refused.value.retry_after
+    engine.submit("job", REQUEST, events)
+    assert isinstance(events.to_the_end()[-1], Finished)
+
+
+def test_previews_come_at_their_interval_and_never_after_the_end(engine: Engine, model: SteppedModel):
+    events = Events()
+    engine.submit("job", replace(REQUEST, seeds=(5,)), events, preview_interval=2)
+    model.allow(3)  # the prompt's call and two of the base
+    while not isinstance(event := events.next(), Preview):
+        assert not isinstance(event, Finished | Failed)
+    assert (event.index, event.step, event.pixels.tolist()) == (0, 2, [[[5, 5, 5]]])
+    model.allow(100)
+    told = events.to_the_end()
+    assert not any(isinstance(each, Preview) for each in told)  # the third call is between two previews
+    assert events.is_over()
+
+
+def test_previews_that_cannot_keep_up_are_told_as_dropped(clock: Clock):
+    drawing, drawn = threading.Event(), threading.Event()
+
+    class SlowToDraw(SteppedModel):
+        def preview(self, trajectory: Path) -> np.ndarray:
+            drawing.set()
+            assert drawn.wait(60)
+            return super().preview(trajectory)
+
+    model, events, observed = SlowToDraw(), Events(), []
+    with running(Engine(Limits(jobs=1), clock=clock, observe=observed.append), model) as engine:
+        engine.submit("job", REQUEST, events, preview_interval=1)
+        model.allow(2)  # the prompt's call and the first step, whose preview is begun
+        assert drawing.wait(60)
+        model.allow(3)  # two steps, of which the later takes the other's place, and the image
+        events.to_the_end()
+        drawn.set()
+    assert observed.count(PreviewDropped()) == 3
+    assert events.is_over()
+
+
+def test_an_observer_hears_of_every_call_and_at_the_end_what_the_job_did_when(model: SteppedModel, clock: Clock):
+    observed: list[Observation] = []
+    mine = contextvars.ContextVar("mine", default="")
+
+    def observe(observation: Observation) -> None:
+        observed.append(observation)
+        if isinstance(observation, Begun | Ended):
+            assert mine.get() == "the submitter's", "what is told of a job is told in its context"
+
+    with running(Engine(Limits(jobs=1), clock=clock, observe=observe), model) as engine:
+        mine.set("the submitter's")
+        measure(engine, model, clock)
+    calls = [each for each in observed if isinstance(each, CallMade)]
+    stages = [Stage.ENCODE, Stage.BASE, Stage.BASE, Stage.REFINER, Stage.DECODE]
+    assert calls == [CallMade(stage, 1, 1.0) for stage in stages]
+    assert observed[0] == Begun(0.0)
+    stretches = (
+        Stretch(Stage.ENCODE, 0, 0.0, 1.0, 1, 1.0),
+        Stretch(Stage.BASE, 0, 1.0, 3.0, 2, 2.0),
+        Stretch(Stage.REFINER, 0, 3.0, 4.0, 1, 1.0),
+        Stretch(Stage.DECODE, 0, 4.0, 5.0, 1, 1.0),
+    )
+    assert observed[-1] == Ended("finished", 0.0, 0.0, 5.0, 0.0, stretches)
+
+
+def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: SteppedModel, clock: Clock):
+    engine = Engine(Limits(jobs=3), clock=clock)
+    engine.start(lambda: model).result(timeout=60)
+    jobs = [Events(), Events()]
+    for events in jobs:
+        engine.submit("job", REQUEST, events)
+    model.calls.get(timeout=60)
+    clock.now += 100
+    assert engine.busy == 100
+    engine.abandon()
+    endings = [events.to_the_end()[-1] for events in jobs]
+    assert [type(each.error) for each in endings] == [DeviceLost, DeviceUnavailable]  # the second only waited
+    with pytest.raises(DeviceUnavailable):
+        engine.submit("job", REQUEST, Events())
+    model.allow(100)
+    assert engine.join(60)
+    assert all(events.is_over() for events in jobs)
+
+
+def test_every_job_of_the_shared_call_that_hangs_is_lost_and_no_other(model: SteppedModel):
+    model.max_batch = 2
+    engine = Engine(Limits(jobs=3))
+    engine.start(lambda: model).result(timeout=60)
+    jobs = [Events() for _ in range(3)]
+    for seed, events in enumerate(jobs):
+        engine.submit(f"job {seed}", replace(REQUEST, seeds=(seed,)), events)
+    while (call := model.calls.get(timeout=60))[0] != "step":
+        model.allow()
+    engine.abandon()
+    lost = [seed for seed, events in enumerate(jobs) if isinstance(events.to_the_end()[-1].error, DeviceLost)]
+    assert len(lost) == 2
+    assert call[1] in lost
+    model.allow(100)
+    assert engine.join(60)
+
+
+@pytest.mark.parametrize("call", ["encode", "step", "decode"])
+def test_a_job_that_makes_the_model_fail_fails_alone_and_its_cause_stays_in_the_log(
+    engine: Engine, model: SteppedModel, call: str, caplog: pytest.LogCaptureFixture
+):
+    model.allow(100)
+    model.fails_on = call
+    events = Events()
+    engine.submit("job", REQUEST, events)
+    terminal = events.to_the_end()[-1]
+    assert isinstance(terminal, Failed)
+    assert isinstance(terminal.error, ModelFailed)
+    assert "secret" not in str(terminal.error)
+    assert "/secret/path" in caplog.text
+    model.fails_on = None
+    after = Events()
+    engine.submit("job", REQUEST, after)
+    assert isinstance(after.to_the_end()[-1], Finished)
+
+
+def test_draining_refuses_new_jobs_and_finishes_the_old(engine: Engine, model: SteppedModel):
+    events = Events()
+    engine.submit("job", REQUEST, events)
+    engine.drain()
+    with pytest.raises(Draining):
+        engine.submit("job", REQUEST, Events())
+    model.allow(100)
+    assert isinstance(events.to_the_end()[-1], Finished)
+
+
+def test_stopping_ends_every_job_after_the_call_in_flight(engine: Engine, model: SteppedModel):
+    running, waiting = Events(), Events()
+    engine.submit("job", REQUEST, running)
+    engine.submit("job", REQUEST, waiting)
+    model.calls.get(timeout=60)
+    engine.stop()
+    model.allow(100)
+    for events in (running, waiting):
+        terminal = events.to_the_end()[-1]
+        assert isinstance(terminal, Failed)
+        assert isinstance(terminal.error, Draining)
+    assert engine.join(60)
+    assert model.calls.empty()
+
+
+def test_what_loading_raises_reaches_whoever_waits_for_the_model():
+    def load() -> SteppedModel:
+        raise FileNotFoundError("no weights")
+
+    engine = Engine(Limits(jobs=1))
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        engine.start(load).result(timeout=60)
+    assert engine.join(60)
+
+
+def test_the_eta_counts_guidance_and_pixels_when_only_another_size_was_measured(
+    engine: Engine, model: SteppedModel, clock: Clock
+):
+    measure(engine, model, clock, replace(REQUEST, guidance_scale=1.0))
+    events = Events()
+    engine.submit("job", replace(REQUEST, width=16), events)
+    # Two rows instead of one in the experts' three calls, twice the pixels in all five.
+    assert events.next() == Queued(0, eta=pytest.approx(3 * 2 * 2 + 2 * 2))
+    model.allow(100)
+    events.to_the_end()
+
+
+def test_the_eta_counts_what_planning_showed_of_a_scheduler(engine: Engine, model: SteppedModel, clock: Clock):
+    measure(engine, model, clock, replace(REQUEST, steps=1, scheduler="heun"))  # which made three calls of the step
+    events = Events()
+    engine.submit("job", replace(REQUEST, steps=2, scheduler="heun"), events)
+    assert events.next() == Queued(0, eta=pytest.approx(1 + 6 + 1))
+    model.allow(100)
+    events.to_the_end()
+
+
+def test_jobs_that_have_ended_are_let_go_though_their_deadlines_are_far(engine: Engine, model: SteppedModel):
+    model.allow(1000)
+    jobs = []
+    for _ in range(40):
+        events = Events()
+        jobs.append(weakref.ref(engine.submit("job", REQUEST, events, timeout=1e6)))
+        assert isinstance(events.to_the_end()[-1], Finished)
+    assert sum(job() is not None for job in jobs) < 15

@@ -1,0 +1,91 @@
+"""A pause of the whole process (SIGSTOP, a frozen container, a paused machine) is not taken for somebody's silence."""
+
+import asyncio
+import signal
+import time
+
+import grpc
+from serving import PATIENCE, ServerProcess, connect, first_step, request
+from stepped_model import Clock
+
+from server.engine.engine import Engine
+from server.engine.scheduling import Limits
+from server.service import Silence
+from server.servicer import TextToImageServicer
+from server.settings import Settings
+from text_to_image_client.v1 import text_to_image_pb2 as pb
+from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
+
+
+class TestSilence:
+    """Looked at every second; calls begin at the time given."""
+
+    def looks(self, *times: float, began: float = 0.0) -> list[float]:
+        clock = Clock()
+        silence = Silence(1.0, clock)
+        seen = []
+        for now in times:
+            clock.now = now
+            seen.append(silence.after_look(max(0.0, now - began)))
+        return seen
+
+    def test_is_as_long_as_the_call_in_flight(self):
+        assert self.looks(1, 2, 3, 4) == [1, 2, 3, 4]
+
+    def test_grows_on_a_busy_machine_too(self):
+        assert self.looks(1.9, 3.8, 5.7) == [1.9, 3.8, 5.7]
+
+    def test_leaves_out_what_the_process_was_paused_for(self):
+        assert self.looks(1, 2, 3602, 3603, 3604) == [1, 2, 4, 5, 6]
+
+    def test_begins_again_with_every_call(self):
+        clock = Clock()
+        silence = Silence(1.0, clock)
+        for now, busy, expected in ((1, 1, 1), (2, 2, 2), (3, 0.5, 0.5), (4, 1.5, 1.5), (5, 0, 0), (6, 0.2, 0.2)):
+            clock.now = now
+            assert silence.after_look(busy) == expected
+
+    def test_reaches_any_patience_in_the_end_whatever_the_pauses(self):
+        times = [7.0 * look for look in range(1, 21)]
+        assert self.looks(*times)[-1] == 40
+
+
+def test_a_stopped_server_goes_on_when_it_is_continued(start_server):
+    server: ServerProcess = start_server(
+        "--device-seconds", "6", program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS="0.5"
+    ).wait_until_ready()
+    with connect(server) as channel:
+        stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request(), timeout=PATIENCE)
+        first_step(stream)  # the next call has begun
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(7)  # the pause itself, longer than the device may be silent
+        server.process.send_signal(signal.SIGCONT)
+        assert [event.WhichOneof("event") for event in stream][-1] == "done"
+    assert server.stop() == 0
+
+
+def test_a_device_that_is_silent_still_ends_the_server(start_server):
+    server: ServerProcess = start_server(
+        "--device-seconds", "1", program=("tests/support/steady_server.py",), cold=True
+    ).wait_until_ready()
+    with connect(server) as channel:
+        call = pb_grpc.TextToImageServiceStub(channel).Generate.future(request("hang"), timeout=PATIENCE)
+        assert server.wait() == 6
+        assert call.code() != grpc.StatusCode.OK
+
+
+async def test_a_client_is_not_given_up_for_a_pause_during_its_message(monkeypatch):
+    """The loop's clock jumps by an hour, as after a pause; the message goes out a moment later."""
+    loop = asyncio.get_running_loop()
+    servicer = TextToImageServicer(Engine(Limits(jobs=1)), Settings(stall_seconds=30))
+    real, paused = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: real() + paused)
+
+    class Reader:
+        async def write(self, message: pb.StreamGenerateResponse) -> None:
+            nonlocal paused
+            paused = 3600.0
+            for _ in range(20):  # turns of the loop, by each of which timers of before the pause have run out
+                await asyncio.sleep(0)
+
+    assert await servicer._write(pb.StreamGenerateResponse(), Reader()) is None

@@ -1,0 +1,124 @@
+"""A model whose every call waits for the word of the test, and what goes with it: no torch, no gRPC."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from server.domain import Environment, ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.engine.engine import Engine
+from server.engine.events import Event, Failed, Finished
+
+REQUEST = ImageRequest("a cat", "", (5,), 3, 4.0, 0.7, "euler", 8, 8)
+ENVIRONMENT = Environment({}, "none", "none", "none", 0, 1, "off")
+CARD = ModelCard("stepped", "", True, "none", "none", ("euler",), 8, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT)
+
+
+@dataclass
+class Path:
+    """A trajectory of two base calls and one refiner call."""
+
+    seed: int
+    stages: tuple[Stage, ...] = (Stage.BASE, Stage.BASE, Stage.REFINER)
+    warnings: tuple[Warning, ...] = ()
+    batch_key: str = ""
+
+
+@dataclass
+class Prompt:
+    warnings: tuple[Warning, ...] = (Warning(Notice.PROMPT_TRUNCATED, "data.prompt", "cut"),)
+    environment: Environment = ENVIRONMENT
+
+
+@dataclass
+class SteppedModel:
+    """Each call announces itself in `calls`, then waits for `allow`."""
+
+    card: ModelCard = CARD
+    max_batch: int = 1
+    overlaps: bool = False
+    calls: "queue.Queue[tuple[str, int]]" = field(default_factory=queue.Queue)
+    allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    fails_on: str | None = None
+    fitting: int = 64  # trajectories that memory has room for in a step
+    broken_seed: int | None = None
+    batches: list[list[int]] = field(default_factory=list)  # seeds of every step that succeeded
+
+    def allow(self, count: int = 1) -> None:
+        self.allowed.release(count)
+
+    def _call(self, name: str, seed: int) -> None:
+        self.calls.put((name, seed))
+        assert self.allowed.acquire(timeout=60)
+        if name == self.fails_on:
+            raise RuntimeError("a bug at /secret/path")
+
+    def encode(self, request: ImageRequest) -> Prompt:
+        self._call("encode", request.seeds[0])
+        return Prompt()
+
+    def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
+        return Path(seed)
+
+    def step(self, trajectories: Sequence[Path], meanwhile: Callable[[], None]) -> None:
+        assert 1 <= len(trajectories) <= self.max_batch
+        meanwhile()
+        self._call("step", trajectories[0].seed)
+        if len(trajectories) > self.fitting:
+            raise OutOfMemory("no room")
+        seeds = [trajectory.seed for trajectory in trajectories]
+        if self.broken_seed in seeds:
+            raise StepFailed({seeds.index(self.broken_seed): RuntimeError("a bug at /secret/path")})
+        self.batches.append(seeds)
+
+    def limit_batch(self, images: int) -> None:
+        self.max_batch = images
+
+    def preview(self, trajectory: Path) -> np.ndarray:
+        return np.full((1, 1, 3), trajectory.seed, np.uint8)
+
+    def decode(self, trajectory: Path) -> np.ndarray:
+        self._call("decode", trajectory.seed)
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+class Events:
+    """The events of one job, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Event] = queue.Queue()
+
+    def __call__(self, event: Event) -> None:
+        self._queue.put(event)
+
+    def next(self) -> Event:
+        return self._queue.get(timeout=60)
+
+    def to_the_end(self) -> list[Event]:
+        events = [self.next()]
+        while not isinstance(events[-1], Finished | Failed):
+            events.append(self.next())
+        return events
+
+    def is_over(self) -> bool:
+        return self._queue.empty()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextlib.contextmanager
+def running(engine: Engine, model: SteppedModel) -> Iterator[Engine]:
+    engine.start(lambda: model).result(timeout=60)
+    yield engine
+    engine.stop()
+    model.allow(1000)
+    assert engine.join(60)

@@ -32,7 +32,7 @@ def main() -> None:
     settings = Settings()
     largest = max(options.batches)
     ensemble = model.load(checkpoint.inspect(*settings.experts), settings.device, settings.precision, max_batch=largest)
-    request = default_request(ensemble.card, "cat napping", seed=7)
+    request = default_request(ensemble.info, "cat napping", seed=7)
     if options.side is not None:
         request = replace(request, width=options.side, height=options.side)
 
@@ -48,9 +48,9 @@ def main() -> None:
                 full[size].append(size / seconds)
                 alone[size].append(seconds_alone)
 
-    card = ensemble.card
+    info = ensemble.info
     print(
-        f"{card.name} on {card.device} in {card.precision}, {request.width} x {request.height}, {request.steps} steps, "
+        f"{info.name} on {info.device} in {info.precision}, {request.width} x {request.height}, {request.steps} steps, "
         f"guidance {request.guidance_scale:g}, median of {options.rounds} rounds; same bytes alone and in company"
     )
     first = statistics.median(full[options.batches[0]])

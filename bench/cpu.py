@@ -108,7 +108,7 @@ def ours(options: argparse.Namespace, mode: str) -> Draw:
     ensemble = model.load(experts, "cpu", compile=mode, compile_cache=None if mode == "off" else options.cache)
 
     def draw(seed: int) -> NDArray[np.uint8]:
-        plain = default_request(ensemble.card, f"{PROMPT} {seed}", seed)
+        plain = default_request(ensemble.info, f"{PROMPT} {seed}", seed)
         request = replace(plain, steps=options.steps, guidance_scale=options.guidance, high_noise_frac=0.8)
         trajectory = ensemble.plan(request, ensemble.encode(request), seed)
         for _ in trajectory.stages:

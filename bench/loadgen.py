@@ -106,7 +106,7 @@ class Service:
         self.outcomes: Counter[str] = Counter()
         self._work = work
         self._stub = pb_grpc.TextToImageServiceStub(grpc.insecure_channel(target, options=serving.UNLIMITED))
-        self.card = self._stub.GetModel(pb.GetModelRequest())
+        self.info = self._stub.GetModel(pb.GetModelRequest())
 
     def issue(self, samples: Sequence[Any]) -> None:
         for sample in [_Sample(each.id, each.index) for each in samples]:
@@ -379,7 +379,7 @@ def systems(way: str, options: argparse.Namespace, work: Work, batch: int) -> It
                 flags += ["--max-batch", str(batch)] if batch > 1 else []
                 target, _ = started.enter_context(serving.served(*flags))
             service = Service(target, work)
-            yield service, service.card.device
+            yield service, service.info.device
     else:
         stock = Stock(Settings(), work, batch, compiled=way == "stock-compiled")
         with contextlib.closing(stock):

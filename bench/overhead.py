@@ -45,9 +45,9 @@ async def main() -> None:
     settings = Settings()
     engine = Engine(settings.queue, Order(settings.schedule))
     thread = Bare()
-    card = (await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))).card
+    info = (await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))).info
     servicer = TextToImageServicer(engine, settings)
-    servicer.open(card)
+    servicer.open(info)
     server = grpc.aio.server()
     pb_grpc.add_TextToImageServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -88,7 +88,7 @@ async def main() -> None:
 
     ratios = [b / a for a, b in zip(bare, served, strict=True)]
     size = len(through_grpc) / 1e6
-    print(f"{card.name} on {card.device} in {card.precision}, {card.default_steps} steps, {runs} pairs, {size:.2f} MB")
+    print(f"{info.name} on {info.device} in {info.precision}, {info.default_steps} steps, {runs} pairs, {size:.2f} MB")
     for name, seconds in (("bare loop", bare), ("through gRPC", served)):
         print(f"{name:14} median {statistics.median(seconds):.3f} s   min {min(seconds):.3f}   max {max(seconds):.3f}")
     print(
@@ -131,12 +131,12 @@ class Bare:
 
     def load(self, settings: Settings) -> "Bare":
         self._ensemble = service.load(settings)
-        self.card = self._ensemble.card
+        self.info = self._ensemble.info
         return self
 
     async def bare_loop(self, engine: Engine, prompt: str) -> tuple[bytes, float]:
         """The image's bytes, and how long the loop alone took on the device thread."""
-        self._request = default_request(self.card, prompt, seed=1)
+        self._request = default_request(self.info, prompt, seed=1)
         self._made: Future[tuple[bytes, float]] = Future()
         engine.submit("bare loop", self._request, lambda event: None)
         return await asyncio.wrap_future(self._made)
@@ -151,7 +151,7 @@ class Bare:
         pixels = self._ensemble.decode(trajectory)
         coded = images.code(pixels, images.JPEG, 95).data
         self._made.set_result((coded, time.perf_counter() - began))
-        environment = self.card.environment
+        environment = self.info.environment
         return SimpleNamespace(pixels=pixels, warnings=(), environment=environment, stages=())  # nothing is left to do
 
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any:

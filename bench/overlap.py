@@ -64,8 +64,8 @@ def main() -> None:
         compile_cache=options.compile_cache,
         warm_up=[(options.side, options.side)] if options.side else (),
     )
-    card = ensemble.card
-    one = default_request(card, "cat napping")
+    info = ensemble.info
+    one = default_request(info, "cat napping")
     one = replace(one, steps=options.steps or one.steps)
     if options.side is not None:
         one = replace(one, width=options.side, height=options.side)
@@ -86,7 +86,7 @@ def main() -> None:
                 runs[overlaps].append(made)
 
     print(
-        f"{card.name} on {card.device} in {card.precision}, compiled: {card.environment.compiled}, "
+        f"{info.name} on {info.device} in {info.precision}, compiled: {info.environment.compiled}, "
         f"{one.width} x {one.height}, {one.steps} steps, {options.jobs} jobs of {options.images} images, "
         f"{options.max_batch} to a call, median of {options.rounds} rounds; all {options.jobs * options.images} images "
         "equal both ways"

@@ -242,8 +242,8 @@ async def measured(options: argparse.Namespace) -> None:
                 grpc.aio.insecure_channel(ray.target, [*LOCAL, ("grpc.enable_retries", 0)]) as through,
             ):
                 bare, stub = (pb_grpc.TextToImageServiceStub(channel) for channel in (straight, through))
-                card = await stub.GetModel(pb.GetModelRequest())
-                print(f"{card.name} on {card.device}, {os.cpu_count()} cores, a thread to each process.\n")
+                info = await stub.GetModel(pb.GetModelRequest())
+                print(f"{info.name} on {info.device}, {os.cpu_count()} cores, a thread to each process.\n")
                 await overhead(bare, stub, options.pairs, options.calls)
                 server.stop()
                 print(f"\n{options.callers} callers, a call each at a time:\n")

@@ -132,7 +132,7 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
         offload=offload,
     )
     ready = time.perf_counter() - began
-    request = replace(default_request(ensemble.card, "cat napping", seed=0), steps=options.steps, high_noise_frac=0.8)
+    request = replace(default_request(ensemble.info, "cat napping", seed=0), steps=options.steps, high_noise_frac=0.8)
 
     trajectory = _planned(ensemble, request)
     before = trajectory.latents
@@ -167,9 +167,9 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
 
 def _few_steps(ensemble: model.Ensemble, images: int) -> float:
     """Seconds of an image that the base makes alone in a few steps without guidance."""
-    ensemble.card = replace(ensemble.card, default_guidance_scale=1.0, default_high_noise_frac=1.0)
-    ensemble.card = ensemble.warm_up()
-    request = replace(default_request(ensemble.card, "cat napping", seed=0), steps=FEW)
+    ensemble.info = replace(ensemble.info, default_guidance_scale=1.0, default_high_noise_frac=1.0)
+    ensemble.info = ensemble.warm_up()
+    request = replace(default_request(ensemble.info, "cat napping", seed=0), steps=FEW)
     seconds = []
     for image in range(images):
         another = replace(request, prompt=f"cat napping {image}")

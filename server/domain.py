@@ -64,7 +64,7 @@ class ImageRequest:
 
     `seeds` has one entry per image, each in 0 .. 2^32 - 1. `steps` counts both experts together; `high_noise_frac` in
     (0, 1] is the base's share of the noise schedule, 1 for the base alone. `guidance_scale` of 1 or less means no
-    classifier-free guidance. `width` and `height` are pixels, multiples of `ModelCard.side_multiple`.
+    classifier-free guidance. `width` and `height` are pixels, multiples of `ModelInfo.side_multiple`.
     """
 
     prompt: str
@@ -101,7 +101,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class FilterCard:
+class ContentFilterInfo:
     """What judges images before they are sent: it objects to those that it scores `threshold` or more, of 1."""
 
     name: str
@@ -109,7 +109,7 @@ class FilterCard:
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ModelInfo:
     """What is served. `native_side` is the side in pixels of the square that the model was trained on."""
 
     name: str
@@ -125,7 +125,7 @@ class ModelCard:
     default_high_noise_frac: float
     default_scheduler: str
     environment: Environment
-    content_filter: FilterCard | None = None
+    content_filter: ContentFilterInfo | None = None
     compiled_calls: int = 0
     """Calls of a network, each for one shape, that were compiled, which took `compile_seconds`."""
     compile_seconds: float = 0.0
@@ -152,17 +152,17 @@ def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, in
     return snapped(width, multiple), snapped(height, multiple)
 
 
-def default_request(card: ModelCard, prompt: str, seed: int = 0) -> ImageRequest:
+def default_request(info: ModelInfo, prompt: str, seed: int = 0) -> ImageRequest:
     """A request for one image that says nothing but what it is to show."""
-    width, height = size_of("1:1", card.native_side, card.side_multiple)
+    width, height = size_of("1:1", info.native_side, info.side_multiple)
     return ImageRequest(
         prompt=prompt,
         negative_prompt="",
         seeds=(seed,),
-        steps=card.default_steps,
-        guidance_scale=card.default_guidance_scale,
-        high_noise_frac=card.default_high_noise_frac,
-        scheduler=card.default_scheduler,
+        steps=info.default_steps,
+        guidance_scale=info.default_guidance_scale,
+        high_noise_frac=info.default_high_noise_frac,
+        scheduler=info.default_scheduler,
         width=width,
         height=height,
     )

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from server.api import addresses, auth, instill, standard_services
-from server.api.decoding import Decoding
+from server.api.decoding import DecodeErrorInterceptor
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.api.standard_services import HEALTH, HealthServicer
@@ -136,7 +136,7 @@ class Server:
             channelz.add_channelz_servicer(self._grpc)
         address = _bind(self._grpc, self._settings.listen, self._credentials)
         if self._settings.health_listen is not None:
-            probed = grpc.aio.server(interceptors=[Decoding()], options=self._options)
+            probed = grpc.aio.server(interceptors=[DecodeErrorInterceptor()], options=self._options)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
             try:
                 log.info("health checks on %s", _bind(probed, self._settings.health_listen, None))
@@ -150,11 +150,11 @@ class Server:
         return address
 
     async def _get_ready(self, address: str) -> None:
-        card = await self._service.open()
+        info = await self._service.open()
         await self._set_health(HealthCheckResponse.SERVING)
         self._metrics.state("serving")
         self._write_ready_file(address)
-        log.info("serving %s on %s", card.name, address)
+        log.info("serving %s on %s", info.name, address)
 
     async def _watch_device(self) -> None:
         """Raises DeviceLost when a call of the model does not come back; every call has failed with it then."""

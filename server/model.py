@@ -44,7 +44,7 @@ from server.acceleration.cpu_library import CannotBuild
 from server.domain import (
     Environment,
     ImageRequest,
-    ModelCard,
+    ModelInfo,
     Notice,
     OutOfMemory,
     Stage,
@@ -235,7 +235,7 @@ def load(
         native = base_pipeline.default_sample_size * base_pipeline.vae_scale_factor
         sizes = warm_up or [(native, native)]
         _check_sides(sizes, base_pipeline.vae_scale_factor)
-        card = _card(experts, base_pipeline, device, precision, name, max_batch)
+        info = _info(experts, base_pipeline, device, precision, name, max_batch)
         overlaps = device == "cuda" and not offload if overlap is None else overlap
         if compile_cache is not None and _keeps(compile_cache, compile, device):
             compilation.keep_in(compile_cache)
@@ -243,7 +243,7 @@ def load(
         # Where layers are made over for compiled calls alone, others with the same weights serve until there are any.
         twins = compile_while_serving and device == "cuda" and precision != "fp8"
         ensemble = Ensemble(
-            base_pipeline, refiner_pipeline, card, max_batch, preview_decoder, overlaps, compile, sizes, turns, twins
+            base_pipeline, refiner_pipeline, info, max_batch, preview_decoder, overlaps, compile, sizes, turns, twins
         )
         if precision == "fp8":
             ensemble.quantise(compile_cache)
@@ -252,7 +252,7 @@ def load(
         if not offload:
             ensemble.end_turns()
         if ensemble.compiles and not compile_while_serving:
-            ensemble.card = ensemble.warm_up()
+            ensemble.info = ensemble.warm_up()
         return ensemble
 
 
@@ -261,7 +261,7 @@ class Ensemble:
 
     Not for more than one thread at a time, but for `preview`, for `compile` and, where it `overlaps`, for a second
     thread that encodes and decodes. What these make is complete when another call gets it, so the streams need not wait
-    for one another. `card` tells what images are made by that are encoded from now on, and decides it: whether by
+    for one another. `info` tells what images are made by that are encoded from now on, and decides it: whether by
     compiled calls.
     """
 
@@ -269,7 +269,7 @@ class Ensemble:
         self,
         base: StableDiffusionXLPipeline,
         refiner: StableDiffusionXLImg2ImgPipeline | None,
-        card: ModelCard,
+        info: ModelInfo,
         max_batch: int,
         preview_decoder: Path | None,
         overlaps: bool,
@@ -279,7 +279,7 @@ class Ensemble:
         twins: bool,
     ) -> None:
         """As `load` says; networks take `turns` on the device until `end_turns`, and `twins` of them are compiled."""
-        self.card = card
+        self.info = info
         self._sizes = sizes
         self._encoding = threading.Lock()  # tokenizers are for one thread at a time
         self._pipelines = {Stage.BASE: base} | ({Stage.REFINER: refiner} if refiner is not None else {})
@@ -287,22 +287,22 @@ class Ensemble:
         self._vae = base.vae
         self._tokenizer = base.tokenizer
         self._scheduler = _schedulers(base.scheduler.config)
-        self._device = torch.device(card.device)
+        self._device = torch.device(info.device)
         self.overlaps = overlaps
         on_streams = overlaps and self._device.type == "cuda"
         self._side_stream = torch.cuda.Stream(self._device) if on_streams else None  # type: ignore[no-untyped-call]
-        self._dtype = _dtype(card.precision, card.device)
+        self._dtype = _dtype(info.precision, info.device)
         on_cpu = self._device.type == "cpu"
         self._twins = twins
         self.max_batch = max_batch
         self._made_over: list[torch.nn.Module] = []
-        if on_cpu or card.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda" and not twins):
+        if on_cpu or info.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda" and not twins):
             for network in (*self._unets.values(), self._vae.decoder):
                 try:
                     self._make_over(network)
                     self._made_over.append(network)
                 except CannotCompile:
-                    if not on_cpu or card.precision == "fp8":  # else diffusers' own layers serve, if slower
+                    if not on_cpu or info.precision == "fp8":  # else diffusers' own layers serve, if slower
                         raise
         if compile == "auto":
             compile = "blocks" if self._has_cpu_kernels(turns) else "off"
@@ -320,7 +320,7 @@ class Ensemble:
         # Here and not at the first preview: what torch does on the CPU belongs to the thread that runs the networks.
         self._preview: preview.LinearPreview | preview.TinyDecoder
         if preview_decoder is None:
-            self._preview = preview.fit(self._encoded, card.side_multiple)
+            self._preview = preview.fit(self._encoded, info.side_multiple)
         else:
             channels = self._unets[Stage.BASE].config.in_channels
             self._preview = preview.load(preview_decoder, channels, self._device, self._dtype)
@@ -367,7 +367,7 @@ class Ensemble:
         """
         names = {stage: layers.quantisable(unet, _SPARED_BLOCKS[stage]) for stage, unet in self._unets.items()}
         every = {f"{stage.name.lower()}.{name}": layer for stage in names for name, layer in names[stage].items()}
-        kept = None if kept_in is None else kept_in / f"fp8-scales-{self.card.fingerprint[:16]}.safetensors"
+        kept = None if kept_in is None else kept_in / f"fp8-scales-{self.info.fingerprint[:16]}.safetensors"
         scales = layers.kept_scales(kept) if kept is not None else {}
         if scales.keys() != every.keys():
             scales = self._observed(every)
@@ -404,7 +404,7 @@ class Ensemble:
         """The scales of layers by name, on the CPU, of images of several prompts through both experts."""
         with layers.observing():
             for seed, prompt in enumerate(_SHOWN):
-                request = replace(default_request(self.card, prompt, seed=seed), steps=_SHOWN_STEPS)
+                request = replace(default_request(self.info, prompt, seed=seed), steps=_SHOWN_STEPS)
                 trajectory = self.plan(request, self.encode(request), seed)
                 for _ in trajectory.stages:
                     self.step([trajectory])
@@ -416,7 +416,7 @@ class Ensemble:
             layers.fuse(network, self._device.type)
         except layers.CannotFuse as error:
             raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
-        if isinstance(network, UNet2DConditionModel) and self.card.precision != "fp8":  # in which `quantise` does this
+        if isinstance(network, UNet2DConditionModel) and self.info.precision != "fp8":  # in which `quantise` does this
             self._convolve_for_batches(network)
 
     def _convolve_for_batches(self, unet: torch.nn.Module) -> None:
@@ -446,16 +446,16 @@ class Ensemble:
             self._make_place_irrelevant(twin)
         return Compiled(_working(twin), partial(call, twin), mode, self._device)
 
-    def warm_up(self) -> ModelCard:
+    def warm_up(self) -> ModelInfo:
         """Compile the calls for images of the sizes that it was loaded for, by making one of each.
 
-        Returns the `card` with which images are made by them. Raises CannotCompile.
+        Returns the `info` with which images are made by them. Raises CannotCompile.
         """
         began = time.monotonic()
-        environment = replace(self.card.environment, compiled=_compiled(self._compile, self._sizes))
+        environment = replace(self.info.environment, compiled=_compiled(self._compile, self._sizes))
         with _compiling(), compilation.warming():
             for width, height in self._sizes:
-                request = replace(default_request(self.card, "warm-up", seed=0), width=width, height=height)
+                request = replace(default_request(self.info, "warm-up", seed=0), width=width, height=height)
                 trajectory = self.plan(request, self._encode(request, environment, compiled=True), seed=0)
                 kinds = dict.fromkeys(trajectory.stages)
                 for stage in kinds:
@@ -465,25 +465,25 @@ class Ensemble:
         calls: list[Ways | TextEncoder] = [*self._networks.values(), *self._decoders.values()]
         calls += self._text_encoders.values()
         return replace(
-            self.card,
+            self.info,
             environment=environment,
             compiled_calls=sum(each.shapes for each in calls),
             compile_seconds=time.monotonic() - began,
         )
 
-    def compile(self, request: ImageRequest) -> tuple[ModelCard, NDArray[np.uint8]]:
+    def compile(self, request: ImageRequest) -> tuple[ModelInfo, NDArray[np.uint8]]:
         """`warm_up`, and the first image of a request as it is made by what was compiled.
 
         This may come from another thread, beside any other call. If it fails, all is as it was before.
         """
         try:
             with compilation.beside_others():
-                card = self.warm_up()
-                conditioning = self._encode(request, card.environment, compiled=True)
+                info = self.warm_up()
+                conditioning = self._encode(request, info.environment, compiled=True)
                 trajectory = self.plan(request, conditioning, request.seeds[0])
                 for _ in trajectory.stages:
                     self.step([trajectory])
-                return card, self.decode(trajectory)
+                return info, self.decode(trajectory)
         except Exception:
             for ways in (*self._networks.values(), *self._decoders.values()):
                 ways.forget()  # and give back memory, for want of which it may have failed
@@ -504,8 +504,8 @@ class Ensemble:
         An empty negative prompt is the unconditional embedding that the expert was trained with: zeros for a base with
         `force_zeros_for_empty_prompt`, the encoded empty string otherwise.
         """
-        card = self.card  # which another thread may replace
-        return self._encode(request, card.environment, compiled=card.compiled_calls > 0)
+        info = self.info  # which another thread may replace
+        return self._encode(request, info.environment, compiled=info.compiled_calls > 0)
 
     @torch.inference_mode()
     def _encode(self, request: ImageRequest, environment: Environment, compiled: bool) -> Conditioning:
@@ -559,7 +559,7 @@ class Ensemble:
         if split < calls:
             schedulers[Stage.REFINER] = self._scheduler(request.scheduler, request.steps, begin=split)
         generator = torch.Generator("cpu").manual_seed(seed)
-        shrink = self.card.side_multiple
+        shrink = self.info.side_multiple
         shape = (1, self._unets[Stage.BASE].config.in_channels, request.height // shrink, request.width // shrink)
         noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
         latents = noise * scheduler.init_noise_sigma
@@ -1051,16 +1051,16 @@ def _pipeline(kind: Any, files: Checkpoint, dtype: torch.dtype, **parts: Any) ->
         raise MissingPart(f"{files.folder} does not fit together ({reason}); fetch the checkpoint again") from error
 
 
-def _card(
+def _info(
     experts: Experts,
     pipeline: StableDiffusionXLPipeline,
     device: str,
     precision: str,
     name: str | None,
     max_batch: int,
-) -> ModelCard:
+) -> ModelInfo:
     defaults = checkpoint.defaults(experts.base)
-    return ModelCard(
+    return ModelInfo(
         name=name or defaults.name or experts.base.folder.resolve().name,
         fingerprint=experts.fingerprint(),
         has_refiner=experts.refiner is not None,

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.api import auth, content_filter
-from server.api.decoding import Decoding
-from server.domain import ImageRequest, ModelCard, default_request
+from server.api.decoding import DecodeErrorInterceptor
+from server.domain import ImageRequest, ModelInfo, default_request
 from server.engine.engine import Engine, Model
 from server.engine.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
 from server.engine.scheduling import Order
@@ -78,10 +78,14 @@ class Service:
         self.engine = Engine(settings.queue, Order(settings.schedule), observe=self._observe)
         self._screening = content_filter.load(settings)
         self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
-        gates = [] if settings.tokens is None else [auth.TokenCheck(settings.tokens)]
+        gates = [] if settings.tokens is None else [auth.TokenAuthInterceptor(settings.tokens)]
         self.tokens = gates[0].files if gates else None
         """The file of tokens, None where calls need none."""
-        self.interceptors: list[grpc.aio.ServerInterceptor] = [Calls(self.metrics, self._traces), *gates, Decoding()]
+        self.interceptors: list[grpc.aio.ServerInterceptor] = [
+            Calls(self.metrics, self._traces),
+            *gates,
+            DecodeErrorInterceptor(),
+        ]
         """What calls go through. The first sees every call, those that the others turn away included."""
         self._compiling: asyncio.Task[None] | None = None
         self._compiler: threading.Thread | None = None
@@ -99,44 +103,44 @@ class Service:
         address = self.metrics.listen(self._settings.metrics_listen)
         log.info("metrics on http://%s/metrics", address)
 
-    async def open(self) -> ModelCard:
+    async def open(self) -> ModelInfo:
         """Load the model, make one real image, and admit calls from then on; compile meanwhile, if that is so set.
 
         Raises WarmUpFailed, or whatever loading the model raised.
         """
         model = await asyncio.wrap_future(self.engine.start(self._load))
-        card = model.card
-        self.metrics.serves(card)
+        info = model.info
+        self.metrics.serves(info)
         self.metrics.state("warming_up")
-        log.info("loaded %s on %s in %s; warming up", card.name, card.device, card.precision)
-        first = await self._warm_up(_reference(card))
-        card = await self._serve(model, card, first)
+        log.info("loaded %s on %s in %s; warming up", info.name, info.device, info.precision)
+        first = await self._warm_up(_reference(info))
+        info = await self._serve(model, info, first)
         if self._settings.compile_while_serving:
             self._compiling = asyncio.create_task(self._compile(model))
-        return card
+        return info
 
-    async def _serve(self, model: Model, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
-        """Have images made as the card says, of which this is the reference image; the card, which tells that, too."""
+    async def _serve(self, model: Model, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
+        """Have images made as the info says, of which this is the reference image; the info, which tells that, too."""
         reference = hashlib.sha256(first.tobytes()).hexdigest()
-        card = replace(card, environment=replace(card.environment, reference=reference))
-        card = await self._screened(card, first)
-        model.card = card
-        self.servicer.open(card)
-        self.metrics.serves(card)
-        return card
+        info = replace(info, environment=replace(info.environment, reference=reference))
+        info = await self._screened(info, first)
+        model.info = info
+        self.servicer.open(info)
+        self.metrics.serves(info)
+        return info
 
     async def _compile(self, model: Model) -> None:
         """Compile beside what is served. Where that fails, images are made as before."""
         log.info("compiling; meanwhile images are made by calls that are not compiled")
         self.metrics.compilation("compiling")
-        made: Future[tuple[ModelCard, NDArray[np.uint8]]] = Future()
+        made: Future[tuple[ModelInfo, NDArray[np.uint8]]] = Future()
         made.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        compile_ = partial(model.compile, _reference(model.card))
+        compile_ = partial(model.compile, _reference(model.info))
         # Not the event loop's own threads, since nobody may wait for this one: compiling can take minutes.
         self._compiler = threading.Thread(target=_keep, args=(compile_, made), name="compiler", daemon=True)
         self._compiler.start()
         try:
-            card = await self._serve(model, *await asyncio.wrap_future(made))
+            info = await self._serve(model, *await asyncio.wrap_future(made))
         except Exception as error:  # the wall between what would be faster and what is served
             self.metrics.compilation("failed")
             told = None if isinstance(error, CheckpointError | WarmUpFailed) else error
@@ -144,21 +148,21 @@ class Service:
         else:
             log.info(
                 "compiled %d calls in %.1f s; images that begin now are made by them",
-                card.compiled_calls, card.compile_seconds,
+                info.compiled_calls, info.compile_seconds,
             )  # fmt: skip
 
-    async def _screened(self, card: ModelCard, first: NDArray[np.uint8]) -> ModelCard:
-        """The card with what judges images, which decides their bytes too; it has judged the first."""
+    async def _screened(self, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
+        """The info with what judges images, which decides their bytes too; it has judged the first."""
         if self._screening is None:
-            return card
+            return info
         try:
             await asyncio.to_thread(self._screening.objects_to, first)
         except Exception as error:  # an operator's own code, which may raise anything
             raise WarmUpFailed(f"the content filter cannot judge the first image: {error}") from error
-        found = self._screening.card
+        found = self._screening.info
         told = {"content_filter": f"{found.name} from {found.threshold:g}"}
-        environment = replace(card.environment, versions={**card.environment.versions, **told})
-        return replace(card, content_filter=found, environment=environment)
+        environment = replace(info.environment, versions={**info.environment.versions, **told})
+        return replace(info, content_filter=found, environment=environment)
 
     async def _warm_up(self, request: ImageRequest) -> NDArray[np.uint8]:
         """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
@@ -212,9 +216,9 @@ class Service:
         return let_go
 
 
-def _reference(card: ModelCard) -> ImageRequest:
+def _reference(info: ModelInfo) -> ImageRequest:
     """What shows how a process computes."""
-    return default_request(card, "a photo of a cat")
+    return default_request(info, "a photo of a cat")
 
 
 def _keep(call: Callable[[], Any], result: "Future[Any]") -> None:

@@ -17,9 +17,9 @@ import grpc
 
 from server.api import auth, contract
 from server.api.content_filter import Screening
-from server.api.contract import InvalidRequest, Limits, Task, Violation
+from server.api.contract import InvalidRequest, ParsedRequest, RequestLimits, Violation
 from server.api.recordings import Recording, Recordings
-from server.domain import Caller, ModelCard
+from server.domain import Caller, ModelInfo
 from server.engine.engine import Engine
 from server.engine.events import Observe, unobserved
 from server.observability.telemetry import job_of_call
@@ -35,7 +35,7 @@ _LOOKS = 10  # at a stream that is left unread, in the time after which it is gi
 
 
 class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
-    """Answers UNAVAILABLE until `open` is called with the card of the loaded model."""
+    """Answers UNAVAILABLE until `open` is called with the info of the loaded model."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self._recordings = Recordings(
             engine, settings.retention_seconds, settings.retention_bytes, observe=observe, screening=screening
         )
-        self._served: tuple[ModelCard, Limits] | None = None
+        self._served: tuple[ModelInfo, RequestLimits] | None = None
         self._under_way: set[Context] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, card: ModelCard) -> None:
-        """Admit calls from now on; again, to tell another card."""
-        self._served = card, contract.limits_of(card, self._settings)
+    def open(self, info: ModelInfo) -> None:
+        """Admit calls from now on; again, to tell another info."""
+        self._served = info, contract.limits_of(info, self._settings)
 
     @property
     def detached(self) -> tuple[int, int, int]:
@@ -75,8 +75,8 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         request_id = contract.request_id_of(request)
         async with self.statuses("Generate", request_id, context):
             caller = auth.caller_of(context)
-            card, task = self.parse(request, request_id, caller)
-            recording = self.begin(request, contract.in_one_message(task), card, caller, context)
+            info, task = self.parse(request, request_id, caller)
+            recording = self.begin(request, contract.in_one_message(task), info, caller, context)
             with recording.listening() as messages:
                 await _commit(context)
                 return await _whole_answer(recording.task, messages)
@@ -85,8 +85,8 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         request_id = contract.request_id_of(request)
         async with self.statuses("StreamGenerate", request_id, context):
             caller = auth.caller_of(context)
-            card, task = self.parse(request, request_id, caller)
-            await self._tell(self.begin(request, task, card, caller, context), 0, context)
+            info, task = self.parse(request, request_id, caller)
+            await self._tell(self.begin(request, task, info, caller, context), 0, context)
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # type: ignore[override]
         name = contract.name_of(request)
@@ -110,23 +110,25 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         """Whether calls are admitted, as far as there is room."""
         return self._served is not None and self._engine.admits
 
-    def model(self, caller: Caller) -> tuple[ModelCard, Limits]:
+    def model(self, caller: Caller) -> tuple[ModelInfo, RequestLimits]:
         """What is served, and what the caller may ask of it. Raises Loading."""
         if self._served is None:
             raise contract.Loading("the model is still loading; try again in a moment")
-        card, limits = self._served
-        return card, limits if caller.max_priority is None else replace(limits, max_priority=caller.max_priority)
+        info, limits = self._served
+        return info, limits if caller.max_priority is None else replace(limits, max_priority=caller.max_priority)
 
-    def parse(self, request: pb.GenerateRequest, request_id: str | None, caller: Caller) -> tuple[ModelCard, Task]:
+    def parse(
+        self, request: pb.GenerateRequest, request_id: str | None, caller: Caller
+    ) -> tuple[ModelInfo, ParsedRequest]:
         """Raises Loading and InvalidRequest."""
-        card, limits = self.model(caller)
-        return card, contract.parse(request, request_id, card, limits)
+        info, limits = self.model(caller)
+        return info, contract.parse(request, request_id, info, limits)
 
     def begin(
         self,
         request: pb.GenerateRequest,
-        task: Task,
-        card: ModelCard,
+        task: ParsedRequest,
+        info: ModelInfo,
         caller: Caller,
         context: Context,
         timeout: float = math.inf,
@@ -137,7 +139,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         """
         if (remaining := context.time_remaining()) is not None:
             timeout = min(timeout, remaining)
-        return self._recordings.begin(request, task, card, timeout, caller)
+        return self._recordings.begin(request, task, info, timeout, caller)
 
     def parse_all(
         self,
@@ -147,7 +149,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         name_of: Callable[[str, str], str],
         number: str,
         unreadable: Sequence[Violation],
-    ) -> list[Task]:
+    ) -> list[ParsedRequest]:
         """The tasks of a call that asks for several at once and is answered by one message.
 
         Raises Loading, and InvalidRequest with all that is wrong with any: one violation for all requests that have it,
@@ -156,7 +158,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         """
         _, limits = self.model(caller)
         found: dict[Violation, list[int]] = {}
-        tasks: list[Task] = []
+        tasks: list[ParsedRequest] = []
         for index, request in enumerate(requests):
             try:
                 _, task = self.parse(request, request_id, caller)
@@ -177,8 +179,8 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
 
     async def answer_all(
         self,
-        asked: Sequence[tuple[pb.GenerateRequest, Task]],
-        card: ModelCard,
+        asked: Sequence[tuple[pb.GenerateRequest, ParsedRequest]],
+        info: ModelInfo,
         caller: Caller,
         context: Context,
         timeout: float = math.inf,
@@ -190,7 +192,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         with contextlib.ExitStack() as listening:  # which ends all jobs when another is not admitted, or fails
             answers = []
             for request, task in asked:
-                recording = self.begin(request, task, card, caller, context, timeout)
+                recording = self.begin(request, task, info, caller, context, timeout)
                 answers.append((task, listening.enter_context(recording.listening())))
             await _commit(context)
             return await asyncio.gather(*(_whole_answer(task, messages) for task, messages in answers))
@@ -206,7 +208,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         log.warning("%s: its stream is left unread and given up", recording.task.request_id)
         self._leave(context)
         await unread  # a status can only follow what is already being written
-        raise contract.Stalled("the stream was left unread for too long")
+        raise contract.SlowReader("the stream was left unread for too long")
 
     async def _write(self, message: pb.StreamGenerateResponse, context: Context) -> "asyncio.Task[None] | None":
         """Write one message; the task that still writes it, if the client does not read on in time."""
@@ -251,7 +253,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         except Exception:
             code = grpc.StatusCode.INTERNAL
             log.exception("%s failed", call)
-            await contract.abort(context, contract.Fault())
+            await contract.abort(context, contract.InternalError())
         finally:
             log.info("%s %s %.3f s", call, code.name, time.monotonic() - began)
 
@@ -271,7 +273,7 @@ async def _commit(context: Context) -> None:
     await context.send_initial_metadata(contract.ADMITTED)
 
 
-async def _whole_answer(task: Task, messages: AsyncIterator[pb.StreamGenerateResponse]) -> pb.GenerateResponse:
+async def _whole_answer(task: ParsedRequest, messages: AsyncIterator[pb.StreamGenerateResponse]) -> pb.GenerateResponse:
     """Collect a job's messages to its end. Raises what that ended with."""
     choices: dict[int, pb.Choice] = {}
     async for message in messages:

@@ -182,7 +182,7 @@ def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_d
 def test_ddim_draws_what_euler_draws():
     # Without noise of its own DDIM is Euler's method in other words (Song et al., 2021, section 4.3).
     embedded = model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu")
-    request = replace(default_request(embedded.card, "cat napping"), steps=10)
+    request = replace(default_request(embedded.info, "cat napping"), steps=10)
     euler, ddim = (finished(embedded, replace(request, scheduler=name)).latents for name in ("euler", "ddim"))
     assert relative_error(ddim, euler) < 0.1
 
@@ -254,8 +254,8 @@ def test_guidance_of_one_or_less_runs_one_row(ensemble):
 
 def test_the_base_works_alone(folders):
     alone = model.load(checkpoint.inspect(folders[0], None), device="cpu")
-    assert not alone.card.has_refiner
-    assert alone.card.default_high_noise_frac == 1.0
+    assert not alone.info.has_refiner
+    assert alone.info.default_high_noise_frac == 1.0
     assert set(finished(alone, replace(REQUEST, high_noise_frac=1.0, steps=4)).stages) == {Stage.BASE}
 
 
@@ -296,7 +296,7 @@ def test_half_precision_draws_nearly_the_same(folders, ensemble, device: str, pr
     assert relative_error(mine.latents, finished(ensemble, request).latents) < 0.05
     difference = half.decode(mine).astype(int) - ensemble.decode(finished(ensemble, request))
     assert np.abs(difference).mean() < 4
-    assert half.card.precision == precision
+    assert half.info.precision == precision
 
 
 def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: str):

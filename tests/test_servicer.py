@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from serving import request
 
-from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
+from server.domain import Environment, ImageRequest, ModelInfo, Stage, Warning
 from server.engine.engine import Engine
 from server.engine.scheduling import Limits
 from server.servicer import TextToImageServicer
@@ -34,7 +34,7 @@ class WrongPixels:
 
     max_batch = 1
     overlaps = False
-    card = ModelCard("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", ENVIRONMENT)
+    info = ModelInfo("wrong", "", False, "cpu", "fp32", ("euler",), 8, 8, 1, 1.0, 1.0, "euler", ENVIRONMENT)
 
     def encode(self, request: ImageRequest) -> Nothing:
         return Nothing()
@@ -60,7 +60,7 @@ async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_
 ):
     engine = Engine(Limits(jobs=1))
     servicer = TextToImageServicer(engine, Settings())
-    servicer.open((await asyncio.wrap_future(engine.start(WrongPixels))).card)
+    servicer.open((await asyncio.wrap_future(engine.start(WrongPixels))).info)
     server = grpc.aio.server()
     pb_grpc.add_TextToImageServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

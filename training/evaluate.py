@@ -76,13 +76,13 @@ class Subject:
         guidance_scale: float | None = None, high_noise_frac: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """One picture of each prompt, uint8 of shape (n, 3, height, width), with the service's defaults for None."""
-        card = self.ensemble.card
-        width, height = size_of(ratio, card.native_side, card.side_multiple)
+        info = self.ensemble.info
+        width, height = size_of(ratio, info.native_side, info.side_multiple)
         request = replace(
-            default_request(card, "", seed),
+            default_request(info, "", seed),
             negative_prompt=negative_prompt,
-            guidance_scale=guidance_scale or card.default_guidance_scale,
-            high_noise_frac=high_noise_frac or card.default_high_noise_frac,
+            guidance_scale=guidance_scale or info.default_guidance_scale,
+            high_noise_frac=high_noise_frac or info.default_high_noise_frac,
             width=width,
             height=height,
         )
@@ -135,7 +135,7 @@ def weights(it: Subject) -> Iterator[Row]:
     sizes = [file.stat().st_size / 1e6 for file in it.weights.rglob("*") if file.is_file()]
     yield Row("size of the weights", "<= 64 MB", f"{sum(sizes):.1f} MB", sum(sizes) <= 64)
     yield Row("largest file", "< 16 MB", f"{max(sizes):.1f} MB", max(sizes) < 16)
-    side = it.ensemble.card.native_side
+    side = it.ensemble.info.native_side
     yield Row("resolution", ">= 128 px", f"{side} px", side >= 128)
 
 
@@ -164,7 +164,7 @@ def beside(it: Subject) -> Iterator[Row]:
     if it.other is None:
         return
     asked = it.asked(it.prompts)
-    names, precisions = it.names(asked), [each.card.precision for each in (it.other, it.ensemble)]
+    names, precisions = it.names(asked), [each.info.precision for each in (it.other, it.ensemble)]
     ranks = [
         torch.cat([_ranks(some, some.drawn(names, seed), asked) for seed in SEEDS[:2]])
         for some in (replace(it, ensemble=it.other), it)
@@ -251,7 +251,7 @@ def refiner(it: Subject) -> Iterator[Row]:
     asked = it.asked(it.part(0.1))
     real = [reading.sharpness(autoencoder.on_white(it.gallery.pictures(_renderings(it, each)))) for each in asked]
     distances, blurs, sharpnesses = [], [], []
-    for share in (it.ensemble.card.default_high_noise_frac, 1.0):
+    for share in (it.ensemble.info.default_high_noise_frac, 1.0):
         drawn = [it.drawn(it.names(asked), seed=seed, high_noise_frac=share) for seed in SEEDS]
         distances.append(torch.stack([it.gallery.distance(reading.features(each), asked) for each in drawn]).mean(0))
         sharp = torch.stack([torch.stack([reading.sharpness(one[None]) for one in each]) for each in drawn])
@@ -331,7 +331,7 @@ def negative_prompt(it: Subject) -> Iterator[Row]:
 def guidance(it: Subject) -> Iterator[Row]:
     """Concepts by name and things in a colour, at no guidance, the default, and twice the default."""
     asked, coloured = it.asked(it.part(0.12)), _coloured(it.part(0.12))
-    default = it.ensemble.card.default_guidance_scale
+    default = it.ensemble.info.default_guidance_scale
     named, painted = {}, {}
     for scale in (1.0, default, 2 * default):
         named[scale] = _share(_ranks(it, it.drawn(it.names(asked), guidance_scale=scale), asked) < 5)

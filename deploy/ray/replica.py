@@ -98,10 +98,10 @@ class Replica:
         self._handlers = _Handlers()
         for add, servicer in _faces(self._service):
             add(servicer, self._handlers)
-        card = await self._service.open()
+        info = await self._service.open()
         self._service.metrics.state("serving")
         self._watching = asyncio.create_task(self._service.watch_device())
-        log.info("serving %s", card.name)
+        log.info("serving %s", info.name)
 
     Generate = _job("/text_to_image.v1.TextToImageService/Generate")
     StreamGenerate = _stream("/text_to_image.v1.TextToImageService/StreamGenerate")
@@ -137,7 +137,7 @@ class Replica:
         except Exception:
             log.exception("%s failed", method)
             with contextlib.suppress(grpc.aio.AbortError):
-                await contract.abort(context, contract.Fault())
+                await contract.abort(context, contract.InternalError())
         finally:
             context.end()
 

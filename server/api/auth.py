@@ -165,7 +165,7 @@ def _certificates(
 # Tokens.
 
 
-class TokenCheck(grpc.aio.ServerInterceptor):
+class TokenAuthInterceptor(grpc.aio.ServerInterceptor):
     """Turns calls without a known token away before their message is read, and says who makes the others.
 
     Raises Unusable.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.domain import FilterCard
+from server.domain import ContentFilterInfo
 from server.settings import OPEN_NSFW, Settings
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Screening:
     threshold: float
 
     @property
-    def card(self) -> FilterCard:
-        return FilterCard(self.filter.name, self.threshold)
+    def info(self) -> ContentFilterInfo:
+        return ContentFilterInfo(self.filter.name, self.threshold)
 
     def objects_to(self, pixels: NDArray[np.uint8]) -> bool:
         # Asked this way round because a score that is no number is not below anything.

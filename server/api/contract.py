@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from server.api import images
-from server.domain import ASPECT_RATIOS, Environment, ImageRequest, ModelCard, Notice, Stage, Warning, size_of, snapped
+from server.domain import ASPECT_RATIOS, Environment, ImageRequest, ModelInfo, Notice, Stage, Warning, size_of, snapped
 from server.engine import events
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -86,7 +86,7 @@ class Unimplemented(Exception):
         super().__init__(f"{path[:200]} is not served here; GetModel and reflection show what is")
 
 
-class Stalled(Exception):
+class SlowReader(Exception):
     """The client has left its stream unread for too long."""
 
 
@@ -98,11 +98,11 @@ class UnknownJob(Exception):
     """No detached job has this name, or no longer."""
 
 
-class NameTaken(Exception):
+class JobAlreadyExists(Exception):
     """The name is that of another detached job."""
 
 
-class Fault(Exception):
+class InternalError(Exception):
     """The server failed. The cause is in the log, and only there."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     images.ImageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
-    events.Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    events.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     events.DeviceFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Nobody retries ABORTED unasked, neither gRPC nor a proxy: the same request may cost the next device, too.
     events.DeviceLost: grpc.StatusCode.ABORTED,
@@ -142,12 +142,12 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     events.Draining: grpc.StatusCode.UNAVAILABLE,
     events.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     events.Cancelled: grpc.StatusCode.CANCELLED,
-    Stalled: grpc.StatusCode.CANCELLED,
+    SlowReader: grpc.StatusCode.CANCELLED,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
     UnknownJob: grpc.StatusCode.NOT_FOUND,
-    NameTaken: grpc.StatusCode.ALREADY_EXISTS,
+    JobAlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     events.ModelFailed: grpc.StatusCode.INTERNAL,
-    Fault: grpc.StatusCode.INTERNAL,
+    InternalError: grpc.StatusCode.INTERNAL,
 }
 
 
@@ -163,7 +163,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Task:
+class ParsedRequest:
     """A valid request with its defaults filled in, and what had to be changed for that.
 
     `detached` tells that the job outlives its callers. `images_per_message` share one message's room.
@@ -179,7 +179,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What the served model and the settings allow together. Sides in pixels, `retention` in seconds."""
 
     max_images: int
@@ -194,16 +194,16 @@ class Limits:
     retention: float
 
 
-def limits_of(card: ModelCard, settings: Settings) -> Limits:
-    """Limits of a server: sides from a quarter to four times the model's own, area at most `max_pixels`."""
-    return Limits(
+def limits_of(info: ModelInfo, settings: Settings) -> RequestLimits:
+    """RequestLimits of a server: sides from a quarter to four times the model's own, area at most `max_pixels`."""
+    return RequestLimits(
         max_images=settings.max_images,
         max_steps=settings.max_steps,
         max_prompt_characters=settings.max_prompt_characters,
-        min_side=snapped(card.native_side / 4, card.side_multiple),
-        max_side=4 * card.native_side,
-        max_pixels=settings.max_pixels or 4 * card.native_side**2,
-        side_multiple=card.side_multiple,
+        min_side=snapped(info.native_side / 4, info.side_multiple),
+        max_side=4 * info.native_side,
+        max_pixels=settings.max_pixels or 4 * info.native_side**2,
+        side_multiple=info.side_multiple,
         max_queue=settings.max_queue,
         max_priority=settings.max_priority,
         retention=settings.retention_seconds,
@@ -232,10 +232,10 @@ def random_seed() -> int:
 def parse(
     message: pb.GenerateRequest,
     request_id: str | None,
-    card: ModelCard,
-    limits: Limits,
+    info: ModelInfo,
+    limits: RequestLimits,
     draw_seed: Callable[[], int] = random_seed,
-) -> Task:
+) -> ParsedRequest:
     """Check a request and fill in its defaults. Raises InvalidRequest with all violations.
 
     `request_id` is what request_id_of made of the message's.
@@ -253,9 +253,9 @@ def parse(
     for field, prompt in (("data.prompt", data.prompt), ("parameter.negative-prompt", parameter.negative_prompt)):
         require(len(prompt) <= longest, field, f"must have at most {longest} characters, has {len(prompt)}")
     require(
-        not data.HasField("model") or data.model == card.name,
+        not data.HasField("model") or data.model == info.name,
         "data.model",
-        f'must be "{card.name}", the model served here, or left out',
+        f'must be "{info.name}", the model served here, or left out',
     )
     require(request_id is not None, "requestId", "must have at most 128 characters of A-Z a-z 0-9 . _ : / -")
 
@@ -272,22 +272,22 @@ def parse(
     require(1 <= n <= limits.max_images, "parameter.n", f"must be 1 to {limits.max_images}, is {n}")
     seed = parameter.seed if parameter.HasField("seed") else draw_seed()
 
-    steps = _given(sampling, "steps", card.default_steps)
+    steps = _given(sampling, "steps", info.default_steps)
     require(1 <= steps <= limits.max_steps, "sampling.steps", f"must be 1 to {limits.max_steps}, is {steps}")
-    guidance_scale = _given(sampling, "guidance_scale", card.default_guidance_scale)
+    guidance_scale = _given(sampling, "guidance_scale", info.default_guidance_scale)
     require(0 <= guidance_scale <= 50, "sampling.guidanceScale", f"must be 0 to 50, is {guidance_scale:g}")
-    high_noise_frac = _given(sampling, "high_noise_frac", card.default_high_noise_frac)
+    high_noise_frac = _given(sampling, "high_noise_frac", info.default_high_noise_frac)
     require(
         0 < high_noise_frac <= 1, "sampling.highNoiseFrac", f"must be above 0 and at most 1, is {high_noise_frac:g}"
     )
     require(
-        high_noise_frac == 1 or card.has_refiner,
+        high_noise_frac == 1 or info.has_refiner,
         "sampling.highNoiseFrac",
         "must be 1 or left out, since no refiner is served here",
     )
-    scheduler = _given(sampling, "scheduler", card.default_scheduler)
-    require(scheduler in card.schedulers, "sampling.scheduler", f"must be one of {', '.join(card.schedulers)}")
-    width, height = _size(message, card, limits, wrong, warnings)
+    scheduler = _given(sampling, "scheduler", info.default_scheduler)
+    require(scheduler in info.schedulers, "sampling.scheduler", f"must be one of {', '.join(info.schedulers)}")
+    width, height = _size(message, info, limits, wrong, warnings)
     require(
         width * height <= limits.max_pixels,
         "sampling.width" if sampling.HasField("width") else "parameter.aspect-ratio",
@@ -316,14 +316,14 @@ def parse(
         warnings.append(Warning(Notice.OPTION_UNUSED, "output.quality", unused))
 
     preview_interval = output.preview_interval
-    if preview_interval and card.content_filter is not None:
+    if preview_interval and info.content_filter is not None:
         preview_interval = 0
         unused = "has no effect here, where a content filter judges images before they are sent, and only finished ones"
         warnings.append(Warning(Notice.OPTION_UNUSED, "output.previewInterval", unused))
 
     if wrong or request_id is None:
         raise InvalidRequest(wrong)
-    return Task(
+    return ParsedRequest(
         request_id=request_id,
         image=ImageRequest(
             prompt=data.prompt,
@@ -343,7 +343,7 @@ def parse(
     )
 
 
-def in_one_message(task: Task) -> Task:
+def in_one_message(task: ParsedRequest) -> ParsedRequest:
     """The task of a call that is answered by one message: no previews, and room that all images share."""
     warnings = task.warnings
     if task.output.preview_interval:
@@ -362,7 +362,7 @@ def _given(message: Message, field: str, default: _T) -> _T:
 
 
 def _size(
-    message: pb.GenerateRequest, card: ModelCard, limits: Limits, wrong: list[Violation], warnings: list[Warning]
+    message: pb.GenerateRequest, info: ModelInfo, limits: RequestLimits, wrong: list[Violation], warnings: list[Warning]
 ) -> tuple[int, int]:
     """Width and height in pixels, from the aspect ratio or as asked for and snapped."""
     sampling, parameter = message.sampling, message.parameter
@@ -372,7 +372,7 @@ def _size(
         if ratio not in ASPECT_RATIOS:
             wrong.append(Violation("parameter.aspect-ratio", f"must be one of {', '.join(sorted(ASPECT_RATIOS))}"))
             ratio = "1:1"
-        return size_of(ratio, card.native_side, card.side_multiple)
+        return size_of(ratio, info.native_side, info.side_multiple)
 
     if not all(asked):
         missing = "sampling.height" if asked[0] else "sampling.width"
@@ -385,12 +385,12 @@ def _size(
     for (field, side), given in zip(sides.items(), asked, strict=True):
         if given and not limits.min_side <= side <= limits.max_side:
             wrong.append(Violation(field, f"must be {limits.min_side} to {limits.max_side} pixels, is {side}"))
-    fitting = {field: snapped(side, card.side_multiple) for field, side in sides.items()}
+    fitting = {field: snapped(side, info.side_multiple) for field, side in sides.items()}
     warnings.extend(
         Warning(
             Notice.SIZE_SNAPPED,
             field,
-            f"{side} pixels became {fitting[field]}, a multiple of {card.side_multiple} as the autoencoder needs",
+            f"{side} pixels became {fitting[field]}, a multiple of {info.side_multiple} as the autoencoder needs",
         )
         for field, side in sides.items()
         if fitting[field] != side
@@ -428,7 +428,7 @@ def status_of(error: Exception, room: int = TRAILER_BYTES) -> status_pb2.Status:
         return _bad_request(error.violations, room)
     message = _cut(str(error), _MESSAGE_BYTES_OF_STATUS)
     status = status_pb2.Status(code=STATUS[type(error)].value[0], message=message)
-    if isinstance(error, events.Refused) and error.retry_after < math.inf:
+    if isinstance(error, events.ResourceExhausted) and error.retry_after < math.inf:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
     elif isinstance(error, events.DeviceLost):
         status.details.add().Pack(error_details_pb2.ErrorInfo(reason=DEVICE_LOST, domain=_ERROR_DOMAIN))
@@ -482,25 +482,25 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception)
         raise asyncio.CancelledError from None
 
 
-def coded(task: Task, event: events.ImageReady) -> images.CodedImage:
+def coded(task: ParsedRequest, event: events.ImageReady) -> images.CodedImage:
     """The event's image as the task asks for it, or so that it fits its message. Raises images.ImageTooLarge."""
     return images.code_within(event.pixels, task.output.coding, task.output.quality, _file_bytes(task))
 
 
-def _file_bytes(task: Task) -> int:
+def _file_bytes(task: ParsedRequest) -> int:
     """Bytes that an image file may have, to fit its message as it travels."""
     room = room_for_image(task)
     return room if task.output.raw else (room - 64) // 4 * 3  # base64, after the data URI's own words
 
 
-def room_for_image(task: Task) -> int:
+def room_for_image(task: ParsedRequest) -> int:
     """Bytes of a message that one image may fill: its share is the same whichever image is ready first."""
     prompts = len(task.image.prompt.encode()) + len(task.image.negative_prompt.encode())
     envelope = _ENVELOPE_BYTES + (_ENVELOPE_BYTES_PER_IMAGE + prompts) * len(task.image.seeds)
     return max(0, task.output.max_message_bytes - envelope) // task.images_per_message
 
 
-def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning:
+def recoded_warning(task: ParsedRequest, image: images.CodedImage, index: int) -> Warning:
     """For an image that is not coded as was asked."""
     quality = f"of quality {image.quality}" if image.quality else "without loss"
     return Warning(
@@ -511,14 +511,14 @@ def recoded_warning(task: Task, image: images.CodedImage, index: int) -> Warning
     )
 
 
-def choice_message(task: Task, image: images.CodedImage, filtered: bool = False) -> pb.Choice:
+def choice_message(task: ParsedRequest, image: images.CodedImage, filtered: bool = False) -> pb.Choice:
     finish_reason = "content_filtered" if filtered else "success"
     if task.output.raw:
         return pb.Choice(finish_reason=finish_reason, raw=image.data)
     return pb.Choice(finish_reason=finish_reason, image=image.data_uri)
 
 
-def image_metadata_message(task: Task, event: events.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
+def image_metadata_message(task: ParsedRequest, event: events.ImageReady, image: images.CodedImage) -> pb.ImageMetadata:
     asked = task.image
     return pb.ImageMetadata(
         seed=event.seed,
@@ -556,7 +556,7 @@ def _request_message(asked: ImageRequest, seed: int, image: images.CodedImage) -
     )
 
 
-def whole_answer(task: Task, choices: Mapping[int, pb.Choice], metadata: pb.Metadata) -> pb.GenerateResponse:
+def whole_answer(task: ParsedRequest, choices: Mapping[int, pb.Choice], metadata: pb.Metadata) -> pb.GenerateResponse:
     """All images, by index, in one message. Raises images.ImageTooLarge if they were coded to travel one by one."""
     response = pb.GenerateResponse(
         data=pb.ResultData(choices=[choices[index] for index in sorted(choices)]), metadata=metadata
@@ -569,16 +569,16 @@ def whole_answer(task: Task, choices: Mapping[int, pb.Choice], metadata: pb.Meta
 
 
 def metadata_message(
-    task: Task,
-    card: ModelCard,
+    task: ParsedRequest,
+    info: ModelInfo,
     image_metadata: Sequence[pb.ImageMetadata],
     warnings: Sequence[Warning],
     finished: events.Finished,
 ) -> pb.Metadata:
     return pb.Metadata(
         request_id=task.request_id,
-        model=card.name,
-        fingerprint=card.fingerprint,
+        model=info.name,
+        fingerprint=info.fingerprint,
         images=image_metadata,
         warnings=[
             pb.Warning(code=_NOTICES[each.notice], field=each.field, message=each.message)
@@ -621,7 +621,7 @@ def repeated_message(
     return again
 
 
-def preview_message(task: Task, event: events.Preview) -> pb.StreamGenerateResponse:
+def preview_message(task: ParsedRequest, event: events.Preview) -> pb.StreamGenerateResponse:
     image = images.code_within(event.pixels, images.JPEG_SUBSAMPLED, _PREVIEW_QUALITY, _file_bytes(task))
     preview = pb.Preview(choice_index=event.index, step=event.step, steps=event.steps)
     if task.output.raw:
@@ -631,31 +631,31 @@ def preview_message(task: Task, event: events.Preview) -> pb.StreamGenerateRespo
     return pb.StreamGenerateResponse(preview=preview)
 
 
-def model_message(card: ModelCard, limits: Limits) -> pb.GetModelResponse:
+def model_message(info: ModelInfo, limits: RequestLimits) -> pb.GetModelResponse:
     return pb.GetModelResponse(
-        name=card.name,
-        fingerprint=card.fingerprint,
-        has_refiner=card.has_refiner,
-        device=card.device,
-        precision=card.precision,
-        schedulers=card.schedulers,
+        name=info.name,
+        fingerprint=info.fingerprint,
+        has_refiner=info.has_refiner,
+        device=info.device,
+        precision=info.precision,
+        schedulers=info.schedulers,
         defaults=pb.GetModelResponse.Defaults(
-            steps=card.default_steps,
-            guidance_scale=card.default_guidance_scale,
-            high_noise_frac=card.default_high_noise_frac,
-            scheduler=card.default_scheduler,
+            steps=info.default_steps,
+            guidance_scale=info.default_guidance_scale,
+            high_noise_frac=info.default_high_noise_frac,
+            scheduler=info.default_scheduler,
             aspect_ratio="1:1",
         ),
         limits=pb.GetModelResponse.Limits(**dataclasses.asdict(limits) | {"retention": _duration(limits.retention)}),
         sizes=[
             pb.GetModelResponse.Size(aspect_ratio=ratio, width=width, height=height)
             for ratio in sorted(ASPECT_RATIOS)
-            for width, height in [size_of(ratio, card.native_side, card.side_multiple)]
+            for width, height in [size_of(ratio, info.native_side, info.side_multiple)]
         ],
-        environment=_environment_message(card.environment),
+        environment=_environment_message(info.environment),
         content_filter=None
-        if card.content_filter is None
-        else pb.GetModelResponse.ContentFilter(**dataclasses.asdict(card.content_filter)),
+        if info.content_filter is None
+        else pb.GetModelResponse.ContentFilter(**dataclasses.asdict(info.content_filter)),
     )
 
 

@@ -17,7 +17,7 @@ from server.api.contract import Undecodable, Unimplemented
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Decoding(grpc.aio.ServerInterceptor):
+class DecodeErrorInterceptor(grpc.aio.ServerInterceptor):
     """Ends calls whose bytes cannot be decoded with Undecodable's status, and those of no method with Unimplemented's.
 
     A method is missing where no service has its name, and where a servicer has left it as generated code has it.

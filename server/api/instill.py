@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from google.protobuf.struct_pb2 import Struct, Value
 
 from server.api import auth, contract
-from server.api.contract import InvalidRequest, Task, UnknownModel, Violation
+from server.api.contract import InvalidRequest, ParsedRequest, UnknownModel, Violation
 from server.servicer import Context, TextToImageServicer
 from server.stubs.model_model_v1alpha import model_public_pb2 as public
 from server.stubs.model_model_v1alpha import model_public_pb2_grpc as public_grpc
@@ -81,13 +81,13 @@ async def _outputs(
     request_id = contract.request_id_of(pb.GenerateRequest())
     async with first.statuses(method, request_id, context):
         caller = auth.caller_of(context)
-        card, limits = first.model(caller)
-        if model not in (None, card.name):
-            raise UnknownModel(f'"{card.name}" is the model that is served here')
+        info, limits = first.model(caller)
+        if model not in (None, info.name):
+            raise UnknownModel(f'"{info.name}" is the model that is served here')
         requests, unreadable = read(inputs, limits.max_images)
         tasks = first.parse_all(requests, request_id, caller, name_of, "task_inputs", unreadable)
         asked = [(each, _shared(task, len(tasks))) for each, task in zip(requests, tasks, strict=True)]
-        return [output(each) for each in await first.answer_all(asked, card, caller, context)]
+        return [output(each) for each in await first.answer_all(asked, info, caller, context)]
 
 
 def _health(serving: bool) -> public.HealthCheckResponse:
@@ -100,7 +100,7 @@ def name_of(field: str, places: str) -> str:
     return f"task_inputs[{places}].{field}"
 
 
-def _shared(task: Task, inputs: int) -> Task:
+def _shared(task: ParsedRequest, inputs: int) -> ParsedRequest:
     """The task with its share of the room that one message has for so many inputs."""
     share = MESSAGE_BYTES // inputs
     return dataclasses.replace(task, output=dataclasses.replace(task.output, max_message_bytes=share))

@@ -16,9 +16,9 @@ from google.protobuf import json_format
 
 from server import __version__
 from server.api import auth, contract
-from server.api.contract import InvalidRequest, Task, UnknownModel, Violation
+from server.api.contract import InvalidRequest, ParsedRequest, UnknownModel, Violation
 from server.api.images import ImageTooLarge
-from server.domain import ModelCard, Notice
+from server.domain import ModelInfo, Notice
 from server.servicer import Context, TextToImageServicer
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -102,8 +102,8 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Context) -> oip.ModelReadyResponse:
         ready = self._first.ready
         if ready:
-            card, _ = self._first.model(auth.caller_of(context))
-            ready = _is_served(card, request.name, request.version)
+            info, _ = self._first.model(auth.caller_of(context))
+            ready = _is_served(info, request.name, request.version)
         return oip.ModelReadyResponse(ready=ready)
 
     async def ServerMetadata(self, request: oip.ServerMetadataRequest, context: Context) -> oip.ServerMetadataResponse:
@@ -113,11 +113,11 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Context) -> oip.ModelMetadataResponse:
         async with self._first.statuses("ModelMetadata", None, context):
-            card, _ = self._first.model(auth.caller_of(context))
-            _check_served(card, request.name, request.version)
+            info, _ = self._first.model(auth.caller_of(context))
+            _check_served(info, request.name, request.version)
             tensor = oip.ModelMetadataResponse.TensorMetadata
             return oip.ModelMetadataResponse(
-                name=card.name,
+                name=info.name,
                 versions=[_VERSION],
                 platform=_PLATFORM,
                 inputs=[tensor(name=name, datatype=datatype, shape=[-1]) for name, (_, datatype) in _INPUTS.items()],
@@ -131,8 +131,8 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         request_id = contract.request_id_of(pb.GenerateRequest(request_id=contract.safe_name(request.id)))
         async with self._first.statuses("ModelInfer", request_id, context):
             caller = auth.caller_of(context)
-            card, limits = self._first.model(caller)
-            _check_served(card, request.model_name, request.model_version)
+            info, limits = self._first.model(caller)
+            _check_served(info, request.model_name, request.model_version)
             batch = read(request, limits.max_images)
             tasks = self._first.parse_all(batch.requests, request_id, caller, batch.name_of, "n", batch.unreadable)
             echoed = len(request.id.encode())
@@ -140,18 +140,18 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
                 (each, _with_level(_shared(task, len(tasks), echoed), each.priority))
                 for each, task in zip(batch.requests, tasks, strict=True)
             ]
-            answers = await self._first.answer_all(asked, card, caller, context, batch.timeout)
+            answers = await self._first.answer_all(asked, info, caller, context, batch.timeout)
             return response(request, answers, batch.max_message_bytes)
 
 
-def _shared(task: Task, prompts: int, echoed: int) -> Task:
+def _shared(task: ParsedRequest, prompts: int, echoed: int) -> ParsedRequest:
     """The task with its share of the room that one message has for so many prompts, and `echoed` bytes."""
     room = (task.output.max_message_bytes - echoed) // prompts
     share = room - _JSON_BYTES - _JSON_BYTES_PER_IMAGE * len(task.image.seeds)
     return dataclasses.replace(task, output=dataclasses.replace(task.output, max_message_bytes=max(0, share)))
 
 
-def _with_level(task: Task, priority: int) -> Task:
+def _with_level(task: ParsedRequest, priority: int) -> ParsedRequest:
     """The task with its warning of a lowered `priority` in the protocol's levels."""
     lowered = f"level {_level(priority)} became {_level(task.priority)}, the highest that is allowed here"
     warnings = (
@@ -166,13 +166,13 @@ def _level(priority: int) -> int:
     return 3 - priority
 
 
-def _is_served(card: ModelCard, name: str, version: str) -> bool:
-    return name == card.name and version in ("", _VERSION)
+def _is_served(info: ModelInfo, name: str, version: str) -> bool:
+    return name == info.name and version in ("", _VERSION)
 
 
-def _check_served(card: ModelCard, name: str, version: str) -> None:
-    if not _is_served(card, name, version):
-        raise UnknownModel(f'"{card.name}", version {_VERSION}, is the model that is served here')
+def _check_served(info: ModelInfo, name: str, version: str) -> None:
+    if not _is_served(info, name, version):
+        raise UnknownModel(f'"{info.name}", version {_VERSION}, is the model that is served here')
 
 
 # From tensors to requests.

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from server.api import content_filter, contract
 from server.api.content_filter import Screening
-from server.api.contract import InvalidRequest, NameTaken, Task, UnknownJob, Violation
+from server.api.contract import InvalidRequest, JobAlreadyExists, ParsedRequest, UnknownJob, Violation
 from server.api.images import CodedImage
-from server.domain import Caller, ModelCard, Warning
+from server.domain import Caller, ModelInfo, Warning
 from server.engine.engine import Engine
 from server.engine.events import (
     Coded,
@@ -57,8 +57,8 @@ class Recording:
         self,
         engine: Engine,
         request: pb.GenerateRequest,
-        task: Task,
-        card: ModelCard,
+        task: ParsedRequest,
+        info: ModelInfo,
         timeout: float,
         caller: Caller,
         observe: Observe = unobserved,
@@ -69,7 +69,7 @@ class Recording:
         self.key = caller.owner, task.request_id
         """Of a detached job, what it is found by."""
         self.error: Exception | None = None
-        self._card = card
+        self._info = info
         self._messages: list[pb.StreamGenerateResponse | None] = []
         self._newest: dict[Hashable, int] = {}
         self._state: tuple[pb.StreamGenerateResponse, float] | None = None  # newest queued or progress, and since when
@@ -182,7 +182,7 @@ class Recording:
             self.error = error.with_traceback(None)  # which holds on to pixels
         except Exception:
             log.exception("%s: an event could not be told", self.task.request_id)
-            self.error = contract.Fault()
+            self.error = contract.InternalError()
         finally:
             self.cancel()  # for when the job runs on, but its images cannot be coded
             self._complete = True
@@ -226,7 +226,7 @@ class Recording:
                 return pb.StreamGenerateResponse(choice=ready)
             case Finished():
                 images = [self._images[index] for index in sorted(self._images)]
-                metadata = contract.metadata_message(task, self._card, images, self._warnings, event)
+                metadata = contract.metadata_message(task, self._info, images, self._warnings, event)
                 return pb.StreamGenerateResponse(done=pb.Done(metadata=metadata))
 
     def _coded(self, event: ImageReady) -> tuple[CodedImage, bool]:
@@ -277,18 +277,20 @@ class Recordings:
         self._kept_bytes = 0
 
     def begin(
-        self, request: pb.GenerateRequest, task: Task, card: ModelCard, timeout: float, caller: Caller
+        self, request: pb.GenerateRequest, task: ParsedRequest, info: ModelInfo, timeout: float, caller: Caller
     ) -> Recording:
         """Begin the job of `task`, or join the detached one that bears its name, unless that has failed.
 
-        Raises NameTaken if that one was begun by another request, and what Engine.submit raises.
+        Raises JobAlreadyExists if that one was begun by another request, and what Engine.submit raises.
         """
         known = self._detached.get((caller.owner, task.request_id)) if task.detached else None
         if known is not None and known.error is None:
             if known.request != request:
-                raise NameTaken(f"{task.request_id} is another request; Cancel it, or give this one another requestId")
+                raise JobAlreadyExists(
+                    f"{task.request_id} is another request; Cancel it, or give this one another requestId"
+                )
             return known
-        recording = Recording(self._engine, request, task, card, timeout, caller, self._observe, self._screening)
+        recording = Recording(self._engine, request, task, info, timeout, caller, self._observe, self._screening)
         self._running.add(recording)
         recording.ended.add_done_callback(lambda _: self._retain(recording))
         if known is not None:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from server.domain import Environment, ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.domain import Environment, ImageRequest, ModelInfo, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.engine.call_times import CallTimes, Kind
 from server.engine.events import (
     Begun,
@@ -50,7 +50,7 @@ from server.engine.events import (
     PreviewDropped,
     Progress,
     Queued,
-    Refused,
+    ResourceExhausted,
     Stretch,
     unobserved,
 )
@@ -108,12 +108,12 @@ class Model(Protocol):
     `overlaps`, a second thread may `encode` and `decode` while `step` runs for other trajectories, and `plan` may come
     from both.
 
-    `compile` may come from another thread, beside any call. It returns the card with which calls are faster, and the
-    first image that the request then makes. What is encoded once `card` is set to that is made so, from its first call
+    `compile` may come from another thread, beside any call. It returns the info with which calls are faster, and the
+    first image that the request then makes. What is encoded once `info` is set to that is made so, from its first call
     to its last, and what was encoded before as it began.
     """
 
-    card: ModelCard
+    info: ModelInfo
 
     @property
     def max_batch(self) -> int: ...
@@ -125,7 +125,7 @@ class Model(Protocol):
     def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None: ...
     def preview(self, trajectory: Any) -> NDArray[np.uint8]: ...
     def decode(self, trajectory: Any) -> NDArray[np.uint8]: ...
-    def compile(self, request: ImageRequest) -> tuple[ModelCard, NDArray[np.uint8]]: ...
+    def compile(self, request: ImageRequest) -> tuple[ModelInfo, NDArray[np.uint8]]: ...
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class Engine:
         network calls there is a Preview, with a `preview_interval` of 0 never. `jobs_of_caller` stands, if given, in
         place of that of the limits.
 
-        Raises Draining, DeviceUnavailable, Refused or DeadlineExceeded; later troubles arrive as Failed.
+        Raises Draining, DeviceUnavailable, ResourceExhausted or DeadlineExceeded; later troubles arrive as Failed.
         """
         with self._changed:
             if self._refusing is not None:
@@ -359,10 +359,10 @@ class Engine:
     # Admission.
 
     def _check(self, task: Task, request: ImageRequest, now: float) -> None:
-        """Raises Refused if the task cannot be admitted now, DeadlineExceeded if it never can in its time."""
+        """Raises ResourceExhausted if the task cannot be admitted now, DeadlineExceeded if it never can in its time."""
         size, until = self._too_large
         if now < until and _rows(request) * request.width * request.height >= size:
-            raise Refused(
+            raise ResourceExhausted(
                 f"{request.width} x {request.height} pixels did not fit in the device's memory a moment ago; ask for "
                 f"fewer, or try again in {until - now:.0f} s",
                 until - now,
@@ -372,7 +372,7 @@ class Engine:
             when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", were it alone"
             if refusal.reason is Reason.DEADLINE and retry_after == math.inf:
                 raise DeadlineExceeded(self._why(refusal, task) + when)  # no room that others leave would help
-            raise Refused(self._why(refusal, task) + when, retry_after)
+            raise ResourceExhausted(self._why(refusal, task) + when, retry_after)
 
     def _why(self, refusal: Refusal, task: Task) -> str:
         limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"

@@ -28,7 +28,7 @@ class DeviceUnavailable(EngineError):
     """The device does not answer any more, and the job has no part in that: it is refused, or waits between calls."""
 
 
-class Refused(EngineError):
+class ResourceExhausted(EngineError):
     """No room for the job, or no time; `retry_after` seconds from now there should be, infinite for never."""
 
     def __init__(self, message: str, retry_after: float) -> None:

@@ -23,7 +23,7 @@ _CODECS = ("libjpeg_turbo", "webp", "zlib", "zlib_ng")
 
 
 def environment(device: str, precision: str, max_batch: int) -> Environment:
-    """The environment of networks on `device` in `precision`, as ModelCard has them, with `max_batch` images a call.
+    """The environment of networks on `device` in `precision`, as ModelInfo has them, with `max_batch` images a call.
 
     None of them is compiled yet.
     """

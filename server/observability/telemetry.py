@@ -38,7 +38,7 @@ from prometheus_client.registry import Collector
 
 from server.api import addresses
 from server.api.addresses import CannotListen
-from server.domain import ModelCard, Stage
+from server.domain import ModelInfo, Stage
 from server.engine.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.model_model_v1alpha import model_public_pb2 as model_public
@@ -212,21 +212,21 @@ class Metrics:
     def compilation(self, state: str) -> None:
         self._compilation.state(state)
 
-    def serves(self, card: ModelCard) -> None:
+    def serves(self, info: ModelInfo) -> None:
         self._model.info(
             {
-                "name": card.name,
-                "device": card.device,
-                "precision": card.precision,
-                "fingerprint": card.fingerprint,
+                "name": info.name,
+                "device": info.device,
+                "precision": info.precision,
+                "fingerprint": info.fingerprint,
             }
         )
 
-        self._compiled_calls.set(card.compiled_calls)
-        self._compile_seconds.set(card.compile_seconds)
-        self.compilation("compiled" if card.compiled_calls else "off")
+        self._compiled_calls.set(info.compiled_calls)
+        self._compile_seconds.set(info.compile_seconds)
+        self.compilation("compiled" if info.compiled_calls else "off")
 
-        if card.device == "cuda":
+        if info.device == "cuda":
             from torch import cuda  # which the model has imported by now
 
             self._device_memory.labels("allocated").set_function(cuda.memory_allocated)

@@ -43,7 +43,7 @@ def drawn(ensemble: model.Ensemble, side: int = SIDE, **changes) -> np.ndarray:
 
 
 def begun(ensemble: model.Ensemble, side: int = SIDE, **changes) -> model.Trajectory:
-    request = replace(default_request(ensemble.card, "cat", seed=1), steps=5, width=side, height=side, **changes)
+    request = replace(default_request(ensemble.info, "cat", seed=1), steps=5, width=side, height=side, **changes)
     trajectory = ensemble.plan(request, ensemble.encode(request), 1)
     ensemble.step([trajectory])
     return trajectory
@@ -104,18 +104,18 @@ def test_without_guidance_the_steps_are_not_compiled_but_the_decoding_is(plain, 
 
 
 def test_the_environment_tells_what_is_compiled(plain, compiled):
-    assert plain.card.environment.compiled == "off"
-    assert compiled.card.environment.compiled in ("blocks for 64x64", "full for 64x64")
-    assert plain.card.environment.fingerprint != compiled.card.environment.fingerprint
+    assert plain.info.environment.compiled == "off"
+    assert compiled.info.environment.compiled in ("blocks for 64x64", "full for 64x64")
+    assert plain.info.environment.fingerprint != compiled.info.environment.fingerprint
 
 
 def test_what_was_compiled_is_counted_and_timed(plain, compiled):
-    assert (plain.card.compiled_calls, plain.card.compile_seconds) == (0, 0)
-    assert compiled.card.compiled_calls == 3, "the base, the refiner and the decoder, for one size"
+    assert (plain.info.compiled_calls, plain.info.compile_seconds) == (0, 0)
+    assert compiled.info.compiled_calls == 3, "the base, the refiner and the decoder, for one size"
     metrics = Metrics(max_queue=1)
-    metrics.serves(compiled.card)
+    metrics.serves(compiled.info)
     assert metrics.registry.get_sample_value("t2i_compiled_calls") == 3
-    assert metrics.registry.get_sample_value("t2i_compile_seconds") == compiled.card.compile_seconds > 0
+    assert metrics.registry.get_sample_value("t2i_compile_seconds") == compiled.info.compile_seconds > 0
 
 
 NO_COMPILER = "no-such-compiler"
@@ -168,7 +168,7 @@ def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
         monkeypatch.setenv("CXX", compiler)
     caplog.set_level("INFO", "server.model")
     ensemble = model.load(checkpoint.inspect(*folders), device="cpu", compile="auto")
-    assert ensemble.card.environment.compiled == told
+    assert ensemble.info.environment.compiled == told
     assert drawn(ensemble).shape == (SIDE, SIDE, 3)
     without = "images are made without the C++ kernels"
     why = {
@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(f
     patch_cache(monkeypatch)
     experts = checkpoint.inspect(*folders)
     ensemble = model.load(experts, device="cpu", compile="auto", compile_cache=cache)
-    assert ensemble.card.environment.compiled == "blocks for 32x32"
+    assert ensemble.info.environment.compiled == "blocks for 32x32"
     assert caplog.messages == [
         f"nothing can be written to {cache}: Not a directory; let --compile-cache name a folder that can be written "
         "to, has room, and is not mounted noexec; what is built is not kept"
@@ -304,10 +304,10 @@ def compile_beside(ensemble: model.Ensemble, expected: np.ndarray) -> None:
     assert np.array_equal(drawn(ensemble), expected), "nothing is compiled at first"
     begun_before = begun(ensemble)
     with ThreadPoolExecutor(1) as thread:
-        compiling = thread.submit(ensemble.compile, default_request(ensemble.card, "a photo of a cat"))
+        compiling = thread.submit(ensemble.compile, default_request(ensemble.info, "a photo of a cat"))
         while not compiling.done():
             assert np.array_equal(drawn(ensemble), expected)
-    ensemble.card, _ = compiling.result()
+    ensemble.info, _ = compiling.result()
     begun_after = begun(ensemble)
     assert begun_before.batch_key != begun_after.batch_key
     assert np.array_equal(finished(ensemble, begun_before), expected)
@@ -330,7 +330,7 @@ def test_what_fails_to_compile_is_forgotten_and_gives_its_memory_back(load_with_
     monkeypatch.setattr(layers, "twin", twin_or_nothing)
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     with pytest.raises(OutOfMemory):
-        ensemble.compile(default_request(ensemble.card, "a photo of a cat"))
+        ensemble.compile(default_request(ensemble.info, "a photo of a cat"))
     gc.collect()
     assert [each() for each in twins] == [None]
     assert np.array_equal(drawn(ensemble), expected)

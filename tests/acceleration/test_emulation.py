@@ -34,12 +34,12 @@ from server.domain import default_request
 from server.settings import EMBEDDED
 
 ensemble = model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), "cpu", compile="auto")
-request = replace(default_request(ensemble.card, "cat napping", 7), steps=2, width=64, height=64)
+request = replace(default_request(ensemble.info, "cat napping", 7), steps=2, width=64, height=64)
 trajectory = ensemble.plan(request, ensemble.encode(request), 7)
 for _ in trajectory.stages:
     ensemble.step([trajectory])
 numpy.save(sys.argv[1], ensemble.decode(trajectory))
-print(torch.backends.cpu.get_cpu_capability(), ensemble.card.environment.compiled)
+print(torch.backends.cpu.get_cpu_capability(), ensemble.info.environment.compiled)
 """
 
 

@@ -335,7 +335,7 @@ def load(**options) -> model.Ensemble:
 
 
 def drawn(ensemble: model.Ensemble) -> np.ndarray:
-    request = replace(default_request(ensemble.card, "cat", seed=1), steps=8)
+    request = replace(default_request(ensemble.info, "cat", seed=1), steps=8)
     trajectory = ensemble.plan(request, ensemble.encode(request), 1)
     for _ in trajectory.stages:
         ensemble.step([trajectory])
@@ -370,7 +370,7 @@ def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_
     plain, in_fp8: model.Ensemble, kept_in: Path, caplog: pytest.LogCaptureFixture
 ):
     image = drawn(in_fp8)
-    assert in_fp8.card.precision == in_fp8.card.environment.precision == "fp8"
+    assert in_fp8.info.precision == in_fp8.info.environment.precision == "fp8"
     assert 18 < 10 * np.log10(255**2 / np.square(image.astype(float) - plain).mean()) < 60
     (kept,) = kept_in.glob("fp8-scales-*.safetensors")
     written = kept.stat().st_mtime_ns

@@ -7,32 +7,34 @@ import math
 import grpc
 import numpy as np
 import pytest
-from cards import CARD, LIMITS
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_info import LIMITS, MODEL_INFO
 
 from server.api import contract, images
-from server.domain import ASPECT_RATIOS, ModelCard, Notice, Warning, size_of
+from server.domain import ASPECT_RATIOS, ModelInfo, Notice, Warning, size_of
 from server.engine import events
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
-def parse(text: str, card: ModelCard = CARD) -> contract.Task:
+def parse(text: str, info: ModelInfo = MODEL_INFO) -> contract.ParsedRequest:
     message = json_format.Parse(text, pb.GenerateRequest())
-    return check(message, card, contract.limits_of(card, Settings()))
+    return check(message, info, contract.limits_of(info, Settings()))
 
 
-def check(message: pb.GenerateRequest, card: ModelCard = CARD, limits: contract.Limits = LIMITS) -> contract.Task:
-    return contract.parse(message, contract.request_id_of(message), card, limits, draw_seed=lambda: 7)
+def check(
+    message: pb.GenerateRequest, info: ModelInfo = MODEL_INFO, limits: contract.RequestLimits = LIMITS
+) -> contract.ParsedRequest:
+    return contract.parse(message, contract.request_id_of(message), info, limits, draw_seed=lambda: 7)
 
 
-def violations(text: str, card: ModelCard = CARD) -> dict[str, str]:
+def violations(text: str, info: ModelInfo = MODEL_INFO) -> dict[str, str]:
     with pytest.raises(contract.InvalidRequest) as caught:
-        parse(text, card)
+        parse(text, info)
     return {each.field: each.description for each in caught.value.violations}
 
 
@@ -128,7 +130,7 @@ def test_a_size_between_two_that_the_autoencoder_can_make_is_snapped_with_a_warn
 def test_no_way_of_asking_for_a_size_makes_more_pixels_than_are_allowed(max_pixels: int, fields: str, field: str):
     message = json_format.Parse(f'{{"data": {{"prompt": "x"}}{fields}}}', pb.GenerateRequest())
     with pytest.raises(contract.InvalidRequest) as caught:
-        check(message, limits=contract.limits_of(CARD, Settings(max_pixels=max_pixels)))
+        check(message, limits=contract.limits_of(MODEL_INFO, Settings(max_pixels=max_pixels)))
     assert [each.field for each in caught.value.violations] == [field]
 
 
@@ -157,7 +159,7 @@ def test_an_option_without_effect_is_told(fields: str, field: str):
 )
 def test_a_priority_above_the_ceiling_is_lowered_with_a_warning(asked: int, ceiling: int, given: int, told: list[str]):
     message = json_format.ParseDict({"data": {"prompt": "x"}, "priority": asked}, pb.GenerateRequest())
-    task = check(message, limits=contract.limits_of(CARD, Settings(max_priority=ceiling)))
+    task = check(message, limits=contract.limits_of(MODEL_INFO, Settings(max_priority=ceiling)))
     assert task.priority == given
     assert [each.message for each in task.warnings] == told
     assert {(each.notice, each.field) for each in task.warnings} <= {(Notice.PRIORITY_LOWERED, "priority")}
@@ -183,7 +185,7 @@ def test_an_answer_that_does_not_fit_into_one_message_says_how_to_get_it():
 
 
 def test_asking_for_a_refiner_that_is_not_served_is_an_error_and_not_silence():
-    alone = ModelCard(**{**vars(CARD), "has_refiner": False, "default_high_noise_frac": 1.0})
+    alone = ModelInfo(**{**vars(MODEL_INFO), "has_refiner": False, "default_high_noise_frac": 1.0})
     assert parse('{"data": {"prompt": "x"}}', alone).image.high_noise_frac == 1.0
     assert list(violations('{"data": {"prompt": "x"}, "sampling": {"highNoiseFrac": 0.8}}', alone)) == [
         "sampling.highNoiseFrac"
@@ -236,7 +238,7 @@ def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
             check(message)
 
 
-def metadata_of(task: contract.Task, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
+def metadata_of(task: contract.ParsedRequest, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
     pixels = np.zeros((8, 8, 3), np.uint8)
     event = events.ImageReady(index, task.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
     return contract.image_metadata_message(task, event, images.code(pixels, coding, quality, smaller=True))
@@ -263,7 +265,7 @@ CODINGS = [
             "steps": st.integers(1, 150),
             "guidanceScale": st.floats(0, 50),
             "highNoiseFrac": st.floats(0, 1, exclude_min=True),
-            "scheduler": st.sampled_from(CARD.schedulers),
+            "scheduler": st.sampled_from(MODEL_INFO.schedulers),
         },
     ),
     size=st.one_of(st.just({}), SIZES, RATIOS),
@@ -296,11 +298,14 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
     coded = images.CodedImage(b"", images.WEBP_LOSSLESS, 0, smaller=True)
     metadata = contract.metadata_message(
         task,
-        CARD,
+        MODEL_INFO,
         [metadata_of(task, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
         [contract.recoded_warning(task, coded, index) for index in range(8)],
         events.Finished(
-            (Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2, 1e6, 1e6, CARD.environment
+            (Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2,
+            1e6,
+            1e6,
+            MODEL_INFO.environment,
         ),
     )
     assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * contract.room_for_image(task)
@@ -310,7 +315,7 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
     ("error", "code"),
     [
         (contract.InvalidRequest([contract.Violation("data.prompt", "is required")]), grpc.StatusCode.INVALID_ARGUMENT),
-        (events.Refused("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (events.ResourceExhausted("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (contract.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
         (events.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
         (events.DeviceUnavailable("about to end"), grpc.StatusCode.UNAVAILABLE),
@@ -319,8 +324,8 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
         (events.Cancelled("gone"), grpc.StatusCode.CANCELLED),
         (events.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
         (contract.UnknownJob("who?"), grpc.StatusCode.NOT_FOUND),
-        (contract.NameTaken("taken"), grpc.StatusCode.ALREADY_EXISTS),
-        (contract.Fault(), grpc.StatusCode.INTERNAL),
+        (contract.JobAlreadyExists("taken"), grpc.StatusCode.ALREADY_EXISTS),
+        (contract.InternalError(), grpc.StatusCode.INTERNAL),
     ],
 )
 def test_every_error_has_its_status(error: Exception, code: grpc.StatusCode):
@@ -332,7 +337,7 @@ def test_a_bad_request_and_a_full_queue_carry_googles_details():
     status = contract.status_of(contract.InvalidRequest([contract.Violation("data.prompt", "is required")]))
     assert status.details[0].Unpack(bad)
     assert bad.field_violations[0].field == "data.prompt"
-    assert contract.status_of(events.Refused("full", 2.5)).details[0].Unpack(retry)
+    assert contract.status_of(events.ResourceExhausted("full", 2.5)).details[0].Unpack(retry)
     assert retry.retry_delay.ToSeconds() == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from grpc_health.v1 import health_pb2
 from serving import ROOT, request
-from stepped_model import CARD, ENVIRONMENT
+from stepped_model import ENVIRONMENT, MODEL_INFO
 
 from server.api import contract, images, open_inference
 from server.domain import Notice, Stage, Warning
@@ -23,8 +23,8 @@ from text_to_image_client._messages import build_request, read_event, read_reque
 from text_to_image_client.cli import main
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
-LIMITS = contract.limits_of(CARD, Settings(_cli_parse_args=False))
-TASK = contract.parse(request(), "id", CARD, LIMITS)
+LIMITS = contract.limits_of(MODEL_INFO, Settings(_cli_parse_args=False))
+TASK = contract.parse(request(), "id", MODEL_INFO, LIMITS)
 
 
 def enums(message: Descriptor | Any) -> Iterator[EnumDescriptor]:
@@ -40,8 +40,8 @@ def values(name: str) -> set[int]:
     return {value.number for value in found.values} - {0}
 
 
-def parsed(**fields: Any) -> contract.Task:
-    return contract.parse(pb.GenerateRequest(data=pb.TaskData(prompt="x"), **fields), "id", CARD, LIMITS)
+def parsed(**fields: Any) -> contract.ParsedRequest:
+    return contract.parse(pb.GenerateRequest(data=pb.TaskData(prompt="x"), **fields), "id", MODEL_INFO, LIMITS)
 
 
 def coded_by_server() -> set[int]:
@@ -70,7 +70,7 @@ def staged_by_server() -> set[int]:
 def warned_by_server() -> set[int]:
     warnings = [Warning(notice, "", "") for notice in Notice]
     finished = events.Finished((), 0, 0, ENVIRONMENT)
-    return {each.code for each in contract.metadata_message(TASK, CARD, [], warnings, finished).warnings}
+    return {each.code for each in contract.metadata_message(TASK, MODEL_INFO, [], warnings, finished).warnings}
 
 
 def read_by_client(field: str, name: str) -> Callable[[], set[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from cards import CARD, LIMITS
+from model_info import LIMITS, MODEL_INFO
 from PIL import Image
 from serving import request
 
@@ -35,7 +35,7 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
 ME = Caller("me")
-DONE = Finished((), 0.5, 1.5, CARD.environment)
+DONE = Finished((), 0.5, 1.5, MODEL_INFO.environment)
 
 
 def image(index: int, side: int = 64) -> ImageReady:
@@ -117,8 +117,10 @@ class House:
 
     def begin(self, name: str = "mine", *, prompt: str = "a cat", whole: bool = False, **fields: object) -> Recording:
         message = request(prompt, requestId=name, **fields)
-        task = contract.parse(message, name, CARD, LIMITS)
-        return self.recordings.begin(message, contract.in_one_message(task) if whole else task, CARD, math.inf, ME)
+        task = contract.parse(message, name, MODEL_INFO, LIMITS)
+        return self.recordings.begin(
+            message, contract.in_one_message(task) if whole else task, MODEL_INFO, math.inf, ME
+        )
 
     @property
     def settled(self) -> list[Settled]:
@@ -183,7 +185,7 @@ class TestListening:
         recording = house.begin(**DETACH)
         (job,) = house.engine.jobs
         job.tell(ImageReady(0, 0, np.zeros((8, 8, 7), np.complex64), 1, 1))
-        with pytest.raises(contract.Fault, match="internal error; the server's log has the cause"):
+        with pytest.raises(contract.InternalError, match="internal error; the server's log has the cause"):
             await listen(recording)
         assert job.cancelled
         assert "Traceback" in caplog.text
@@ -274,7 +276,7 @@ class TestWhoseJob:
     async def test_the_same_request_joins_and_another_is_refused(self, house):
         first = house.begin(**DETACH)
         assert house.begin(**DETACH) is first
-        with pytest.raises(contract.NameTaken, match="mine is another request"):
+        with pytest.raises(contract.JobAlreadyExists, match="mine is another request"):
             house.begin(prompt="a dog", **DETACH)
         assert len(house.engine.jobs) == 1
         await tell(first, house.engine, image(0), DONE)

@@ -143,7 +143,7 @@ class House:
     async def __aenter__(self) -> "House":
         await asyncio.wrap_future(self.engine.start(lambda: self.model))
         servicer = TextToImageServicer(self.engine, Settings())
-        servicer.open(self.model.card)
+        servicer.open(self.model.info)
         self.server = grpc.aio.server(interceptors=[Calls(self.metrics, None)])
         pb_grpc.add_TextToImageServiceServicer_to_server(servicer, self.server)
         oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(servicer), self.server)

@@ -359,7 +359,7 @@ class TestTokens:
 
     def test_all_are_compared_whichever_it_is(self, tmp_path, monkeypatch):
         (tmp_path / "tokens").write_text(TOKENS)
-        gate = auth.TokenCheck(tmp_path / "tokens")
+        gate = auth.TokenAuthInterceptor(tmp_path / "tokens")
         compared: list[bytes] = []
         real = hmac.compare_digest
         monkeypatch.setattr(hmac, "compare_digest", lambda known, given: compared.append(known) or real(known, given))
@@ -442,12 +442,12 @@ class TestTokens:
     def test_a_file_that_cannot_be_used_is_told_by_its_line(self, tmp_path, content, words):
         (tmp_path / "tokens").write_text(content)
         with pytest.raises(auth.Unusable, match=words):
-            auth.TokenCheck(tmp_path / "tokens")
+            auth.TokenAuthInterceptor(tmp_path / "tokens")
 
     @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
     def test_a_device_without_end_is_not_read_for_ever(self, device):
         with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
-            auth.TokenCheck(Path(device))
+            auth.TokenAuthInterceptor(Path(device))
         with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
             auth.certificates_of(Settings(tls_certificate=Path(device), tls_key=Path(device)))
 
@@ -457,7 +457,7 @@ class TestTokens:
         made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
         files = {"tls_certificate": tmp_path / "server.crt", "tls_key": tmp_path / "server.key"}
         assert auth.server_credentials(auth.certificates_of(Settings(**files)), False) is not None
-        caller = auth.TokenCheck(tmp_path / "tokens")._find(bearer(made.stdout.strip()))
+        caller = auth.TokenAuthInterceptor(tmp_path / "tokens")._find(bearer(made.stdout.strip()))
         assert caller == Caller("alice", "alice", jobs=4, max_priority=1)
 
 

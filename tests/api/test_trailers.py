@@ -70,7 +70,7 @@ def test_whatever_is_wrong_with_a_request_its_status_fits_and_says_how_much_was_
 
 @pytest.mark.parametrize("kind", [each for each in contract.STATUS if issubclass(each, events.EngineError)])
 def test_other_errors_fit_too(kind: type[Exception]):
-    error = kind("猫" * 9999, 2.5) if kind is events.Refused else kind("猫" * 9999)
+    error = kind("猫" * 9999, 2.5) if kind is events.ResourceExhausted else kind("猫" * 9999)
     status = contract.status_of(error)
     assert size_of(status.message, [("grpc-status-details-bin", status.SerializeToString())]) < MOST
     assert status.message.endswith("猫...")

@@ -31,7 +31,7 @@ from server.engine.events import (
     PreviewDropped,
     Progress,
     Queued,
-    Refused,
+    ResourceExhausted,
     Stretch,
 )
 from server.engine.scheduling import Limits, Order
@@ -159,7 +159,9 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine,
     for events in jobs:
         engine.submit("job", REQUEST, events)
     assert [events.next() for events in jobs] == [Queued(0, 5.0), Queued(1, 10.0), Queued(2, 15.0)]
-    with pytest.raises(Refused, match=r"3 requests are waiting already, for 15\.0 s.*; try again in 5\.0 s") as refused:
+    with pytest.raises(
+        ResourceExhausted, match=r"3 requests are waiting already, for 15\.0 s.*; try again in 5\.0 s"
+    ) as refused:
         engine.submit("job", REQUEST, Events())
     assert refused.value.retry_after == pytest.approx(5.0)
     model.allow(100)
@@ -177,7 +179,7 @@ def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clo
         with running(Engine(limits, clock=clock), model) as engine:
             events = Events()
             engine.submit("job", REQUEST, events)
-            with pytest.raises(Refused, match=words):
+            with pytest.raises(ResourceExhausted, match=words):
                 engine.submit("job", REQUEST, Events())
             model.allow(100)
             events.to_the_end()
@@ -190,10 +192,10 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_tim
     with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, were it alone"):
         engine.submit("job", REQUEST, Events(), timeout=3)
     engine.submit("job", REQUEST, Events(), timeout=6)
-    with pytest.raises(Refused, match=r"10\.0 s") as refused:
+    with pytest.raises(ResourceExhausted, match=r"10\.0 s") as refused:
         engine.submit("job", REQUEST, Events(), timeout=7)
     assert 0 < refused.value.retry_after < 5
-    with pytest.raises(Refused, match="1 admitted request would miss a deadline"):
+    with pytest.raises(ResourceExhausted, match="1 admitted request would miss a deadline"):
         engine.submit("job", replace(REQUEST, seeds=(7,)), Events(), timeout=5.9)
 
 
@@ -376,7 +378,7 @@ def test_a_job_too_large_for_the_memory_fails_alone_and_its_like_are_refused_for
     terminal = events.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, DeviceFull)
-    with pytest.raises(Refused, match="did not fit in the device's memory") as refused:
+    with pytest.raises(ResourceExhausted, match="did not fit in the device's memory") as refused:
         engine.submit("job", replace(REQUEST, width=16), Events())
     assert 0 < refused.value.retry_after <= 60
     model.fitting = 64

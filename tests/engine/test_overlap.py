@@ -25,7 +25,7 @@ from server.engine.events import (
     ImageReady,
     ModelFailed,
     Progress,
-    Refused,
+    ResourceExhausted,
 )
 from server.engine.scheduling import Limits
 from server.ensemble import checkpoint
@@ -345,7 +345,7 @@ def test_every_job_ends_once_whatever_overlaps(jobs: list[tuple[int, str]], max_
         submitted = []
         for number, (images, fate) in enumerate(jobs):
             events, seed = Events(), 13 if fate == "broken" else 100 + 10 * number
-            with suppress((Refused, DeadlineExceeded) if fate == "late" else ()):
+            with suppress((ResourceExhausted, DeadlineExceeded) if fate == "late" else ()):
                 job = engine.submit("job", request(seed, images), events, timeout=0.001 if fate == "late" else 1e6)
                 submitted.append((events, seed, images, fate))
                 if fate == "cancelled":

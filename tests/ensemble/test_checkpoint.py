@@ -249,7 +249,7 @@ def test_a_refiner_without_a_text_encoder_takes_the_one_of_the_base(folder: Path
 
     def hidden(folder: Path) -> torch.Tensor:
         ensemble = load(folder)
-        return ensemble.encode(default_request(ensemble.card, "a cat", seed=1)).hidden[Stage.REFINER]
+        return ensemble.encode(default_request(ensemble.info, "a cat", seed=1)).hidden[Stage.REFINER]
 
     assert torch.equal(hidden(folder), hidden(whole))
 
@@ -267,7 +267,7 @@ def test_the_fp16_variant_is_taken_where_both_are_there(folder: Path):
     assert files.variant == "fp16"
     assert all(".fp16." in file.name for part in files.weights.values() for file in part)
     (folder / "base" / UNET).write_text(POINTER)  # what is not served need not be there
-    assert load(folder).card.precision == "fp32"
+    assert load(folder).info.precision == "fp32"
 
 
 def test_a_variant_that_only_some_parts_have_is_not_taken(folder: Path):
@@ -284,7 +284,7 @@ def test_weights_in_shards_are_loaded_and_a_lost_shard_is_noticed(tmp_path: Path
     shards = sorted((base / "unet").glob("*.safetensors"))
     assert len(shards) > 1
     sharded = model.load(checkpoint.inspect(base, refiner), device="cpu")
-    assert sharded.card.has_refiner
+    assert sharded.info.has_refiner
     shards[0].unlink()
     with pytest.raises(MissingPart, match=rf"has {len(shards) - 1} of {len(shards)} weights files"):
         model.load(checkpoint.inspect(base, refiner), device="cpu")
@@ -295,26 +295,26 @@ def test_files_for_other_frameworks_beside_the_weights_are_ignored(folder: Path)
         (folder / "base" / name).write_text(POINTER)
     (folder / "base" / "vae_1_0").mkdir()
     (folder / "base" / "vae_1_0" / "diffusion_pytorch_model.safetensors").write_text(POINTER)
-    assert load(folder).card.has_refiner
+    assert load(folder).info.has_refiner
 
 
 def test_the_fingerprint_changes_with_any_byte_that_is_served_and_with_nothing_else(folder: Path, whole: Path):
-    before = load(whole).card.fingerprint
+    before = load(whole).info.fingerprint
     (folder / "base" / "README.md").write_text("words")
-    assert load(folder).card.fingerprint == before
+    assert load(folder).info.fingerprint == before
     config = folder / "refiner" / "unet" / "config.json"
     config.write_text(config.read_text() + " ")
-    assert load(folder).card.fingerprint != before
+    assert load(folder).info.fingerprint != before
 
 
 def test_a_checkpoint_may_bring_its_own_name_and_defaults(folder: Path):
-    assert load(folder).card.name == "base"
+    assert load(folder).info.name == "base"
     (folder / "base" / "defaults.json").write_text('{"name": "mini", "steps": 7, "guidance_scale": 3}')
-    card = load(folder).card
-    assert (card.name, card.default_steps, card.default_guidance_scale, card.default_high_noise_frac) == (
+    info = load(folder).info
+    assert (info.name, info.default_steps, info.default_guidance_scale, info.default_high_noise_frac) == (
         "mini", 7, 3.0, 0.8,
     )  # fmt: skip
-    assert model.load(checkpoint.inspect(folder / "base", None), device="cpu", name="given").card.name == "given"
+    assert model.load(checkpoint.inspect(folder / "base", None), device="cpu", name="given").info.name == "given"
 
 
 class TestVerify:
@@ -330,7 +330,7 @@ class TestVerify:
 
     def test_it_tells_the_fingerprint_that_the_server_tells(self, whole: Path):
         verified = self.verify(whole)
-        assert (verified.returncode, verified.stdout) == (0, f"{load(whole).card.fingerprint}\n")
+        assert (verified.returncode, verified.stdout) == (0, f"{load(whole).info.fingerprint}\n")
         assert self.verify(whole, "--fingerprint", verified.stdout.strip()).returncode == 0
 
     def test_its_flags_stand_before_the_environment(self, whole: Path, folder: Path):

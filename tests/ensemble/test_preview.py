@@ -60,7 +60,7 @@ def decibels(shown: np.ndarray, true: np.ndarray) -> float:
 
 @pytest.mark.parametrize("scheduler", list(model.SCHEDULERS))
 def test_previews_look_more_and_more_like_the_image(embedded, scheduler: str):
-    request = replace(default_request(embedded.card, "cat napping"), scheduler=scheduler, steps=12, width=336)
+    request = replace(default_request(embedded.info, "cat napping"), scheduler=scheduler, steps=12, width=336)
     trajectory = planned(embedded, request)
     shown, noisy = [], []
     for _ in trajectory.stages:
@@ -78,14 +78,14 @@ def test_previews_look_more_and_more_like_the_image(embedded, scheduler: str):
 
 
 def test_before_the_first_step_there_is_noise_to_be_seen(embedded):
-    trajectory = planned(embedded, default_request(embedded.card, "cat napping"))
+    trajectory = planned(embedded, default_request(embedded.info, "cat napping"))
     assert embedded.preview(trajectory).std() > 50
 
 
 def test_the_map_is_the_same_whenever_it_is_fitted_and_no_chance_is_in_it(tiny):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    again = preview.fit(tiny._encoded, tiny.card.side_multiple)
+    again = preview.fit(tiny._encoded, tiny.info.side_multiple)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(again.colours, tiny._preview.colours)
     assert np.array_equal(again.bias, tiny._preview.bias)
@@ -173,7 +173,7 @@ def test_a_taesd_draws_the_previews_where_one_is_given(folders, decoder: Path, p
 
 def test_the_flag_brings_the_taesd_to_the_model(decoder: Path):
     ensemble = service.load(Settings(preview_decoder=decoder, device="cpu"))
-    trajectory = planned(ensemble, default_request(ensemble.card, "cat napping"))
+    trajectory = planned(ensemble, default_request(ensemble.info, "cat napping"))
     assert ensemble.preview(trajectory).shape == (64, 64, 3)
 
 

@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 
 from server import __main__ as program
-from server.domain import Environment, ImageRequest, ModelCard, Stage, Warning
+from server.domain import Environment, ImageRequest, ModelInfo, Stage, Warning
 from server.settings import Settings
 
 log = logging.getLogger("steady")
 
 ENVIRONMENT = Environment({"steady": "1"}, "none", "fp32", "ieee", 0, 1, "off")
-CARD = ModelCard(
+MODEL_INFO = ModelInfo(
     "steady", "0" * 64, True, "cpu", "fp32", ("euler", "dpmpp_2m"), 64, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT
 )
 
@@ -66,7 +66,7 @@ class SteadyModel:
     overlaps = False
 
     def __init__(self, seconds: float, max_batch: int) -> None:
-        self.card = CARD
+        self.info = MODEL_INFO
         self.max_batch = max_batch
         self._seconds = seconds
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from server.domain import Environment, ImageRequest, ModelCard, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.domain import Environment, ImageRequest, ModelInfo, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished
 
 REQUEST = ImageRequest("a cat", "", (5,), 3, 4.0, 0.7, "euler", 8, 8)
 ENVIRONMENT = Environment({}, "none", "none", "none", 0, 1, "off")
-CARD = ModelCard("stepped", "", True, "none", "none", ("euler",), 8, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT)
+MODEL_INFO = ModelInfo("stepped", "", True, "none", "none", ("euler",), 8, 8, 3, 4.0, 0.7, "euler", ENVIRONMENT)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Prompt:
 class SteppedModel:
     """Each call announces itself in `calls`, then waits for `allow`."""
 
-    card: ModelCard = CARD
+    info: ModelInfo = MODEL_INFO
     max_batch: int = 1
     overlaps: bool = False
     calls: "queue.Queue[tuple[str, int]]" = field(default_factory=queue.Queue)

@@ -1,10 +1,10 @@
 """A model without weights, and the limits that the default settings give it."""
 
 from server.api import contract
-from server.domain import Environment, ModelCard
+from server.domain import Environment, ModelInfo
 from server.settings import Settings
 
-CARD = ModelCard(
+MODEL_INFO = ModelInfo(
     name="mini",
     fingerprint="f" * 64,
     has_refiner=True,
@@ -23,4 +23,4 @@ CARD = ModelCard(
 )
 
 
-LIMITS = contract.limits_of(CARD, Settings())
+LIMITS = contract.limits_of(MODEL_INFO, Settings())

@@ -507,9 +507,9 @@ class TestClients:
             return ended
 
         authority, certificate, key = str(house.authority.file), *map(str, house.own)
-        flags = ("--tls-authority", authority, "--tls-client-certificate", certificate, "--tls-client-key", key)
+        flags = ("--tls-ca", authority, "--tls-client-certificate", certificate, "--tls-client-key", key)
         variables = {
-            "T2I_TLS_AUTHORITY": authority,
+            "T2I_TLS_CA": authority,
             "T2I_TLS_CLIENT_CERTIFICATE": certificate,
             "T2I_TLS_CLIENT_KEY": key,
             "T2I_TOKEN": "token-of-two",

@@ -150,10 +150,10 @@ def test_what_a_proxy_cut_is_said_in_words(service, tmp_path):
 
 
 def test_a_file_of_certificates_that_is_none_is_a_wrong_command_line(service, tmp_path):
-    (tmp_path / "authority.crt").write_text("garbage")
-    result = t2i("--tls-authority", str(tmp_path / "authority.crt"), "health", "--target", service.target)
+    (tmp_path / "ca.crt").write_text("garbage")
+    result = t2i("--tls-ca", str(tmp_path / "ca.crt"), "health", "--target", service.target)
     assert result.exit_code == 2
-    assert "authority.crt is not PEM: it has no line that begins with -----BEGIN" in result.stderr
+    assert "ca.crt is not PEM: it has no line that begins with -----BEGIN" in result.stderr
 
 
 def test_a_time_to_try_again_is_said_once(service, status, tmp_path):

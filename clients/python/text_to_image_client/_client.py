@@ -71,11 +71,11 @@ _MAX_RECONNECT_MS = 5000  # a server that comes back at its address has its shar
 class TLS:
     """How to make sure of the service, and it of this client. All are PEM files, read when the client is made.
 
-    `authority` has the certificates to trust, by default those that gRPC comes with; `certificate` and `key` are this
+    `ca` has the certificates to trust, by default those that gRPC comes with; `certificate` and `key` are this
     client's own, for a service that asks for them.
     """
 
-    authority: str | Path | None = None
+    ca: str | Path | None = None
     certificate: str | Path | None = None
     key: str | Path | None = None
 
@@ -83,10 +83,10 @@ class TLS:
         """Raises OSError for a file that cannot be read, ValueError for one that is no PEM or lacks its counterpart."""
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together")
-        authority, key, certificate = (
-            _read_pem(Path(file)) if file is not None else None for file in (self.authority, self.key, self.certificate)
+        ca, key, certificate = (
+            _read_pem(Path(file)) if file is not None else None for file in (self.ca, self.key, self.certificate)
         )
-        return grpc.ssl_channel_credentials(authority, key, certificate)
+        return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
 class TextToImage:

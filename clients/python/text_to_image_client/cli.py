@@ -160,7 +160,7 @@ def _file_option(name: str, variable: str, text: str) -> Callable[[_Command], _C
     help="The service to talk to: HOST:PORT, HOST for port 50051, or unix:/PATH; may also stand behind the command.",
 )
 @click.option("--tls", is_flag=True, envvar="T2I_TLS", show_envvar=True, help="Use TLS; implied by the next three.")
-@_file_option("--tls-authority", "T2I_TLS_AUTHORITY", "Certificates to trust, PEM.  [default: those of gRPC]")
+@_file_option("--tls-ca", "T2I_TLS_CA", "Certificates to trust, PEM.  [default: those of gRPC]")
 @_file_option("--tls-client-certificate", "T2I_TLS_CLIENT_CERTIFICATE", "Your own, PEM, if the service asks for one.")
 @_file_option("--tls-client-key", "T2I_TLS_CLIENT_KEY", "Its key, PEM.")
 @click.option(
@@ -181,7 +181,7 @@ def main(
 def _connect(target: str) -> TextToImage:
     """A client of `target`, with the TLS and the token that stand before the command."""
     given = click.get_current_context().find_root().params
-    files = given["tls_authority"], given["tls_client_certificate"], given["tls_client_key"]
+    files = given["tls_ca"], given["tls_client_certificate"], given["tls_client_key"]
     tls = TLS(*files) if given["tls"] or any(files) else None
     try:
         return TextToImage(target, tls=tls, token=given["token"])

@@ -43,7 +43,7 @@ async def main() -> None:
     runs = options.runs
 
     settings = Settings()
-    engine = Engine(settings.queue, Order(settings.schedule))
+    engine = Engine(settings.queue, Order(settings.scheduling_policy))
     thread = Bare()
     info = (await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))).info
     servicer = TextToImageServicer(engine, settings)

@@ -193,7 +193,8 @@ def server(order: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens")
         tokens.write_text("".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n" for name in CALLERS))
-        with serving.served("--schedule", order, "--max-queue", "1000", "--tokens", str(tokens)) as (target, _):
+        flags = ("--scheduling-policy", order, "--max-queue", "1000", "--tokens", str(tokens))
+        with serving.served(*flags) as (target, _):
             yield target
 
 

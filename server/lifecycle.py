@@ -59,7 +59,7 @@ class Server:
         self._engine = self._service.engine
         self._metrics = self._service.metrics
         self._certificates = auth.certificates_of(settings)
-        self._credentials = auth.server_credentials(self._certificates, settings.tls_client_authority is not None)
+        self._credentials = auth.server_credentials(self._certificates, settings.tls_client_ca is not None)
         self._has_terminal = _terminal_is_there()
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.

@@ -995,7 +995,7 @@ def _loading_on(device: str) -> Iterator[None]:
 
 def _check_sides(sizes: Sequence[tuple[int, int]], multiple: int) -> None:
     if wrong := [size for size in sizes if any(side % multiple for side in size)]:
-        raise CannotCompile(f"sides must be multiples of {multiple}: --warm-up cannot have {_told(wrong)}")
+        raise CannotCompile(f"sides must be multiples of {multiple}: --compile-sizes cannot have {_told(wrong)}")
 
 
 def _compiled(mode: str, sizes: Sequence[tuple[int, int]]) -> str:

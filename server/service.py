@@ -75,7 +75,7 @@ class Service:
         self._load = load
         self.metrics = Metrics(settings.max_queue)
         self._traces = traces_of_environment()
-        self.engine = Engine(settings.queue, Order(settings.schedule), observe=self._observe)
+        self.engine = Engine(settings.queue, Order(settings.scheduling_policy), observe=self._observe)
         self._screening = content_filter.load(settings)
         self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
         gates = [] if settings.tokens is None else [auth.TokenAuthInterceptor(settings.tokens)]
@@ -190,7 +190,7 @@ class Service:
 
         The calls that are under way fail with `engine.abandon`, which is for the one who awaits this.
         """
-        patience = self._settings.device_seconds
+        patience = self._settings.device_timeout_seconds
         silence = Silence(patience / _LOOKS)
         while (silent := silence.after_look(self.engine.busy)) < patience:
             await asyncio.sleep(patience / _LOOKS)
@@ -254,7 +254,7 @@ def load(settings: Settings) -> Model:
             compile=settings.compile,
             compile_cache=settings.compile_cache,
             compile_while_serving=settings.compile_while_serving,
-            warm_up=settings.warm_up_sizes,
+            warm_up=settings.sizes_to_compile,
             preview_decoder=settings.preview_decoder,
             offload=settings.offload,
         )

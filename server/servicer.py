@@ -215,7 +215,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         writing = asyncio.create_task(context.write(message))
         try:
             for _ in range(_LOOKS):  # a pause of this process, of whatever length, costs the client one of them
-                done, _ = await asyncio.wait((writing,), timeout=self._settings.stall_seconds / _LOOKS)
+                done, _ = await asyncio.wait((writing,), timeout=self._settings.slow_reader_seconds / _LOOKS)
                 if done:
                     break
         except asyncio.CancelledError:

@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         None, description="certificate chain, PEM, to serve with TLS alone; read anew when it changes"
     )
     tls_key: _Path | None = Field(None, description="the certificate's key, PEM, not encrypted")
-    tls_client_authority: _Path | None = Field(
+    tls_client_ca: _Path | None = Field(
         None, description="certificates of authorities, PEM; only clients with a certificate of theirs can connect"
     )
     tokens: _Path | None = Field(
@@ -105,9 +105,9 @@ class Settings(BaseSettings):
     plaintext_tokens: bool = Field(
         False, description="take tokens without TLS from other machines: for when a proxy in front of this does TLS"
     )
-    max_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on one connection")
+    max_concurrent_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on one connection")
     max_connections: int = Field(500, ge=1, le=1_000_000, description="connections at once")
-    connection_seconds: float = Field(
+    max_connection_age_seconds: float = Field(
         3600, ge=1, le=86_400, description="after so long a client is asked to connect anew; its calls go on for a day"
     )
     keepalive_seconds: float = Field(
@@ -135,13 +135,13 @@ class Settings(BaseSettings):
         description="keep on the device only the network that works and the others in the host's memory: slow, for a "
         "device that is too small",
     )
-    schedule: Literal["shortest", "first-come"] = Field(
+    scheduling_policy: Literal["shortest", "first-come"] = Field(
         "shortest",
         description="shortest: short requests and deadlines first, fair between callers, nobody waits for ever; "
         "first-come: each to its end in the order of arrival",
     )
     max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
-    max_queue_of_caller: int | None = Field(
+    max_queue_per_caller: int | None = Field(
         None,
         ge=1,
         le=10_000,
@@ -179,12 +179,12 @@ class Settings(BaseSettings):
         description="serve as soon as the weights are loaded and compile meanwhile, which needs memory for both; until "
         "then images are slower and can differ in their last bits, each made in one way from beginning to end",
     )
-    warm_up: Annotated[str, AfterValidator(_sizes)] | None = Field(
+    compile_sizes: Annotated[str, AfterValidator(_sizes)] | None = Field(
         None,
         description="WIDTHxHEIGHT,...: sizes that are compiled, others are served as with --compile off; default: the "
         "size the model was trained on",
     )
-    device_seconds: float = Field(
+    device_timeout_seconds: float = Field(
         300,
         gt=0,
         le=86_400,
@@ -213,7 +213,7 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         30, ge=0, le=3600, description="how long running jobs may go on after SIGTERM before they are ended"
     )
-    stall_seconds: float = Field(
+    slow_reader_seconds: float = Field(
         30, gt=0, le=3600, description="how long a client may leave its stream unread before the call is ended"
     )
     heartbeat_seconds: float = Field(
@@ -253,15 +253,15 @@ class Settings(BaseSettings):
         """A sentence for each group of flags that do not go together. `read` puts the names that were typed."""
         if self.refiner is not None and self.base is None:
             yield "--refiner was given without --base; give both folders, or neither"
-        asked = self.compile_while_serving or self.warm_up is not None
+        asked = self.compile_while_serving or self.compile_sizes is not None
         if (asked and self.compile == "auto") or (self.compile == "off" and (asked or self.compile_cache is not None)):
-            yield "--compile-cache, --compile-while-serving and --warm-up are for --compile blocks or full"
+            yield "--compile-cache, --compile-while-serving and --compile-sizes are for --compile blocks or full"
         if self.offload and (self.compile not in ("auto", "off") or self.overlap):
             yield "--offload moves networks about, so leave --compile off, and --overlap too"
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "--tls-certificate and --tls-key go together; give both files, or neither"
-        if self.tls_client_authority is not None and self.tls_certificate is None:
-            yield "--tls-client-authority needs --tls-certificate and --tls-key"
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            yield "--tls-client-ca needs --tls-certificate and --tls-key"
         exposed = self.tls_certificate is None and not addresses.are_local(self.listen)
         if self.tokens is not None and exposed and not self.plaintext_tokens:
             yield (
@@ -276,15 +276,15 @@ class Settings(BaseSettings):
         """What may be admitted at once."""
         return Limits(
             jobs=self.max_queue,
-            jobs_of_caller=self.max_queue_of_caller or self.max_queue,
+            jobs_of_caller=self.max_queue_per_caller or self.max_queue,
             pixels=self.max_queue_pixels,
             bytes=self.max_queue_bytes,
         )
 
     @property
-    def warm_up_sizes(self) -> list[tuple[int, int]]:
+    def sizes_to_compile(self) -> list[tuple[int, int]]:
         """Width and height of the images that are compiled for; none for the default."""
-        sizes = (size.split("x") for size in (self.warm_up or "").split(",") if size)
+        sizes = (size.split("x") for size in (self.compile_sizes or "").split(",") if size)
         return [(int(width), int(height)) for width, height in sizes]
 
     @property

@@ -63,7 +63,17 @@ _MAYBE: dict[Any, list[str]] = {
     ],
 }  # fmt: skip
 # Those of the model need the real one, which start.py starts; here the model is that of tests/support/steady_server.py.
-_MODEL = {"base", "refiner", "preview_decoder", "compile_cache", "warm_up", "device", "precision", "offload", "compile"}
+_MODEL = {
+    "base",
+    "refiner",
+    "preview_decoder",
+    "compile_cache",
+    "compile_sizes",
+    "device",
+    "precision",
+    "offload",
+    "compile",
+}
 
 
 @dataclass

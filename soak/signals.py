@@ -112,7 +112,7 @@ class Place:
             (self.folder / name).mkdir(exist_ok=True)
         return ServerProcess(
             "--listen", f"{self.target},unix:{self.folder}/socket", "--ready-file", f"{self.folder}/ready",
-            "--device-seconds", f"{_DEVICE_SECONDS}",
+            "--device-timeout-seconds", f"{_DEVICE_SECONDS}",
             program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS=_CALL_SECONDS,
             TMPDIR=f"{self.folder}/temporary", HOME=f"{self.folder}/home",
         )  # fmt: skip

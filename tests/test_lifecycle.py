@@ -106,7 +106,7 @@ def test_every_flag_is_an_environment_variable_too(start_server):
         (["--max-queue", "0"], "--max-queue: must be at least 1, is '0'"),
         (["--listen", "nowhere"], "--listen: give HOST:PORT"),
         (["--refiner", "somewhere"], "--refiner was given without --base"),
-        (["--compile-while-serving"], "--compile-while-serving and --warm-up are for"),
+        (["--compile-while-serving"], "--compile-while-serving and --compile-sizes are for"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag; --help lists the flags"),
     ],
 )
@@ -164,7 +164,9 @@ def test_a_folder_without_a_checkpoint_ends_the_server_before_it_serves(start_se
 
 
 def test_a_device_that_does_not_answer_ends_the_process_for_an_orchestrator_to_restart(start_server):
-    server = start_server("--device-seconds", "2", program=("tests/support/faulty_server.py",)).wait_until_ready()
+    server = start_server(
+        "--device-timeout-seconds", "2", program=("tests/support/faulty_server.py",)
+    ).wait_until_ready()
     with connect(server) as channel:
         stub, health = pb_grpc.TextToImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)

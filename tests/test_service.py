@@ -326,7 +326,7 @@ class TestLettingGo:
         )
 
     def test_a_client_that_does_not_read_is_let_go_and_holds_nobody_up(self, start_server):
-        server = start_server("--stall-seconds", "1").wait_until_ready()
+        server = start_server("--slow-reader-seconds", "1").wait_until_ready()
         # Without probing, the client's window stays at the 64 KiB that HTTP/2 begins with.
         with connect(server, ("grpc.http2.bdp_probe", 0)) as channel, connect(server) as other:
             unread = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(

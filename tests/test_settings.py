@@ -24,11 +24,11 @@ def problems(flags: list[str]) -> list[str]:
         ("max-queue", "0", "must be at least 1, is '0'"),
         ("max-queue", "9" * 5000, f"must be a whole number, is '{'9' * 63}..."),
         ("max-queue-pixels", "9" * 400, f"must be at most 9007199254740992, is '{'9' * 63}..."),
-        ("device-seconds", "nan", "must be at most 86400, is 'nan'"),
-        ("device-seconds", "0", "must be above 0, is '0'"),
-        ("stall-seconds", "soon", "must be a number, is 'soon'"),
+        ("device-timeout-seconds", "nan", "must be at most 86400, is 'nan'"),
+        ("device-timeout-seconds", "0", "must be above 0, is '0'"),
+        ("slow-reader-seconds", "soon", "must be a number, is 'soon'"),
         ("device", "CUDA", "must be one of auto, cuda, mps, cpu, is 'CUDA'"),
-        ("schedule", "FIRST_COME", "must be one of shortest, first-come, is 'FIRST_COME'"),
+        ("scheduling-policy", "FIRST_COME", "must be one of shortest, first-come, is 'FIRST_COME'"),
         ("tokens", "", "must not be empty"),
         ("ready-file", ".", "must be the path of a file, is '.'"),
         ("ready-file", "/", "must be the path of a file, is '/'"),
@@ -37,7 +37,7 @@ def problems(flags: list[str]) -> list[str]:
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag_or_variable(monkeypatch, name, value, words):
-    if name not in ("device", "schedule"):  # argparse itself looks at the choices of a flag
+    if name not in ("device", "scheduling-policy"):  # argparse itself looks at the choices of a flag
         assert problems([f"--{name}={value}"]) == [f"--{name}: {words}"]
     variable = f"T2I_{name.replace('-', '_').upper()}"
     monkeypatch.setenv(variable, value)

@@ -115,8 +115,8 @@ def certificates_of(settings: Settings) -> "Files[grpc.ServerCertificateConfigur
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
     paths = [settings.tls_certificate, settings.tls_key]
-    if settings.tls_client_authority is not None:
-        paths.append(settings.tls_client_authority)
+    if settings.tls_client_ca is not None:
+        paths.append(settings.tls_client_ca)
     return Files("certificates", partial(_certificates, paths), *paths)
 
 
@@ -250,12 +250,12 @@ def connection_options(settings: Settings) -> list[tuple[str, int]]:
     """What gRPC lets a connection do: enough for every client that means well, and no more."""
     answer = min(_ANSWER_SECONDS, settings.keepalive_seconds)
     return [
-        ("grpc.max_concurrent_streams", settings.max_streams),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         # Between a soft and a hard limit gRPC refuses calls at random, so they are one.
         ("grpc.max_metadata_size", METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", METADATA_BYTES),
-        ("grpc.max_connection_age_ms", _ms(settings.connection_seconds)),
+        ("grpc.max_connection_age_ms", _ms(settings.max_connection_age_seconds)),
         ("grpc.max_connection_age_grace_ms", _ms(_STREAM_SECONDS)),
         # A peer that is gone without a word is noticed by its silence, whether calls are under way or not.
         ("grpc.keepalive_time_ms", _ms(settings.keepalive_seconds)),

@@ -236,7 +236,7 @@ def test_what_goes_without_compiled_networks_is_not_built(folders, changes: dict
 
 
 def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):
-    with pytest.raises(CannotCompile, match="multiples of 2: --warm-up cannot have 33x64"):
+    with pytest.raises(CannotCompile, match="multiples of 2: --compile-sizes cannot have 33x64"):
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
 
 

@@ -208,7 +208,7 @@ class TestEnding:
         cancel(stub, "patient")
 
     def test_a_client_that_does_not_read_loses_its_stream_and_not_the_job(self, start_server):
-        server = start_server("--stall-seconds", "1").wait_until_ready()
+        server = start_server("--slow-reader-seconds", "1").wait_until_ready()
         asked = detached(
             "unread",
             parameter={"n": 8},

@@ -110,7 +110,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     tokens = authority.folder / "tokens"
     tokens.write_text(TOKENS)
     server = ServerProcess(
-        *("--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-authority", str(authority.file)),
+        *("--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-ca", str(authority.file)),
         *("--tokens", str(tokens), "--health-listen", "127.0.0.1:0"),
     )
     yield House(server.wait_until_ready(), authority, own, tokens)
@@ -227,7 +227,7 @@ class TestTls:
                 path.write_bytes((authority.folder / "locked").read_bytes())
             else:
                 path.write_bytes((authority.folder / content).read_bytes() if isinstance(content, str) else content)
-        wrong = Settings(tls_certificate=certificate, tls_key=key, tls_client_authority=authority.file)
+        wrong = Settings(tls_certificate=certificate, tls_key=key, tls_client_ca=authority.file)
         with pytest.raises(auth.Unusable, match=words):
             auth.certificates_of(wrong)
 
@@ -248,7 +248,7 @@ class TestTls:
     [
         ({"tls_key": "k"}, "go together"),
         ({"tls_certificate": "c"}, "go together"),
-        ({"tls_client_authority": "a"}, "needs --tls-certificate and --tls-key"),
+        ({"tls_client_ca": "a"}, "needs --tls-certificate and --tls-key"),
         ({"tokens": "t", "listen": "0.0.0.0:50051"}, "whoever hears a token can use it"),
         ({"tokens": "t", "listen": "[::]:50051"}, "whoever hears a token can use it"),
         ({"tokens": "t", "listen": "example.org:50051"}, "whoever hears a token can use it"),
@@ -638,7 +638,7 @@ class TestHostilePeers:
             server.wait_for_log(f"{calls[admitted]}: Cancelled")
 
     def test_streams_beyond_the_limit_are_refused_each_by_itself(self, server):
-        most, more = Settings().max_streams, 500
+        most, more = Settings().max_concurrent_streams, 500
         flood = b"".join(opening(2 * number + 1, f"/{SERVICE}/Generate") for number in range(most + more))
         with dialled(server.target, HELLO + flood) as connection:
             refused = (
@@ -771,7 +771,7 @@ class TestPeersThatAreGone:
             assert pings == 3
 
     def test_after_its_time_a_client_is_asked_to_connect_anew(self, serve):
-        with dialled(serve(connection_seconds=1), HELLO) as connection:
+        with dialled(serve(max_connection_age_seconds=1), HELLO) as connection:
             assert parting(connection) == (0, b"max_age")
 
     def test_there_are_no_more_connections_than_allowed(self, serve):

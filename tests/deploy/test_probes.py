@@ -54,7 +54,7 @@ def test_probes_tell_loading_serving_draining_and_dead_apart(start_server, progr
     certificate, key = authority.issue("server", *tls.LOCAL)
     server: ServerProcess = start_server(
         *("--tls-certificate", str(certificate), "--tls-key", str(key)),
-        *("--tls-client-authority", str(authority.file), "--health-listen", "127.0.0.1:0"),
+        *("--tls-client-ca", str(authority.file), "--health-listen", "127.0.0.1:0"),
     )
     probe = probing(program, server)
     assert server.target
@@ -80,7 +80,7 @@ def test_a_port_with_mutual_tls_cannot_be_probed(start_server, program: Path, au
     """Which is why there is another one for health."""
     certificate, key = authority.issue("server", *tls.LOCAL)
     server: ServerProcess = start_server(
-        *("--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-authority", str(authority.file)),
+        *("--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-ca", str(authority.file)),
     )
     asked = subprocess.run([program, server.target, ""], capture_output=True, text=True, check=False)
     assert asked.returncode == 2

@@ -337,7 +337,7 @@ def changed(ray: RayServe, weights: dict[str, str], tmp_path_factory: pytest.Tem
     own = configuration(ray.ports, weights | {"T2I_TOKENS": str(tokens)}, autoscaling_config=quick)
     faulty = configuration(
         ray.ports,
-        weights | {"T2I_DEVICE_SECONDS": "5", "T2I_MAX_IMAGES": "24"},
+        weights | {"T2I_DEVICE_TIMEOUT_SECONDS": "5", "T2I_MAX_IMAGES": "24"},
         autoscaling_config=None,
         num_replicas=1,
         health_check_period_s=1,

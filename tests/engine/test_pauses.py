@@ -52,7 +52,7 @@ class TestSilence:
 
 def test_a_stopped_server_goes_on_when_it_is_continued(start_server):
     server: ServerProcess = start_server(
-        "--device-seconds", "6", program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS="0.5"
+        "--device-timeout-seconds", "6", program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS="0.5"
     ).wait_until_ready()
     with connect(server) as channel:
         stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request(), timeout=PATIENCE)
@@ -66,7 +66,7 @@ def test_a_stopped_server_goes_on_when_it_is_continued(start_server):
 
 def test_a_device_that_is_silent_still_ends_the_server(start_server):
     server: ServerProcess = start_server(
-        "--device-seconds", "1", program=("tests/support/steady_server.py",), cold=True
+        "--device-timeout-seconds", "1", program=("tests/support/steady_server.py",), cold=True
     ).wait_until_ready()
     with connect(server) as channel:
         call = pb_grpc.TextToImageServiceStub(channel).Generate.future(request("hang"), timeout=PATIENCE)
@@ -77,7 +77,7 @@ def test_a_device_that_is_silent_still_ends_the_server(start_server):
 async def test_a_client_is_not_given_up_for_a_pause_during_its_message(monkeypatch):
     """The loop's clock jumps by an hour, as after a pause; the message goes out a moment later."""
     loop = asyncio.get_running_loop()
-    servicer = TextToImageServicer(Engine(Limits(jobs=1)), Settings(stall_seconds=30))
+    servicer = TextToImageServicer(Engine(Limits(jobs=1)), Settings(slow_reader_seconds=30))
     real, paused = loop.time, 0.0
     monkeypatch.setattr(loop, "time", lambda: real() + paused)
 

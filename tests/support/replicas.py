@@ -22,7 +22,7 @@ class Replicas:
     def replace(self) -> None:
         self.servers = self.alive()
         while len(self.servers) < 3:
-            flags = ("--device-seconds", "4", "--heartbeat-seconds", "0")
+            flags = ("--device-timeout-seconds", "4", "--heartbeat-seconds", "0")
             self.servers.append(ServerProcess(*flags, program=("tests/support/steady_server.py",)))
         for each in self.servers:
             each.wait_until_ready()

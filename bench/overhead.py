@@ -26,6 +26,7 @@ from server import service
 from server.api import images
 from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
+from server.engine.interface import Submission
 from server.engine.scheduling import Order
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -138,7 +139,7 @@ class Bare:
         """The image's bytes, and how long the loop alone took on the device thread."""
         self._request = default_request(self.info, prompt, seed=1)
         self._made: Future[tuple[bytes, float]] = Future()
-        engine.submit("bare loop", self._request, lambda event: None)
+        engine.submit(Submission("bare loop", self._request), lambda event: None)
         return await asyncio.wrap_future(self._made)
 
     def encode(self, request: ImageRequest) -> Any:

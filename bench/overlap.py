@@ -28,6 +28,7 @@ from server import model
 from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished, ImageReady
+from server.engine.interface import Submission
 from server.engine.scheduling import Limits
 from server.ensemble import checkpoint
 
@@ -164,7 +165,7 @@ def run(ensemble: model.Ensemble, requests: Sequence[ImageRequest], overlaps: bo
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     began = time.perf_counter()
     for job, request in enumerate(requests):
-        engine.submit(f"job {job}", request, lambda event, job=job: events.put((job, event)))
+        engine.submit(Submission(f"job {job}", request), lambda event, job=job: events.put((job, event)))
     images: dict[tuple[int, int], NDArray[np.uint8]] = {}
     ended = 0
     while ended < len(requests):

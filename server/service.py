@@ -27,6 +27,7 @@ from server.api.decoding import DecodeErrorInterceptor
 from server.domain import ImageRequest, ModelInfo, default_request
 from server.engine.engine import Engine, Model
 from server.engine.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.engine.interface import Submission
 from server.engine.scheduling import Order
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CheckpointError
@@ -179,7 +180,7 @@ class Service:
             elif isinstance(event, Finished | Failed):
                 loop.call_soon_threadsafe(ended.put_nowait, event)
 
-        self.engine.submit("warm-up", request, deliver)
+        self.engine.submit(Submission("warm-up", request), deliver)
         terminal = await ended.get()
         if isinstance(terminal, Failed):
             raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error

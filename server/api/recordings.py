@@ -33,6 +33,7 @@ from server.engine.events import (
     Settled,
     unobserved,
 )
+from server.engine.interface import Submission
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -91,14 +92,8 @@ class Recording:
 
         self._engine = engine
         self._job = engine.submit(
-            task.request_id,
-            task.image,
+            Submission(task.request_id, task.image, caller, timeout, task.priority, task.output.preview_interval),
             deliver,
-            timeout,
-            caller.name,
-            task.priority,
-            task.output.preview_interval,
-            caller.jobs,
         )
         self.ended = asyncio.create_task(self._record(events))
 

@@ -54,6 +54,7 @@ from server.engine.events import (
     Stretch,
     unobserved,
 )
+from server.engine.interface import Submission
 from server.engine.scheduling import Forecast, Limits, Order, Reason, Refusal, Schedule, Task
 
 log = logging.getLogger(__name__)
@@ -146,17 +147,15 @@ class _Call:
 
 @dataclass(eq=False)
 class Job:
-    """One admitted request, under the `name` that the log knows it by.
+    """One admitted request.
 
     `deliver` takes its events: called from any thread, never blocking, exactly one terminal event (Finished or Failed)
     last. Times are on the engine's clock.
     """
 
-    name: str
-    request: ImageRequest
+    submission: Submission
     deliver: Callable[[Event], None]
     task: Task
-    preview_interval: int = 0
     script: Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]] | None = None
     call: _Call | None = None
     started: float | None = None
@@ -245,43 +244,30 @@ class Engine:
         self._thread.start()
         return loaded
 
-    def submit(
-        self,
-        name: str,
-        request: ImageRequest,
-        deliver: Callable[[Event], None],
-        timeout: float = math.inf,
-        caller: str = "",
-        priority: int = 0,
-        preview_interval: int = 0,
-        jobs_of_caller: int | None = None,
-    ) -> Job:
-        """Admit a request that must end within `timeout` seconds.
-
-        `caller` is who asks, between whom the device is shared fairly. A higher `priority` goes earlier. Every so many
-        network calls there is a Preview, with a `preview_interval` of 0 never. `jobs_of_caller` stands, if given, in
-        place of that of the limits.
+    def submit(self, submission: Submission, deliver: Callable[[Event], None]) -> Job:
+        """Admit a request; `deliver` takes its events, as Job says.
 
         Raises Draining, DeviceUnavailable, ResourceExhausted or DeadlineExceeded; later troubles arrive as Failed.
         """
+        request = submission.request
         with self._changed:
             if self._refusing is not None:
                 raise self._refusing
             now = self._clock()
             task = Task(
-                caller=caller,
+                caller=submission.caller.name,
                 calls=[(_kind(request, Stage.ENCODE), 1), *self._expected_calls(request)],
-                deadline=now + timeout,
-                priority=priority,
+                deadline=now + submission.timeout,
+                priority=submission.priority,
                 pixels=request.width * request.height * len(request.seeds),
                 bytes=_memory(request),
-                jobs_of_caller=jobs_of_caller,
+                jobs_of_caller=submission.caller.jobs,
             )
             self._check(task, request, now)
-            job = Job(name, request, deliver, task, preview_interval)
+            job = Job(submission, deliver, task)
             self._schedule.add(task, now)
             self._jobs[task] = job
-            if timeout < math.inf:
+            if submission.timeout < math.inf:
                 heapq.heappush(self._deadlines, (task.deadline, next(self._numbers), job))
             forecast = self._schedule.forecast(task, now)
             self._tell(job, forecast, now)
@@ -687,12 +673,12 @@ class Engine:
     def _planned(self, job: Job, calls: Mapping[Stage, int], images: int, batch: int) -> None:
         """Each of the job's `images` left, `batch` of which share them, turns out to need so many calls of experts."""
         with self._changed:
-            self._calls_per_step[job.request.scheduler] = sum(calls.values()) / job.request.steps
+            self._calls_per_step[job.submission.request.scheduler] = sum(calls.values()) / job.submission.request.steps
             if job.task in self._jobs:
-                self._schedule.replan(job.task, _calls(job.request, calls, images, batch))
+                self._schedule.replan(job.task, _calls(job.submission.request, calls, images, batch))
 
     def _offer_previews(self, job: Job, call: _Call) -> None:
-        if call.trajectories and job.preview_interval and call.calls % job.preview_interval == 0:
+        if call.trajectories and job.submission.preview_interval and call.calls % job.submission.preview_interval == 0:
             for place, trajectory in enumerate(call.trajectories):
                 self._previews.offer(job, call.index + place, call.calls, trajectory)
 
@@ -707,14 +693,14 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         failure: EngineError
         if isinstance(error, OutOfMemory):
-            request = job.request
+            request = job.submission.request
             failure = DeviceFull(
                 f"{request.width} x {request.height} pixels do not fit in the device's memory; ask for fewer"
             )
-            job.within(log.error, "%s: %s", job.name, error)
+            job.within(log.error, "%s: %s", job.submission.name, error)
         else:
             failure = ModelFailed("the model failed on this request; the server's log has the cause")
-            job.within(log.error, "%s: the model failed", job.name, exc_info=error)
+            job.within(log.error, "%s: the model failed", job.submission.name, exc_info=error)
         with self._changed:
             if isinstance(error, OutOfMemory):
                 self._too_large = (_rows(request) * request.width * request.height, self._clock() + _AGAIN)
@@ -743,8 +729,14 @@ class Engine:
         job.within(
             log.info,
             "%s: %s after %d model calls, %.3f s of the device, %.3f s of them after its end; %.2f s, foretold %.2f s",
-            job.name, outcome, job.calls_made, job.task.used, job.wasted, took, job.foretold - job.task.admitted,
-        )  # fmt: skip
+            job.submission.name,
+            outcome,
+            job.calls_made,
+            job.task.used,
+            job.wasted,
+            took,
+            job.foretold - job.task.admitted,
+        )
         ended = Ended(outcome, job.task.admitted, job.started, now, job.foretold, tuple(job.stretches))
         job.within(self._observe, ended)
         job.deliver(terminal)
@@ -795,7 +787,7 @@ class _Previews:
             try:
                 pixels = model.preview(trajectory)
             except Exception:  # noqa: BLE001  # a preview is not worth an image
-                job.within(log.exception, "%s: no preview of image %d", job.name, index)
+                job.within(log.exception, "%s: no preview of image %d", job.submission.name, index)
                 continue
             self._deliver(job, Preview(index, step, len(trajectory.stages), pixels))
 
@@ -810,7 +802,7 @@ def _script(
 
     As many images as may share a call go through the experts together.
     """
-    request = job.request
+    request = job.submission.request
     conditioning: Conditioning = yield _Call(Stage.ENCODE, make=partial(model.encode, request))
     warnings = list(conditioning.warnings)
     images = list(enumerate(request.seeds))

@@ -30,6 +30,7 @@ from server.engine.events import (
     Queued,
     Settled,
 )
+from server.engine.interface import Submission
 from server.engine.scheduling import Task
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
@@ -56,7 +57,7 @@ class Submitted:
     """A job of the engine below; `tell` makes its events happen."""
 
     tell: Callable[[Event], None]
-    arguments: tuple[object, ...]
+    submission: Submission
     cancelled: bool = False
     task: Task = field(default_factory=lambda: Task("", [], used=1.25))
 
@@ -65,8 +66,8 @@ class Submitted:
 class ScriptedEngine:
     jobs: list[Submitted] = field(default_factory=list)
 
-    def submit(self, name, request, deliver, *arguments) -> Submitted:
-        self.jobs.append(Submitted(deliver, arguments))
+    def submit(self, submission: Submission, deliver: Callable[[Event], None]) -> Submitted:
+        self.jobs.append(Submitted(deliver, submission))
         return self.jobs[-1]
 
     def cancel(self, job: Submitted) -> None:
@@ -244,9 +245,11 @@ class TestTheNewestOnly:
         assert bool(told.raw) is raw
         assert bool(told.image) is not raw
 
-    async def test_the_engine_is_told_how_often_and_for_whom(self, house):
-        house.begin(output={"previewInterval": 5}, priority=-1)
-        assert house.engine.jobs[0].arguments == (math.inf, "me", -1, 5, None)
+    async def test_the_submission_has_the_caller_the_priority_and_the_preview_interval(self, house):
+        recording = house.begin(output={"previewInterval": 5}, priority=-1)
+        assert house.engine.jobs[0].submission == Submission(
+            "mine", recording.task.image, ME, math.inf, priority=-1, preview_interval=5
+        )
 
 
 class TestWhoseJob:

@@ -34,6 +34,7 @@ from server.engine.events import (
     ResourceExhausted,
     Stretch,
 )
+from server.engine.interface import Submission
 from server.engine.scheduling import Limits, Order
 
 
@@ -56,7 +57,7 @@ def engine(model: SteppedModel, clock: Clock) -> Iterator[Engine]:
 def measure(engine: Engine, model: SteppedModel, clock: Clock, request: ImageRequest = REQUEST) -> None:
     """Run one job whose every call takes a second."""
     events = Events()
-    engine.submit("measured", request, events)
+    engine.submit(Submission("measured", request), events)
     for _ in range(5):
         model.calls.get(timeout=60)
         clock.now += 1
@@ -67,7 +68,7 @@ def measure(engine: Engine, model: SteppedModel, clock: Clock, request: ImageReq
 def test_a_job_reports_every_real_model_call_and_ends_with_one_terminal_event(engine: Engine, model: SteppedModel):
     model.allow(100)
     events = Events()
-    engine.submit("job", replace(REQUEST, seeds=(5, 6)), events)
+    engine.submit(Submission("job", replace(REQUEST, seeds=(5, 6))), events)
     queued, *steps, finished = events.to_the_end()
     assert isinstance(queued, Queued)
     assert queued.position == 0
@@ -87,8 +88,8 @@ def test_a_job_reports_every_real_model_call_and_ends_with_one_terminal_event(en
 
 def test_jobs_run_in_the_order_in_which_they_came(engine: Engine, model: SteppedModel):
     first, second = Events(), Events()
-    engine.submit("job", REQUEST, first)
-    engine.submit("job", replace(REQUEST, seeds=(9,)), second)
+    engine.submit(Submission("job", REQUEST), first)
+    engine.submit(Submission("job", replace(REQUEST, seeds=(9,))), second)
     assert second.next() == Queued(position=1, eta=0.0)
     model.allow(100)
     first.to_the_end()
@@ -99,7 +100,7 @@ def test_jobs_run_in_the_order_in_which_they_came(engine: Engine, model: Stepped
 
 def test_a_cancelled_job_costs_the_device_no_more_than_the_call_in_flight(engine: Engine, model: SteppedModel):
     events = Events()
-    job = engine.submit("job", REQUEST, events)
+    job = engine.submit(Submission("job", REQUEST), events)
     model.allow(2)
     for expected in ("encode", "step", "step"):
         assert model.calls.get(timeout=60)[0] == expected
@@ -113,8 +114,8 @@ def test_a_cancelled_job_costs_the_device_no_more_than_the_call_in_flight(engine
 
 def test_a_waiting_job_can_be_cancelled_without_reaching_the_device(engine: Engine, model: SteppedModel):
     running, waiting = Events(), Events()
-    engine.submit("job", REQUEST, running)
-    engine.cancel(engine.submit("job", replace(REQUEST, seeds=(9,)), waiting))
+    engine.submit(Submission("job", REQUEST), running)
+    engine.cancel(engine.submit(Submission("job", replace(REQUEST, seeds=(9,))), waiting))
     model.allow(1)
     assert isinstance(waiting.to_the_end()[-1], Failed)
     model.allow(100)
@@ -125,12 +126,12 @@ def test_a_waiting_job_can_be_cancelled_without_reaching_the_device(engine: Engi
 def test_cancelling_twice_or_after_the_end_changes_nothing(engine: Engine, model: SteppedModel):
     model.allow(100)
     events = Events()
-    job = engine.submit("job", REQUEST, events)
+    job = engine.submit(Submission("job", REQUEST), events)
     assert isinstance(events.to_the_end()[-1], Finished)
     engine.cancel(job)
     engine.cancel(job)
     again = Events()
-    engine.submit("job", REQUEST, again)
+    engine.submit(Submission("job", REQUEST), again)
     assert isinstance(again.to_the_end()[-1], Finished)
     assert events.is_over()
 
@@ -139,9 +140,9 @@ def test_a_passed_deadline_ends_running_and_waiting_jobs_after_the_call_in_fligh
     engine: Engine, model: SteppedModel, clock: Clock
 ):
     running, waiting, patient = Events(), Events(), Events()
-    engine.submit("job", REQUEST, running, timeout=10)
-    engine.submit("job", REQUEST, waiting, timeout=5)
-    engine.submit("job", replace(REQUEST, seeds=(9,)), patient, timeout=math.inf)
+    engine.submit(Submission("job", REQUEST, timeout=10), running)
+    engine.submit(Submission("job", REQUEST, timeout=5), waiting)
+    engine.submit(Submission("job", replace(REQUEST, seeds=(9,)), timeout=math.inf), patient)
     assert model.calls.get(timeout=60)[0] == "encode"
     clock.now = 10.0
     model.allow(100)
@@ -157,17 +158,17 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine,
     measure(engine, model, clock)
     jobs = [Events() for _ in range(3)]
     for events in jobs:
-        engine.submit("job", REQUEST, events)
+        engine.submit(Submission("job", REQUEST), events)
     assert [events.next() for events in jobs] == [Queued(0, 5.0), Queued(1, 10.0), Queued(2, 15.0)]
     with pytest.raises(
         ResourceExhausted, match=r"3 requests are waiting already, for 15\.0 s.*; try again in 5\.0 s"
     ) as refused:
-        engine.submit("job", REQUEST, Events())
+        engine.submit(Submission("job", REQUEST), Events())
     assert refused.value.retry_after == pytest.approx(5.0)
     model.allow(100)
     for events in jobs:
         assert isinstance(events.to_the_end()[-1], Finished)
-    engine.submit("job", REQUEST, jobs[0])
+    engine.submit(Submission("job", REQUEST), jobs[0])
 
 
 def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clock: Clock):
@@ -178,9 +179,9 @@ def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clo
     ):
         with running(Engine(limits, clock=clock), model) as engine:
             events = Events()
-            engine.submit("job", REQUEST, events)
+            engine.submit(Submission("job", REQUEST), events)
             with pytest.raises(ResourceExhausted, match=words):
-                engine.submit("job", REQUEST, Events())
+                engine.submit(Submission("job", REQUEST), Events())
             model.allow(100)
             events.to_the_end()
 
@@ -190,13 +191,13 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_tim
 ):
     measure(engine, model, clock)
     with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, were it alone"):
-        engine.submit("job", REQUEST, Events(), timeout=3)
-    engine.submit("job", REQUEST, Events(), timeout=6)
+        engine.submit(Submission("job", REQUEST, timeout=3), Events())
+    engine.submit(Submission("job", REQUEST, timeout=6), Events())
     with pytest.raises(ResourceExhausted, match=r"10\.0 s") as refused:
-        engine.submit("job", REQUEST, Events(), timeout=7)
+        engine.submit(Submission("job", REQUEST, timeout=7), Events())
     assert 0 < refused.value.retry_after < 5
     with pytest.raises(ResourceExhausted, match="1 admitted request would miss a deadline"):
-        engine.submit("job", replace(REQUEST, seeds=(7,)), Events(), timeout=5.9)
+        engine.submit(Submission("job", replace(REQUEST, seeds=(7,)), timeout=5.9), Events())
 
 
 def test_a_deadline_goes_before_what_came_earlier_but_no_sooner_than_it_must(
@@ -204,9 +205,9 @@ def test_a_deadline_goes_before_what_came_earlier_but_no_sooner_than_it_must(
 ):
     measure(engine, model, clock)
     patient, urgent = Events(), Events()
-    engine.submit("patient", REQUEST, patient)
+    engine.submit(Submission("patient", REQUEST), patient)
     assert model.calls.get(timeout=60) == ("encode", 5)
-    engine.submit("urgent", replace(REQUEST, seeds=(9,)), urgent, timeout=8)
+    engine.submit(Submission("urgent", replace(REQUEST, seeds=(9,)), timeout=8), urgent)
     seeds = []
     for _ in range(9):
         clock.now += 1
@@ -221,9 +222,9 @@ def test_a_deadline_goes_before_what_came_earlier_but_no_sooner_than_it_must(
 def test_a_short_job_goes_before_a_long_one_between_two_of_its_calls(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     long, short = Events(), Events()
-    engine.submit("long", replace(REQUEST, seeds=tuple(range(10, 40))), long)
+    engine.submit(Submission("long", replace(REQUEST, seeds=tuple(range(10, 40)))), long)
     assert model.calls.get(timeout=60) == ("encode", 10)
-    engine.submit("short", REQUEST, short)
+    engine.submit(Submission("short", REQUEST), short)
     model.allow(1000)
     assert isinstance(short.to_the_end()[-1], Finished)
     assert isinstance(long.to_the_end()[-1], Finished)
@@ -234,8 +235,8 @@ def test_first_come_runs_every_job_to_its_end(model: SteppedModel, clock: Clock)
     with running(Engine(Limits(jobs=3), Order.FIRST_COME, clock), model) as engine:
         measure(engine, model, clock)
         long, short = Events(), Events()
-        engine.submit("long", replace(REQUEST, seeds=tuple(range(10, 40))), long)
-        engine.submit("short", REQUEST, short)
+        engine.submit(Submission("long", replace(REQUEST, seeds=tuple(range(10, 40)))), long)
+        engine.submit(Submission("short", REQUEST), short)
         model.allow(1000)
         assert isinstance(long.to_the_end()[-1], Finished)
         short.to_the_end()
@@ -248,8 +249,8 @@ def test_waiting_jobs_are_told_anew_when_their_turn_has_come_nearer_or_farther(
 ):
     measure(engine, model, clock)
     first, second = Events(), Events()
-    job = engine.submit("first", REQUEST, first)
-    engine.submit("second", replace(REQUEST, seeds=(9,)), second)
+    job = engine.submit(Submission("first", REQUEST), first)
+    engine.submit(Submission("second", replace(REQUEST, seeds=(9,))), second)
     assert second.next() == Queued(1, 10.0)
     model.calls.get(timeout=60)
     engine.cancel(job)
@@ -264,7 +265,7 @@ def test_what_the_device_did_for_a_cancelled_job_is_counted_and_is_less_than_a_c
     engine: Engine, model: SteppedModel, clock: Clock
 ):
     events = Events()
-    job = engine.submit("job", REQUEST, events)
+    job = engine.submit(Submission("job", REQUEST), events)
     model.calls.get(timeout=60)
     clock.now += 1
     engine.cancel(job)
@@ -279,7 +280,7 @@ def test_what_the_device_did_for_a_cancelled_job_is_counted_and_is_less_than_a_c
 def test_the_error_of_foretold_times_is_published(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     events = Events()
-    engine.submit("job", REQUEST, events)
+    engine.submit(Submission("job", REQUEST), events)
     for _ in range(5):
         model.calls.get(timeout=60)
         clock.now += 2  # a slower machine all at once: 5 s were foretold
@@ -293,10 +294,10 @@ def test_images_share_network_calls_up_to_the_largest_batch(model: SteppedModel,
     model.max_batch = 4
     with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(4)]
-        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        engine.submit(Submission("blocker", replace(REQUEST, seeds=(1,))), blocker)
         model.calls.get(timeout=60)
         for number, events in enumerate(others):
-            engine.submit("job", replace(REQUEST, seeds=(10 + number,)), events)
+            engine.submit(Submission("job", replace(REQUEST, seeds=(10 + number,))), events)
         model.allow(1000)
         for events in (blocker, *others):
             assert isinstance(events.to_the_end()[-1], Finished)
@@ -309,7 +310,7 @@ def test_the_images_of_one_request_share_network_calls(model: SteppedModel, cloc
     model.allow(1000)
     with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
         events = Events()
-        engine.submit("job", replace(REQUEST, seeds=(1, 2, 3, 4, 5, 6)), events)
+        engine.submit(Submission("job", replace(REQUEST, seeds=(1, 2, 3, 4, 5, 6))), events)
         told = events.to_the_end()
     assert model.batches == [[1, 2, 3, 4]] * 3 + [[5, 6]] * 3
     assert [event.seed for event in told if hasattr(event, "seed")] == [1, 2, 3, 4, 5, 6]
@@ -325,10 +326,10 @@ def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
     model = TwoWays(max_batch=4)
     with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(5)]
-        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        engine.submit(Submission("blocker", replace(REQUEST, seeds=(1,))), blocker)
         model.calls.get(timeout=60)
         for seed, events in zip((10, 11, 20, 21), others, strict=True):
-            engine.submit("job", replace(REQUEST, seeds=(seed,)), events)
+            engine.submit(Submission("job", replace(REQUEST, seeds=(seed,))), events)
         model.allow(1000)
         for events in (blocker, *others):
             assert isinstance(events.to_the_end()[-1], Finished)
@@ -340,10 +341,10 @@ def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clo
     model.max_batch, model.broken_seed = 4, 11
     with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(4)]
-        engine.submit("blocker", replace(REQUEST, seeds=(1,)), blocker)
+        engine.submit(Submission("blocker", replace(REQUEST, seeds=(1,))), blocker)
         model.calls.get(timeout=60)
         for number, events in enumerate(others):
-            engine.submit("job", replace(REQUEST, seeds=(10 + number,)), events)
+            engine.submit(Submission("job", replace(REQUEST, seeds=(10 + number,))), events)
         model.allow(1000)
         ends = [events.to_the_end()[-1] for events in (blocker, *others)]
     assert [isinstance(end, Finished) for end in ends] == [True, True, False, True]
@@ -355,9 +356,9 @@ def test_what_does_not_fit_together_is_split_and_calls_stay_smaller_from_then_on
     model.allow(1000)
     with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
         events, after = Events(), Events()
-        engine.submit("job", replace(REQUEST, seeds=tuple(range(8))), events)
+        engine.submit(Submission("job", replace(REQUEST, seeds=tuple(range(8)))), events)
         finished = events.to_the_end()[-1]
-        engine.submit("job", replace(REQUEST, seeds=(8, 9)), after)
+        engine.submit(Submission("job", replace(REQUEST, seeds=(8, 9))), after)
         undisturbed = after.to_the_end()[-1]
     assert model.batches == [[0, 1], [2, 3], [4, 5], [6, 7]] * 3 + [[8, 9]] * 3
     assert sum(name == "step" for name, _ in list(model.calls.queue)) == len(model.batches) + 2  # of eight and of four
@@ -374,25 +375,25 @@ def test_a_job_too_large_for_the_memory_fails_alone_and_its_like_are_refused_for
     model.allow(1000)
     model.fitting = 0
     events = Events()
-    engine.submit("job", REQUEST, events)
+    engine.submit(Submission("job", REQUEST), events)
     terminal = events.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, DeviceFull)
     with pytest.raises(ResourceExhausted, match="did not fit in the device's memory") as refused:
-        engine.submit("job", replace(REQUEST, width=16), Events())
+        engine.submit(Submission("job", replace(REQUEST, width=16)), Events())
     assert 0 < refused.value.retry_after <= 60
     model.fitting = 64
     smaller = Events()
-    engine.submit("job", replace(REQUEST, guidance_scale=1.0), smaller)
+    engine.submit(Submission("job", replace(REQUEST, guidance_scale=1.0)), smaller)
     assert isinstance(smaller.to_the_end()[-1], Finished)
     clock.now += refused.value.retry_after
-    engine.submit("job", REQUEST, events)
+    engine.submit(Submission("job", REQUEST), events)
     assert isinstance(events.to_the_end()[-1], Finished)
 
 
 def test_previews_come_at_their_interval_and_never_after_the_end(engine: Engine, model: SteppedModel):
     events = Events()
-    engine.submit("job", replace(REQUEST, seeds=(5,)), events, preview_interval=2)
+    engine.submit(Submission("job", replace(REQUEST, seeds=(5,)), preview_interval=2), events)
     model.allow(3)  # the prompt's call and two of the base
     while not isinstance(event := events.next(), Preview):
         assert not isinstance(event, Finished | Failed)
@@ -414,7 +415,7 @@ def test_previews_that_cannot_keep_up_are_told_as_dropped(clock: Clock):
 
     model, events, observed = SlowToDraw(), Events(), []
     with running(Engine(Limits(jobs=1), clock=clock, observe=observed.append), model) as engine:
-        engine.submit("job", REQUEST, events, preview_interval=1)
+        engine.submit(Submission("job", REQUEST, preview_interval=1), events)
         model.allow(2)  # the prompt's call and the first step, whose preview is begun
         assert drawing.wait(60)
         model.allow(3)  # two steps, of which the later takes the other's place, and the image
@@ -454,7 +455,7 @@ def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: Ste
     engine.start(lambda: model).result(timeout=60)
     jobs = [Events(), Events()]
     for events in jobs:
-        engine.submit("job", REQUEST, events)
+        engine.submit(Submission("job", REQUEST), events)
     model.calls.get(timeout=60)
     clock.now += 100
     assert engine.busy == 100
@@ -462,7 +463,7 @@ def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: Ste
     endings = [events.to_the_end()[-1] for events in jobs]
     assert [type(each.error) for each in endings] == [DeviceLost, DeviceUnavailable]  # the second only waited
     with pytest.raises(DeviceUnavailable):
-        engine.submit("job", REQUEST, Events())
+        engine.submit(Submission("job", REQUEST), Events())
     model.allow(100)
     assert engine.join(60)
     assert all(events.is_over() for events in jobs)
@@ -474,7 +475,7 @@ def test_every_job_of_the_shared_call_that_hangs_is_lost_and_no_other(model: Ste
     engine.start(lambda: model).result(timeout=60)
     jobs = [Events() for _ in range(3)]
     for seed, events in enumerate(jobs):
-        engine.submit(f"job {seed}", replace(REQUEST, seeds=(seed,)), events)
+        engine.submit(Submission(f"job {seed}", replace(REQUEST, seeds=(seed,))), events)
     while (call := model.calls.get(timeout=60))[0] != "step":
         model.allow()
     engine.abandon()
@@ -492,7 +493,7 @@ def test_a_job_that_makes_the_model_fail_fails_alone_and_its_cause_stays_in_the_
     model.allow(100)
     model.fails_on = call
     events = Events()
-    engine.submit("job", REQUEST, events)
+    engine.submit(Submission("job", REQUEST), events)
     terminal = events.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, ModelFailed)
@@ -500,24 +501,24 @@ def test_a_job_that_makes_the_model_fail_fails_alone_and_its_cause_stays_in_the_
     assert "/secret/path" in caplog.text
     model.fails_on = None
     after = Events()
-    engine.submit("job", REQUEST, after)
+    engine.submit(Submission("job", REQUEST), after)
     assert isinstance(after.to_the_end()[-1], Finished)
 
 
 def test_draining_refuses_new_jobs_and_finishes_the_old(engine: Engine, model: SteppedModel):
     events = Events()
-    engine.submit("job", REQUEST, events)
+    engine.submit(Submission("job", REQUEST), events)
     engine.drain()
     with pytest.raises(Draining):
-        engine.submit("job", REQUEST, Events())
+        engine.submit(Submission("job", REQUEST), Events())
     model.allow(100)
     assert isinstance(events.to_the_end()[-1], Finished)
 
 
 def test_stopping_ends_every_job_after_the_call_in_flight(engine: Engine, model: SteppedModel):
     running, waiting = Events(), Events()
-    engine.submit("job", REQUEST, running)
-    engine.submit("job", REQUEST, waiting)
+    engine.submit(Submission("job", REQUEST), running)
+    engine.submit(Submission("job", REQUEST), waiting)
     model.calls.get(timeout=60)
     engine.stop()
     model.allow(100)
@@ -544,7 +545,7 @@ def test_the_eta_counts_guidance_and_pixels_when_only_another_size_was_measured(
 ):
     measure(engine, model, clock, replace(REQUEST, guidance_scale=1.0))
     events = Events()
-    engine.submit("job", replace(REQUEST, width=16), events)
+    engine.submit(Submission("job", replace(REQUEST, width=16)), events)
     # Two rows instead of one in the experts' three calls, twice the pixels in all five.
     assert events.next() == Queued(0, eta=pytest.approx(3 * 2 * 2 + 2 * 2))
     model.allow(100)
@@ -554,7 +555,7 @@ def test_the_eta_counts_guidance_and_pixels_when_only_another_size_was_measured(
 def test_the_eta_counts_what_planning_showed_of_a_scheduler(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock, replace(REQUEST, steps=1, scheduler="heun"))  # which made three calls of the step
     events = Events()
-    engine.submit("job", replace(REQUEST, steps=2, scheduler="heun"), events)
+    engine.submit(Submission("job", replace(REQUEST, steps=2, scheduler="heun")), events)
     assert events.next() == Queued(0, eta=pytest.approx(1 + 6 + 1))
     model.allow(100)
     events.to_the_end()
@@ -565,6 +566,6 @@ def test_jobs_that_have_ended_are_let_go_though_their_deadlines_are_far(engine: 
     jobs = []
     for _ in range(40):
         events = Events()
-        jobs.append(weakref.ref(engine.submit("job", REQUEST, events, timeout=1e6)))
+        jobs.append(weakref.ref(engine.submit(Submission("job", REQUEST, timeout=1e6), events)))
         assert isinstance(events.to_the_end()[-1], Finished)
     assert sum(job() is not None for job in jobs) < 15

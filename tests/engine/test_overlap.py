@@ -27,6 +27,7 @@ from server.engine.events import (
     Progress,
     ResourceExhausted,
 )
+from server.engine.interface import Submission
 from server.engine.scheduling import Limits
 from server.ensemble import checkpoint
 
@@ -96,8 +97,8 @@ def two_in_flight(
 ) -> tuple[tuple[Job, Events], tuple[Job, Events]]:
     """Two jobs: the first decode of the one, with seed 10, and the first step of the other, seed 20, are in flight."""
     first, second = Events(), Events()
-    decoding = engine.submit("decoding", request(10, images), first)
-    stepping = engine.submit("stepping", request(20), second)
+    decoding = engine.submit(Submission("decoding", request(10, images)), first)
+    stepping = engine.submit(Submission("stepping", request(20)), second)
     model.allow_on_side(2)
     model.allow(3)  # those of the first, which has come first
     seen = [model.calls.get(timeout=60) for _ in range(7)]
@@ -125,7 +126,7 @@ def test_a_job_has_the_same_events_with_and_without_overlap(clock: Clock):
         model.allow(1000)
         model.allow_on_side(1000)
         with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
-            engine.submit("job", request(10, images=2), events)
+            engine.submit(Submission("job", request(10, images=2)), events)
             told.append([repr(each) for each in events.to_the_end()])
     assert told[0] == told[1]
 
@@ -134,11 +135,11 @@ def test_the_next_prompt_is_encoded_ahead_of_its_turn_and_no_more_than_a_step_ha
     engine: Engine, model: OverlappingModel
 ):
     now, later, last = Events(), Events(), Events()
-    engine.submit("now", request(100), now)
+    engine.submit(Submission("now", request(100)), now)
     model.allow_on_side(1000)
     assert [model.calls.get(timeout=60) for _ in range(2)] == [("encode", 100), ("step", 100)]
-    engine.submit("later", request(10), later)
-    engine.submit("last", request(20), last)
+    engine.submit(Submission("later", request(10)), later)
+    engine.submit(Submission("last", request(20)), last)
     model.allow(1)
     assert {model.calls.get(timeout=60) for _ in range(2)} == {("encode", 10), ("step", 100)}
     while not isinstance(later.next(), Progress):
@@ -152,16 +153,16 @@ def test_the_next_prompt_is_encoded_ahead_of_its_turn_and_no_more_than_a_step_ha
 
 def test_whoever_is_encoded_ahead_is_told_when_its_turn_will_end(engine: Engine, model: OverlappingModel, clock: Clock):
     measured, now, later = Events(), Events(), Events()
-    engine.submit("measured", REQUEST, measured)
+    engine.submit(Submission("measured", REQUEST), measured)
     for _ in range(5):
         name, _ = model.calls.get(timeout=60)
         clock.now += 1
         (model.allow if name == "step" else model.allow_on_side)()
     measured.to_the_end()
-    engine.submit("now", request(10), now)
+    engine.submit(Submission("now", request(10)), now)
     model.allow_on_side(1)
     assert [model.calls.get(timeout=60) for _ in range(2)] == [("encode", 10), ("step", 10)]
-    engine.submit("later", request(20), later)
+    engine.submit(Submission("later", request(20)), later)
     model.allow(1)
     assert {model.calls.get(timeout=60) for _ in range(2)} == {("encode", 20), ("step", 10)}
     model.allow_on_side(1)
@@ -175,17 +176,17 @@ def test_while_too_much_waits_for_the_side_thread_no_step_adds_to_it(
     engine: Engine, model: OverlappingModel, clock: Clock, short_jobs: int, steps_go_on: bool
 ):
     measured, long, *short = [Events() for _ in range(2 + short_jobs)]
-    engine.submit("measured", REQUEST, measured)
+    engine.submit(Submission("measured", REQUEST), measured)
     for _ in range(5):
         name, _ = model.calls.get(timeout=60)
         clock.now += 1
         (model.allow if name == "step" else model.allow_on_side)()
     measured.to_the_end()
-    engine.submit("long", request(100, images=5), long)
+    engine.submit(Submission("long", request(100, images=5)), long)
     model.allow_on_side(1)
     assert [model.calls.get(timeout=60) for _ in range(2)] == [("encode", 100), ("step", 100)]
     for number, events in enumerate(short):
-        engine.submit("short", request(10 * number), events, priority=9)
+        engine.submit(Submission("short", request(10 * number), priority=9), events)
     model.allow(1)  # and from now on the prompts of the short jobs go first: one is in flight, and two may wait
     if steps_go_on:
         assert {model.calls.get(timeout=60) for _ in range(2)} == {("encode", 0), ("step", 100)}
@@ -193,7 +194,7 @@ def test_while_too_much_waits_for_the_side_thread_no_step_adds_to_it(
         assert model.calls.get(timeout=60) == ("encode", 0)
         for _ in range(2):  # between the two, the device thread has looked for a step to make
             ended = Events()
-            engine.cancel(engine.submit("fence", REQUEST, ended))
+            engine.cancel(engine.submit(Submission("fence", REQUEST), ended))
             ended.to_the_end()
         assert model.calls.empty()
     model.allow(1000)
@@ -206,15 +207,15 @@ def test_a_job_cancelled_while_its_call_waits_for_the_side_thread_ends_at_once(
     engine: Engine, model: OverlappingModel, clock: Clock
 ):
     hanging, cancelled, late = Events(), Events(), Events()
-    engine.submit("hanging", request(10), hanging)
+    engine.submit(Submission("hanging", request(10)), hanging)
     assert model.calls.get(timeout=60) == ("encode", 10)
-    engine.cancel(engine.submit("cancelled", request(20), cancelled))
+    engine.cancel(engine.submit(Submission("cancelled", request(20)), cancelled))
     terminal = cancelled.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, Cancelled)
-    engine.submit("late", request(30), late, timeout=5)
+    engine.submit(Submission("late", request(30), timeout=5), late)
     clock.now = 6
-    engine.cancel(engine.submit("wakes the device thread", request(40), Events()))
+    engine.cancel(engine.submit(Submission("wakes the device thread", request(40)), Events()))
     terminal = late.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, DeadlineExceeded)
@@ -251,13 +252,13 @@ def test_what_fails_on_the_side_fails_alone(
     model.allow_on_side(1000)
     model.fails_on, model.error = call, error
     broken, after = Events(), Events()
-    engine.submit("broken", request(10), broken)
+    engine.submit(Submission("broken", request(10)), broken)
     terminal = broken.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, told)
     model.fails_on = None
     clock.now += 60  # until when what did not fit is refused
-    engine.submit("after", request(20), after)
+    engine.submit(Submission("after", request(20)), after)
     assert isinstance(after.to_the_end()[-1], Finished)
 
 
@@ -346,7 +347,8 @@ def test_every_job_ends_once_whatever_overlaps(jobs: list[tuple[int, str]], max_
         for number, (images, fate) in enumerate(jobs):
             events, seed = Events(), 13 if fate == "broken" else 100 + 10 * number
             with suppress((ResourceExhausted, DeadlineExceeded) if fate == "late" else ()):
-                job = engine.submit("job", request(seed, images), events, timeout=0.001 if fate == "late" else 1e6)
+                timeout = 0.001 if fate == "late" else 1e6
+                job = engine.submit(Submission("job", request(seed, images), timeout=timeout), events)
                 submitted.append((events, seed, images, fate))
                 if fate == "cancelled":
                     engine.cancel(job)
@@ -370,7 +372,7 @@ def test_the_bytes_of_the_ensemble_are_the_same_with_and_without_overlap(folders
         engine.start(lambda: loaded).result(timeout=60)
         for number, events in enumerate(jobs):
             asked = ImageRequest("a cat", "a dog", (number, number + 50), 6, 5.0, 0.6, "euler", 32, 32)
-            engine.submit("job", asked, events)
+            engine.submit(Submission("job", asked), events)
         told = [event for events in jobs for event in events.to_the_end()]
         engine.stop()
         assert engine.join(60)

@@ -22,7 +22,7 @@ import grpc
 from torch.profiler import ProfilerActivity, profile
 
 from bench.serving import LOCAL
-from server import service
+from server import runtime
 from server.api import images
 from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
@@ -131,7 +131,7 @@ class Bare:
     _request: ImageRequest | None = None
 
     def load(self, settings: Settings) -> "Bare":
-        self._ensemble = service.load(settings)
+        self._ensemble = runtime.load(settings)
         self.info = self._ensemble.info
         return self
 

@@ -25,10 +25,10 @@ from server.api.auth import Unusable
 from server.api.content_filter import UnusableFilter
 from server.engine.events import DeviceLost
 from server.ensemble.checkpoint import CheckpointError
-from server.lifecycle import CannotWriteReadyFile, Server
+from server.lifecycle import CannotWriteReadyFile, Lifecycle
 from server.observability.stderr_lines import CapturedStderr
 from server.observability.telemetry import log_to_stderr
-from server.service import WarmUpFailed, load
+from server.runtime import WarmUpFailed, load
 from server.settings import BadSettings, Settings, read
 
 log = logging.getLogger("server")
@@ -85,7 +85,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
     server = None
     code = 0
     try:
-        server = Server(settings, partial(load, settings))
+        server = Lifecycle(settings, partial(load, settings))
         await server.serve()
     except CheckpointError as error:
         log.error("%s", error)

@@ -1,4 +1,4 @@
-"""One server's life: open the port, load, warm up, serve, drain, stop. What it serves is service.py's.
+"""One server's life: open the port, load, warm up, serve, drain, stop. What it serves is runtime.py's.
 
 Health says NOT_SERVING from the first moment the port is open until the model has made one real image, and again from
 the signal that ends the server, while running calls finish.
@@ -29,7 +29,7 @@ from server.api.standard_services import HEALTH, HealthServicer
 from server.engine.engine import Model
 from server.engine.events import DeviceLost
 from server.observability.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
-from server.service import Service
+from server.runtime import Runtime
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
 from server.stubs.model_model_v1alpha import model_public_pb2_grpc as public_grpc
@@ -46,7 +46,7 @@ class CannotWriteReadyFile(Exception):
     """The ready file could not be written."""
 
 
-class Server:
+class Lifecycle:
     """A server process from start to stop. `load` brings the model and is called on the device thread.
 
     Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
@@ -54,10 +54,10 @@ class Server:
 
     def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
         self._settings = settings
-        self._service = Service(settings, load)
-        self._servicer = self._service.servicer
-        self._engine = self._service.engine
-        self._metrics = self._service.metrics
+        self._runtime = Runtime(settings, load)
+        self._servicer = self._runtime.servicer
+        self._engine = self._runtime.engine
+        self._metrics = self._runtime.metrics
         self._certificates = auth.certificates_of(settings)
         self._credentials = auth.server_credentials(self._certificates, settings.tls_client_ca is not None)
         self._has_terminal = _terminal_is_there()
@@ -71,7 +71,7 @@ class Server:
         if settings.instill:
             own.append(("grpc.max_receive_message_length", instill.MESSAGE_BYTES))
         self._options = [*own, *auth.connection_options(settings)]
-        self._grpc = grpc.aio.server(interceptors=self._service.interceptors, options=self._options)
+        self._grpc = grpc.aio.server(interceptors=self._runtime.interceptors, options=self._options)
         self._servers = [self._grpc]
         others = {KSERVE: settings.kserve, INSTILL: settings.instill, INSTILL_PUBLIC: settings.instill}
         self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
@@ -98,7 +98,7 @@ class Server:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup says: never
                 # Not the loop's own handlers, which go with it: a signal after its end must not change the exit code.
                 signal.signal(number, partial(_call_from_signal, loop, act))
-        self._service.tell_metrics()
+        self._runtime.serve_metrics()
         address = await self._open_port()
         try:
             await self._unless_stopped(self._get_ready(address))
@@ -116,7 +116,7 @@ class Server:
             log.info("SIGHUP: the terminal is gone")
             self._stopping.set()  # once more is no hurry: both the kernel and the shell send it
             return
-        files = [each for each in (self._service.tokens, self._certificates) if each is not None]
+        files = [each for each in (self._runtime.tokens, self._certificates) if each is not None]
         log.info("SIGHUP: %s", "reading again" if files else "there are no tokens or certificates to read again")
         for each in files:
             each.reload()
@@ -150,7 +150,7 @@ class Server:
         return address
 
     async def _get_ready(self, address: str) -> None:
-        info = await self._service.open()
+        info = await self._runtime.open()
         await self._set_health(HealthCheckResponse.SERVING)
         self._metrics.state("serving")
         self._write_ready_file(address)
@@ -159,7 +159,7 @@ class Server:
     async def _watch_device(self) -> None:
         """Raises DeviceLost when a call of the model does not come back; every call has failed with it then."""
         try:
-            await self._service.watch_device()
+            await self._runtime.watch_device()
         except DeviceLost:
             await self._set_health(HealthCheckResponse.NOT_SERVING)
             self._engine.abandon()
@@ -202,7 +202,7 @@ class Server:
         await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await asyncio.gather(*(each.stop(_CONNECTIONS_SECONDS) for each in self._servers))
         await _let_calls_end()
-        self.device_is_busy = not await self._service.close(0 if self._lost else _DEVICE_SECONDS)
+        self.device_is_busy = not await self._runtime.close(0 if self._lost else _DEVICE_SECONDS)
 
     def _remove_ready_file(self) -> None:
         """Remove it, and what a server that was killed while it wrote left of it."""

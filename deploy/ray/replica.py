@@ -23,7 +23,7 @@ from deploy.ray.ingress import SECONDS_LEFT
 from server.api import contract
 from server.api.instill import InstillServicer
 from server.observability.telemetry import log_to_stderr
-from server.service import Service, load
+from server.runtime import Runtime, load
 from server.settings import read
 from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -35,11 +35,11 @@ _DEVICE_SECONDS = 10.0  # for the device to end its call, at the end
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
-def _faces(service: Service) -> list[tuple[Callable[[Any, Any], None], Any]]:
+def _faces(runtime: Runtime) -> list[tuple[Callable[[Any, Any], None], Any]]:
     """What registers each service, and its servicer. The methods of each are below, and its line is in ingress.py."""
     return [
-        (pb_grpc.add_TextToImageServiceServicer_to_server, service.servicer),
-        (user_defined_grpc.add_UserDefinedServiceServicer_to_server, InstillServicer(service.servicer)),
+        (pb_grpc.add_TextToImageServiceServicer_to_server, runtime.servicer),
+        (user_defined_grpc.add_UserDefinedServiceServicer_to_server, InstillServicer(runtime.servicer)),
     ]
 
 
@@ -93,14 +93,14 @@ class Replica:
     async def __init__(self) -> None:
         settings = read()
         log_to_stderr(settings.log_level, settings.log_format)
-        self._service = Service(settings, partial(load, settings))
-        self._service.tell_metrics()
+        self._runtime = Runtime(settings, partial(load, settings))
+        self._runtime.serve_metrics()
         self._handlers = _Handlers()
-        for add, servicer in _faces(self._service):
+        for add, servicer in _faces(self._runtime):
             add(servicer, self._handlers)
-        info = await self._service.open()
-        self._service.metrics.state("serving")
-        self._watching = asyncio.create_task(self._service.watch_device())
+        info = await self._runtime.open()
+        self._runtime.metrics.state("serving")
+        self._watching = asyncio.create_task(self._runtime.watch_device())
         log.info("serving %s", info.name)
 
     Generate = _job("/text_to_image.v1.TextToImageService/Generate")
@@ -113,20 +113,20 @@ class Replica:
     async def check_health(self) -> None:
         """Raises DeviceLost when the device does not answer any more: Ray then ends this process and starts another."""
         if self._watching.done():
-            self._service.metrics.state("lost")
-            self._service.engine.abandon()  # every call ends with a status before
+            self._runtime.metrics.state("lost")
+            self._runtime.engine.abandon()  # every call ends with a status before
             self._watching.result()
 
     async def __del__(self) -> None:
         self._watching.cancel()
-        self._service.engine.stop()
-        await self._service.close(_DEVICE_SECONDS)
+        self._runtime.engine.stop()
+        await self._runtime.close(_DEVICE_SECONDS)
 
     async def answer(self, method: str, request: Any, context: "Context") -> Any:
         """What a port of our own would do with the call. How it ended is in the context."""
         details = SimpleNamespace(method=method, invocation_metadata=tuple(context.invocation_metadata()))
         find = self._handlers.find
-        for interceptor in reversed(self._service.interceptors):
+        for interceptor in reversed(self._runtime.interceptors):
             find = partial(interceptor.intercept_service, find)
         try:
             handler = await find(details)

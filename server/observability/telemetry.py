@@ -312,7 +312,7 @@ class _QuietHandler(WSGIRequestHandler):
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 
 
-class Present(Collector):
+class LiveCollector(Collector):
     """What is asked for at the moment of telling: how full the queue, the memory and the retention are."""
 
     def __init__(self, engine: "Engine", detached: Callable[[], tuple[int, int, int]]) -> None:

@@ -22,7 +22,7 @@ from server.api.contract import InvalidRequest, Violation
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.engine import events
-from server.service import Service
+from server.runtime import Runtime
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -98,30 +98,30 @@ def channel() -> Iterator[grpc.Channel]:
     model = SteppedModel()
     model.allow(1000)
 
-    async def serve() -> tuple[Service, grpc.aio.Server, int]:
-        service = Service(Settings(_cli_parse_args=False), lambda: model)
-        server = grpc.aio.server(interceptors=service.interceptors)
-        first = service.servicer
+    async def serve() -> tuple[Runtime, grpc.aio.Server, int]:
+        runtime = Runtime(Settings(_cli_parse_args=False), lambda: model)
+        server = grpc.aio.server(interceptors=runtime.interceptors)
+        first = runtime.servicer
         pb_grpc.add_TextToImageServiceServicer_to_server(first, server)
         oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(first), server)
         user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(first), server)
         public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(first), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        await service.open()
-        return service, server, port
+        await runtime.open()
+        return runtime, server, port
 
-    async def stop(service: Service, server: grpc.aio.Server) -> None:
-        service.engine.stop()
+    async def stop(runtime: Runtime, server: grpc.aio.Server) -> None:
+        runtime.engine.stop()
         await server.stop(None)
-        assert await service.close(PATIENCE)
+        assert await runtime.close(PATIENCE)
 
-    service, server, port = asyncio.run_coroutine_threadsafe(serve(), loop).result(PATIENCE)
+    runtime, server, port = asyncio.run_coroutine_threadsafe(serve(), loop).result(PATIENCE)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield channel
     finally:
-        asyncio.run_coroutine_threadsafe(stop(service, server), loop).result(PATIENCE)
+        asyncio.run_coroutine_threadsafe(stop(runtime, server), loop).result(PATIENCE)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(PATIENCE)
         loop.close()

@@ -17,7 +17,7 @@ from serving import ROOT
 from server import __version__, lifecycle
 from server.engine.engine import Engine
 from server.engine.scheduling import Limits
-from server.observability.telemetry import SERVICE, Metrics, Present
+from server.observability.telemetry import SERVICE, LiveCollector, Metrics
 from server.settings import Settings
 
 KUBERNETES = "1.37"
@@ -196,7 +196,7 @@ def metrics() -> Iterator[dict[str, set[tuple[str, str]]]]:
     """The names of what the server tells on its metrics port, each with its labels."""
     engine = Engine(Limits(jobs=1, jobs_of_caller=1, pixels=1, bytes=1))
     registry: CollectorRegistry = Metrics(1).registry
-    registry.register(Present(engine, lambda: (0, 0, 0)))
+    registry.register(LiveCollector(engine, lambda: (0, 0, 0)))
     yield {
         sample.name: {label for each in family.samples for label in each.labels.items()}
         for family in registry.collect()

@@ -10,7 +10,7 @@ from stepped_model import Clock
 
 from server.engine.engine import Engine
 from server.engine.scheduling import Limits
-from server.service import Silence
+from server.runtime import Silence
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb

@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_told(folder: Path):
 def test_what_is_wrong_with_the_files_is_told_before_torch_is_imported(folder: Path):
     (folder / "base" / UNET).write_text(POINTER)
     program = (
-        "import sys; from server.service import load; from server.settings import Settings\n"
+        "import sys; from server.runtime import load; from server.settings import Settings\n"
         "try: load(Settings())\n"
         "except Exception as error: print(type(error).__name__, 'torch' in sys.modules)"
     )

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.nn.functional import avg_pool2d
 
-from server import model, service
+from server import model, runtime
 from server.acceleration import layers
 from server.domain import ImageRequest, default_request
 from server.ensemble import checkpoint, preview
@@ -172,7 +172,7 @@ def test_a_taesd_draws_the_previews_where_one_is_given(folders, decoder: Path, p
 
 
 def test_the_flag_brings_the_taesd_to_the_model(decoder: Path):
-    ensemble = service.load(Settings(preview_decoder=decoder, device="cpu"))
+    ensemble = runtime.load(Settings(preview_decoder=decoder, device="cpu"))
     trajectory = planned(ensemble, default_request(ensemble.info, "cat napping"))
     assert ensemble.preview(trajectory).shape == (64, 64, 3)
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-_IMPORTED = ["server.lifecycle", "server.service", "server.model"]
+_IMPORTED = ["server.lifecycle", "server.runtime", "server.model"]
 _READ_LATE = ("T2I_", "OTEL_", "PYTEST_", "COV_", "COVERAGE_")  # variables that no import reads
 
 _context = multiprocessing.get_context("forkserver")

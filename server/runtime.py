@@ -31,7 +31,7 @@ from server.engine.interface import Submission
 from server.engine.scheduling import Order
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CheckpointError
-from server.observability.telemetry import Calls, Metrics, Present, traces_of_environment
+from server.observability.telemetry import Calls, LiveCollector, Metrics, traces_of_environment
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 
@@ -65,7 +65,7 @@ class WarmUpFailed(Exception):
     """The model is loaded but cannot make an image."""
 
 
-class Service:
+class Runtime:
     """All of a service but its port. `load` brings the model and is called on the device thread.
 
     Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
@@ -96,11 +96,11 @@ class Service:
         if self._traces is not None:
             self._traces.observe(observation)
 
-    def tell_metrics(self) -> None:
+    def serve_metrics(self) -> None:
         """Serve metrics to Prometheus, where the settings name an address for it. Raises CannotListen."""
         if self._settings.metrics_listen is None:
             return
-        self.metrics.registry.register(Present(self.engine, lambda: self.servicer.detached))
+        self.metrics.registry.register(LiveCollector(self.engine, lambda: self.servicer.detached))
         address = self.metrics.listen(self._settings.metrics_listen)
         log.info("metrics on http://%s/metrics", address)
 

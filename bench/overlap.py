@@ -29,7 +29,7 @@ from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished, ImageReady
 from server.engine.interface import Submission
-from server.engine.scheduling import Limits
+from server.engine.scheduling import QueueLimits
 from server.ensemble import checkpoint
 
 _EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
@@ -160,7 +160,7 @@ def _covered(calls: list[tuple[float, float]]) -> float:
 
 def run(ensemble: model.Ensemble, requests: Sequence[ImageRequest], overlaps: bool) -> Run:
     timed = Timed(ensemble, overlaps)
-    engine = Engine(Limits(jobs=len(requests)))
+    engine = Engine(QueueLimits(jobs=len(requests)))
     engine.start(lambda: timed).result(timeout=_LOADING_SECONDS)
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     began = time.perf_counter()

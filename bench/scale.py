@@ -33,7 +33,7 @@ from bench.scheduling import UNBOUNDED
 from bench.serving import LOCAL
 from server.domain import Stage
 from server.engine.call_times import CallTimes, Kind
-from server.engine.scheduling import Schedule, Task
+from server.engine.scheduling import ImageTask, Schedule
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -275,7 +275,7 @@ class Replica:
         self.schedule = Schedule(UNBOUNDED, self.times)
         self.now = 0.0
         self.busy = 0.0
-        self.jobs: dict[Task, int] = {}
+        self.jobs: dict[ImageTask, int] = {}
         self.ended: list[float] = []  # heap of the ends that are later than when somebody last looked
 
     def advance(self, until: float, finishes: "np.ndarray[Any, Any]", paces: list[float]) -> None:
@@ -292,7 +292,7 @@ class Replica:
             calls = count if horizon == math.inf else min(count, max(1, math.ceil((horizon - self.now) / cost)))
             self.now += calls * cost
             self.busy += calls * cost
-            self.schedule.made(batch, calls * cost, calls)
+            self.schedule.record_call(batch, calls * cost, calls)
             if not task.calls:
                 self.schedule.remove(task, self.now)
                 finishes[self.jobs.pop(task)] = self.now
@@ -331,7 +331,7 @@ def simulate(count: int, router: str, load: float, jobs: int, seed: int) -> dict
                 chosen = min(candidates, key=lambda each: each.length(now))
         chosen.advance(now, finishes, paces)
         per_image = [(base, CALLS[Stage.BASE]), (refiner, CALLS[Stage.REFINER]), (decode, 1)]
-        task = Task(f"caller {number % 20}", [(encode, 1), *(per_image * images[number])])
+        task = ImageTask(f"caller {number % 20}", [(encode, 1), *(per_image * images[number])])
         chosen.schedule.add(task, now)
         chosen.jobs[task] = number
     for each in fleet:

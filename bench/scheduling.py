@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from server.domain import Stage
 from server.engine.call_times import CallTimes, Kind
-from server.engine.scheduling import Limits, Order, Schedule, Task
+from server.engine.scheduling import ImageTask, Order, QueueLimits, Schedule
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
@@ -32,7 +32,7 @@ SECONDS = {Stage.ENCODE: 0.012, Stage.BASE: 0.030, Stage.REFINER: 0.033, Stage.D
 BATCH = 8
 SIDES = (512, 768, 1024)
 SHARE = 0.2  # of jobs have a deadline
-UNBOUNDED = Limits(jobs=sys.maxsize)
+UNBOUNDED = QueueLimits(jobs=sys.maxsize)
 
 Floats = NDArray[np.float64]
 
@@ -48,8 +48,8 @@ class Trace:
     sizes: list[float] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
 
-    def task(self, number: int) -> Task:
-        return Task(self.callers[number], self.calls[number].copy(), self.deadlines[number])
+    def task(self, number: int) -> ImageTask:
+        return ImageTask(self.callers[number], self.calls[number].copy(), self.deadlines[number])
 
 
 def usual(kind: Kind) -> float:
@@ -97,7 +97,7 @@ def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) ->
     rng = random.Random(0)
     times = CallTimes()
     schedule = Schedule(UNBOUNDED, times, order)
-    numbers: dict[Task, int] = {}
+    numbers: dict[ImageTask, int] = {}
     finishes = np.full(len(trace.arrivals), math.nan)
     told: dict[bool, list[tuple[int, float, float]]] = {True: [], False: []}
     coming = iter(enumerate(trace.arrivals))
@@ -125,7 +125,7 @@ def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) ->
         until = min(arrival, schedule.holds_until(now))
         calls = count if until == math.inf else min(count, max(1, math.ceil((until - now) / cost)))
         now += calls * cost
-        schedule.made(batch, calls * cost, calls)
+        schedule.record_call(batch, calls * cost, calls)
         if not task.calls:
             schedule.remove(task, now)
             finishes[numbers.pop(task)] = now
@@ -244,7 +244,7 @@ def costs(waiting: int) -> None:
         held = tracemalloc.get_traced_memory()[0] / waiting
         tracemalloc.stop()
         if pressing:
-            tight = Task("", [(trace.calls[0][1][0], 10**6)])
+            tight = ImageTask("", [(trace.calls[0][1][0], 10**6)])
             schedule.add(tight, 0.0)
             schedule.remove(tight, 0.0)
             tight.deadline = 1.02 * tight.remaining
@@ -256,7 +256,7 @@ def costs(waiting: int) -> None:
             batch = timed("choose" + pressing, schedule.choose, 0.0)
             timed(f"choose up to {BATCH}" + pressing, schedule.choose, 0.0, BATCH)
             timed("forecast of the job that runs", schedule.forecast, batch[0], 0.0)
-            timed("made" + pressing, schedule.made, batch, usual(batch[0].kind))
+            timed("record_call" + pressing, schedule.record_call, batch, usual(batch[0].kind))
             timed("remove", schedule.remove, task, 0.0)
     timed("forecasts of all", lambda: list(schedule.forecasts(0.0)))
     print(f"With {waiting} jobs waiting, half of them with deadlines; {held:.0f} bytes a job.\n")

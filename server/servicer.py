@@ -21,7 +21,7 @@ from server.api.contract import InvalidRequest, ParsedRequest, RequestLimits, Vi
 from server.api.recordings import Recording, Recordings
 from server.domain import Caller, ModelInfo
 from server.engine.engine import Engine
-from server.engine.events import Observe, unobserved
+from server.engine.events import Observe, no_observer
 from server.observability.telemetry import job_of_call
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -41,7 +41,7 @@ class TextToImageServicer(pb_grpc.TextToImageServiceServicer):
         self,
         engine: Engine,
         settings: Settings,
-        observe: Observe = unobserved,
+        observe: Observe = no_observer,
         screening: Screening | None = None,
     ) -> None:
         self._settings = settings

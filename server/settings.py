@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from server.api import addresses
-from server.engine.scheduling import Limits
+from server.engine.scheduling import QueueLimits
 
 OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
 _HUGE = 2**53  # beyond it a float does not hold every whole number
@@ -272,9 +272,9 @@ class Settings(BaseSettings):
             yield "--plaintext-tokens was given without --tokens"
 
     @property
-    def queue(self) -> Limits:
+    def queue(self) -> QueueLimits:
         """What may be admitted at once."""
-        return Limits(
+        return QueueLimits(
             jobs=self.max_queue,
             jobs_of_caller=self.max_queue_per_caller or self.max_queue,
             pixels=self.max_queue_pixels,

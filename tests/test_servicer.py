@@ -11,7 +11,7 @@ from serving import request
 
 from server.domain import Environment, ImageRequest, ModelInfo, Stage, Warning
 from server.engine.engine import Engine
-from server.engine.scheduling import Limits
+from server.engine.scheduling import QueueLimits
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -58,7 +58,7 @@ async def _read(stream) -> None:
 async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_log(
     method: str, caplog: pytest.LogCaptureFixture
 ):
-    engine = Engine(Limits(jobs=1))
+    engine = Engine(QueueLimits(jobs=1))
     servicer = TextToImageServicer(engine, Settings())
     servicer.open((await asyncio.wrap_future(engine.start(WrongPixels))).info)
     server = grpc.aio.server()

@@ -20,18 +20,18 @@ from server.api.images import CodedImage
 from server.domain import Caller, ModelInfo, Warning
 from server.engine.engine import Engine
 from server.engine.events import (
-    Coded,
+    DeviceTimeAttributed,
     Event,
     Failed,
     Finished,
+    ImageEncoded,
     ImageReady,
     Observe,
     Preview,
     PreviewDropped,
     Progress,
     Queued,
-    Settled,
-    unobserved,
+    no_observer,
 )
 from server.engine.interface import Submission
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -62,7 +62,7 @@ class Recording:
         info: ModelInfo,
         timeout: float,
         caller: Caller,
-        observe: Observe = unobserved,
+        observe: Observe = no_observer,
         screening: Screening | None = None,
     ) -> None:
         self.request = request
@@ -117,7 +117,7 @@ class Recording:
         known = delivered or self.error is not None or not (self._listeners or self._findable)
         if self._complete and known and not self._settled:
             self._settled = True
-            self._observe(Settled(self._job.task.used, delivered))
+            self._observe(DeviceTimeAttributed(self._job.task.used, delivered))
 
     @contextlib.contextmanager
     def listening(
@@ -212,7 +212,7 @@ class Recording:
                 began = time.monotonic()
                 image, filtered = await asyncio.to_thread(self._coded, event)
                 pixels = task.image.width * task.image.height
-                self._observe(Coded(pixels, len(image.data), began, time.monotonic(), filtered))
+                self._observe(ImageEncoded(pixels, len(image.data), began, time.monotonic(), filtered))
                 self._images[index] = contract.image_metadata_message(task, event, image)
                 if image.smaller:
                     self._warnings.append(contract.recoded_warning(task, image, index))
@@ -257,7 +257,7 @@ class Recordings:
         retention_seconds: float,
         retention_bytes: int,
         call_later: Callable[[float, Callable[[Recording], None], Recording], Timer] | None = None,
-        observe: Observe = unobserved,
+        observe: Observe = no_observer,
         screening: Screening | None = None,
     ) -> None:
         self._engine = engine

@@ -30,20 +30,20 @@ from numpy.typing import NDArray
 from server.domain import Environment, ImageRequest, ModelInfo, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.engine.call_times import CallTimes, Kind
 from server.engine.events import (
-    Begun,
-    CallMade,
     Cancelled,
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
     DeviceUnavailable,
     Draining,
-    Ended,
     EngineError,
     Event,
     Failed,
     Finished,
     ImageReady,
+    JobEnded,
+    JobStarted,
+    ModelCall,
     ModelFailed,
     Observe,
     Preview,
@@ -51,11 +51,11 @@ from server.engine.events import (
     Progress,
     Queued,
     ResourceExhausted,
-    Stretch,
-    unobserved,
+    StageSpan,
+    no_observer,
 )
 from server.engine.interface import Submission
-from server.engine.scheduling import Forecast, Limits, Order, Reason, Refusal, Schedule, Task
+from server.engine.scheduling import Forecast, ImageTask, Order, QueueLimits, Reason, Refusal, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class Job:
 
     submission: Submission
     deliver: Callable[[Event], None]
-    task: Task
+    task: ImageTask
     script: Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]] | None = None
     call: _Call | None = None
     started: float | None = None
@@ -164,10 +164,10 @@ class Job:
     wasted: float = 0.0  # device seconds after that
     calls_made: int = 0
     disturbed: bool = False  # whether the batch was made smaller while it ran
-    foretold: float = 0.0  # when it should end, as was said at its admission
+    predicted_end: float = 0.0  # when it should end, as was said at its admission
     told: Queued | None = None
     told_at: float = 0.0
-    stretches: list[Stretch] = field(default_factory=list)
+    spans: list[StageSpan] = field(default_factory=list)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     def within(self, do: Callable[..., None], *args: Any, **options: Any) -> None:
@@ -198,16 +198,16 @@ class Engine:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: QueueLimits,
         order: Order = Order.SHORTEST,
         clock: Callable[[], float] = time.monotonic,
-        observe: Observe = unobserved,
+        observe: Observe = no_observer,
     ) -> None:
         self._clock = clock
         self._observe = observe
         self._times = CallTimes()
         self._schedule = Schedule(limits, self._times, order)
-        self._jobs: dict[Task, Job] = {}
+        self._jobs: dict[ImageTask, Job] = {}
         self._changed = threading.Condition()
         self._refusing: EngineError | None = None
         self._stopping = False
@@ -254,7 +254,7 @@ class Engine:
             if self._refusing is not None:
                 raise self._refusing
             now = self._clock()
-            task = Task(
+            task = ImageTask(
                 caller=submission.caller.name,
                 calls=[(_kind(request, Stage.ENCODE), 1), *self._expected_calls(request)],
                 deadline=now + submission.timeout,
@@ -271,7 +271,7 @@ class Engine:
                 heapq.heappush(self._deadlines, (task.deadline, next(self._numbers), job))
             forecast = self._schedule.forecast(task, now)
             self._tell(job, forecast, now)
-            job.foretold = now + forecast.eta
+            job.predicted_end = now + forecast.eta
             self._changed.notify_all()
         return job
 
@@ -344,7 +344,7 @@ class Engine:
 
     # Admission.
 
-    def _check(self, task: Task, request: ImageRequest, now: float) -> None:
+    def _check(self, task: ImageTask, request: ImageRequest, now: float) -> None:
         """Raises ResourceExhausted if the task cannot be admitted now, DeadlineExceeded if it never can in its time."""
         size, until = self._too_large
         if now < until and _rows(request) * request.width * request.height >= size:
@@ -360,7 +360,7 @@ class Engine:
                 raise DeadlineExceeded(self._why(refusal, task) + when)  # no room that others leave would help
             raise ResourceExhausted(self._why(refusal, task) + when, retry_after)
 
-    def _why(self, refusal: Refusal, task: Task) -> str:
+    def _why(self, refusal: Refusal, task: ImageTask) -> str:
         limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"
         match refusal.reason:
             case Reason.JOBS:
@@ -480,17 +480,17 @@ class Engine:
                 self._call_begins(jobs)
                 return jobs
 
-    def _begun(self, task: Task, model: Model) -> Job:
+    def _begun(self, task: ImageTask, model: Model) -> Job:
         """The task's job, which has a call to make."""
         job = self._jobs[task]
         if job.script is None:
             job.started = self._clock()
-            job.within(self._observe, Begun(job.started - task.admitted))
+            job.within(self._observe, JobStarted(job.started - task.admitted))
             job.script = _script(job, model, self._planned, self._deliver)
             job.call = next(job.script)
         return job
 
-    def _hand_over(self, task: Task, model: Model, ahead: bool = False) -> None:
+    def _hand_over(self, task: ImageTask, model: Model, ahead: bool = False) -> None:
         """Let the side thread make the task's next call. With the lock held."""
         if task.kind.stage is Stage.ENCODE:
             self._ahead.add(self._jobs[task])
@@ -624,12 +624,12 @@ class Engine:
         with self._changed:
             now = self._clock()
             self._call_ends()
-            self._schedule.made([job.task for job in jobs], now - began)
+            self._schedule.record_call([job.task for job in jobs], now - began)
             self._device_seconds += now - began
             calls = [job.call for job in jobs if job.call]
             if calls:
                 images = sum(max(1, len(call.trajectories)) for call in calls)
-                self._observe(CallMade(calls[0].stage, images, now - began))
+                self._observe(ModelCall(calls[0].stage, images, now - began))
             for job in jobs:
                 job.calls_made += 1
                 _stretch(job, began, now, (now - began) / len(jobs))
@@ -725,19 +725,19 @@ class Engine:
         self._wasted_seconds += job.wasted
         took = now - job.task.admitted
         if isinstance(terminal, Finished) and took > 0:
-            self._eta_errors.append(abs(job.foretold - now) / took)
+            self._eta_errors.append(abs(job.predicted_end - now) / took)
         job.within(
             log.info,
-            "%s: %s after %d model calls, %.3f s of the device, %.3f s of them after its end; %.2f s, foretold %.2f s",
+            "%s: %s after %d model calls, %.3f s of the device, %.3f s of them after its end; %.2f s, predicted %.2f s",
             job.submission.name,
             outcome,
             job.calls_made,
             job.task.used,
             job.wasted,
             took,
-            job.foretold - job.task.admitted,
+            job.predicted_end - job.task.admitted,
         )
-        ended = Ended(outcome, job.task.admitted, job.started, now, job.foretold, tuple(job.stretches))
+        ended = JobEnded(outcome, job.task.admitted, job.started, now, job.predicted_end, tuple(job.spans))
         job.within(self._observe, ended)
         job.deliver(terminal)
 
@@ -830,9 +830,9 @@ def _stretch(job: Job, began: float, ended: float, device: float) -> None:
     if job.call is None:  # abandoned meanwhile
         return
     stage, index = job.call.stage, job.call.index
-    last = job.stretches[-1] if job.stretches else None
+    last = job.spans[-1] if job.spans else None
     if last is None or (last.stage, last.index) != (stage, index):
-        job.stretches.append(last := Stretch(stage, index, began, ended))
+        job.spans.append(last := StageSpan(stage, index, began, ended))
     last.ended = ended
     last.calls += 1
     last.device += device

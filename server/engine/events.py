@@ -116,7 +116,7 @@ Event = Queued | Progress | Preview | ImageReady | Finished | Failed
 
 
 @dataclass
-class Stretch:
+class StageSpan:
     """Calls of one stage for one image, or for several from image `index` on that share them, from first to last.
 
     Times are on the engine's clock. `device` is what of them is this job's: calls of other jobs may come between.
@@ -131,14 +131,14 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Begun:
+class JobStarted:
     """A job's first call is about to be made, `waited` seconds after its admission."""
 
     waited: float
 
 
 @dataclass(frozen=True)
-class CallMade:
+class ModelCall:
     """A call of the model for so many images has ended, whether it failed or not."""
 
     stage: Stage
@@ -152,22 +152,22 @@ class PreviewDropped:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A job is over: `outcome` is "finished" or what it failed with. Times are on the engine's clock.
+class JobEnded:
+    """A job has ended with an `outcome`: "finished" or the class name of its error. Times are on the engine's clock.
 
-    `begun` is none for a job that never had a call, `foretold` when it should have ended, as told at its admission.
+    `started` is None for a job that never had a call. `predicted_end` was predicted at its admission.
     """
 
     outcome: str
     admitted: float
-    begun: float | None
+    started: float | None
     ended: float
-    foretold: float
-    stretches: tuple[Stretch, ...]
+    predicted_end: float
+    spans: tuple[StageSpan, ...]
 
 
 @dataclass(frozen=True)
-class Coded:
+class ImageEncoded:
     """A finished image was judged, where that is asked for, and coded to a file of `size` bytes.
 
     That was from `began` to `ended` on the monotonic clock. `filtered` tells that the file shows something else.
@@ -181,19 +181,19 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Settled:
+class DeviceTimeAttributed:
     """What a job's `device` seconds were good for is known: whether somebody got all of its images."""
 
     device: float
     delivered: bool
 
 
-Observation = Begun | CallMade | PreviewDropped | Ended | Coded | Settled
+Observation = JobStarted | ModelCall | PreviewDropped | JobEnded | ImageEncoded | DeviceTimeAttributed
 
 Observe = Callable[[Observation], None]
 """Called from any thread, an engine's lock held, so it must neither block nor raise. What is told of one job is told
 in the context (contextvars) of the call that began it."""
 
 
-def unobserved(observation: Observation) -> None:
+def no_observer(observation: Observation) -> None:
     """Nobody watches."""

@@ -47,8 +47,8 @@ _NOTABLE = 0.1  # a change by more than this share makes all be ranked anew
 _PRIORITY = 4.0  # a step of priority counts as being so many times shorter
 # The time that a deadline's work is taken to need, for one that is expected: so much and, for each unit by which calls
 # lately deviated from what was expected, so much more. Simulated, that meets nearly all that can be met.
-_CAUTION, _WARINESS = 1.02, 1.3
-_CAREFUL = 0.01  # a change of caution that is worth to reckon anew
+_SAFETY_FACTOR, _SAFETY_PER_DEVIATION = 1.02, 1.3
+_NOTABLE_FACTOR = 0.01  # a change of safety_factor that is worth to reckon anew
 _LOOK = 32  # jobs, in order, that are looked at for one that can share a call
 _FEW = 20  # arrivals: fewer say nothing of those to come
 _RECENT = 300  # arrivals from which those to come are foretold
@@ -62,7 +62,7 @@ class Order(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class QueueLimits:
     """What may be admitted at once: jobs, of all callers and of each, pixels of all their images, bytes of memory."""
 
     jobs: int
@@ -72,7 +72,7 @@ class Limits:
 
 
 @dataclass(eq=False)
-class Task:
+class ImageTask:
     """What the order needs to know of a job. All times are seconds, on the clock of whoever calls the schedule.
 
     `calls` are those still to be made, in order, as runs of one kind: [(encode, 1), (base, 32), (refiner, 8), ...].
@@ -132,13 +132,13 @@ class Refusal:
     reason: Reason
     finish: float
     retry_after: float
-    late: tuple[Task, ...] = ()
+    late: tuple[ImageTask, ...] = ()
 
 
 class Forecast(NamedTuple):
     """`position` tasks go before this one, whose last call ends in `eta` seconds."""
 
-    task: Task
+    task: ImageTask
     position: int
     eta: float
 
@@ -146,21 +146,22 @@ class Forecast(NamedTuple):
 class Schedule:
     """The admitted tasks and their order.
 
-    A task is added once and removed once, whatever its end. Between, `choose` says whose call is next, and `made` that
-    it has been made. Each costs O(log n) for n tasks, amortised; tasks with deadlines add O(n) of numpy, 3 ns each.
+    A task is added once and removed once, whatever its end. In between, `choose` returns the tasks whose call is next,
+    and `record_call` takes the call that was made. Each costs O(log n) for n tasks, amortised; tasks with deadlines add
+    O(n) of numpy, 3 ns each.
     """
 
-    def __init__(self, limits: Limits, times: CallTimes, order: Order = Order.SHORTEST) -> None:
+    def __init__(self, limits: QueueLimits, times: CallTimes, order: Order = Order.SHORTEST) -> None:
         self.limits = limits
         self.pixels = 0
         self.bytes = 0
         self._times = times
         self._version = times.version
         self._first_come = order is Order.FIRST_COME
-        self._tasks: dict[Task, _Caller] = {}
+        self._tasks: dict[ImageTask, _Caller] = {}
         self._callers: dict[str, _Caller] = {}
         self._turns: _Queue[_Caller] = _Queue()
-        self._claims = _Claims()
+        self._deadlines = DeadlineSet()
         self._arrivals = _Arrivals()
         self._numbers = itertools.count()
         self._work = 0.0
@@ -173,7 +174,7 @@ class Schedule:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __contains__(self, task: Task) -> bool:
+    def __contains__(self, task: ImageTask) -> bool:
         return task in self._tasks
 
     @property
@@ -183,19 +184,19 @@ class Schedule:
 
     # In and out.
 
-    def jobs_of_caller(self, task: Task) -> float:
+    def jobs_of_caller(self, task: ImageTask) -> float:
         """How many jobs the task's caller may have admitted at once."""
         return self.limits.jobs_of_caller if task.jobs_of_caller is None else task.jobs_of_caller
 
-    def refusal(self, task: Task, now: float) -> Refusal | None:
+    def refusal(self, task: ImageTask, now: float) -> Refusal | None:
         """Why the task should not be added now, if there is a reason. Changes nothing."""
         self._follow_times()
         size = self._seconds(task)
-        late: tuple[Task, ...] = ()
+        late: tuple[ImageTask, ...] = ()
         if self._first_come:
             finish = self._work + size
         else:
-            ahead, late = self._claims.effect(task.deadline, size, now)
+            ahead, late = self._deadlines.impact(task.deadline, size, now)
             finish = ahead + size
         caller = self._callers.get(task.caller)
         for reason, taken, limit in (
@@ -206,13 +207,13 @@ class Schedule:
         ):
             if taken > limit:
                 return Refusal(reason, finish, self._until_free(reason, task.caller, taken - limit, now))
-        over = now + self._claims.caution * finish - task.deadline
+        over = now + self._deadlines.safety_factor * finish - task.deadline
         if over > 0:
-            alone = now + self._claims.caution * size > task.deadline
+            alone = now + self._deadlines.safety_factor * size > task.deadline
             return Refusal(Reason.DEADLINE, finish, math.inf if alone else over)
         return Refusal(Reason.OTHERS, finish, size, late) if late else None
 
-    def add(self, task: Task, now: float) -> None:
+    def add(self, task: ImageTask, now: float) -> None:
         """Admit a task, whatever `refusal` says of it."""
         self._follow_times()
         caller = self._callers.setdefault(task.caller, _Caller(turn=now))
@@ -228,14 +229,14 @@ class Schedule:
         self.pixels += task.pixels
         self.bytes += task.bytes
         if task.deadline < math.inf and not self._first_come:
-            self._claims.add(task)
+            self._deadlines.add(task)
         self._arrivals.add(now, task.remaining, _length(task))
 
-    def remove(self, task: Task, now: float) -> None:
+    def remove(self, task: ImageTask, now: float) -> None:
         """The task has ended: finished, failed, expired or cancelled. Raises KeyError if it is not here."""
         caller = self._tasks.pop(task)
         caller.queue.drop(task)
-        self._claims.drop(task)
+        self._deadlines.drop(task)
         self._work = self._work - task.remaining if self._tasks else 0.0
         self.pixels -= task.pixels
         self.bytes -= task.bytes
@@ -249,7 +250,7 @@ class Schedule:
 
     # What runs.
 
-    def choose(self, now: float, most: int = 1, join: bool = True) -> list[Task]:
+    def choose(self, now: float, most: int = 1, join: bool = True) -> list[ImageTask]:
         """The tasks whose next call is to be made now, in one call together; none if there are none.
 
         The first is the one whose turn it is, up to `most` - 1 others of its kind follow in the order of the schedule,
@@ -262,8 +263,8 @@ class Schedule:
         first = self._first(now)
         if first is None or most == 1 or not first.kind.shared:
             return [first] if first else []
-        alike: dict[Kind, list[Task]] = {first.kind: [first]}
-        looked: list[Task] = []
+        alike: dict[Kind, list[ImageTask]] = {first.kind: [first]}
+        looked: list[ImageTask] = []
         with closing(self._in_order()) as tasks:
             for task in tasks:
                 looked.append(task)
@@ -275,7 +276,7 @@ class Schedule:
         batch = self._in_time(alike[first.kind][:most], now)
         if not self._first_come and first._put_off < (most - 1) * first.calls[0][1]:
             fullest = max((each[:most] for kind, each in alike.items() if kind.shared), key=len)
-            if len(fullest) > len(batch) and not self._claims.press(
+            if len(fullest) > len(batch) and not self._deadlines.most_urgent(
                 now, self._times.expect(fullest[0].kind, len(fullest))
             ):
                 first._put_off += 1
@@ -284,23 +285,23 @@ class Schedule:
             for task in looked:
                 if task.follows_with(batch[0].kind):
                     longer = self._times.expect(task.kind) + self._times.expect(batch[0].kind, len(batch) + 1)
-                    return batch if self._claims.press(now, longer) else [task]
+                    return batch if self._deadlines.most_urgent(now, longer) else [task]
         return batch
 
-    def _in_time(self, batch: list[Task], now: float) -> list[Task]:
+    def _in_time(self, batch: list[ImageTask], now: float) -> list[ImageTask]:
         """As many of these as can share a call without making a deadline late, at least the first."""
-        while len(batch) > 1 and self._claims.press(now, self._times.expect(batch[0].kind, len(batch))):
+        while len(batch) > 1 and self._deadlines.most_urgent(now, self._times.expect(batch[0].kind, len(batch))):
             batch = batch[:-1]
         return batch
 
-    def choose_ahead(self, stage: Stage) -> list[Task]:
+    def choose_ahead(self, stage: Stage) -> list[ImageTask]:
         """The first task in order whose next call is of this stage, though it is not its turn; none if that is far."""
         with closing(self._in_order()) as tasks:
             return next(([task] for task in tasks if task.kind.stage is stage), [])
 
-    def _in_order(self) -> Generator[Task]:
+    def _in_order(self) -> Generator[ImageTask]:
         """The first tasks that can run. Each is taken out for the next to come to light, until this is closed."""
-        looked: list[Task] = []
+        looked: list[ImageTask] = []
         try:
             while len(looked) < _LOOK and (caller := self._turns.first()):
                 task = caller.queue.first()
@@ -319,9 +320,9 @@ class Schedule:
         if first is None:
             return math.inf
         step = self._times.expect(first.kind)
-        return now if self._claims.press(now, step) else self._claims.latest_start - step
+        return now if self._deadlines.most_urgent(now, step) else self._deadlines.latest_start - step
 
-    def made(self, tasks: Sequence[Task], seconds: float, calls: int = 1) -> None:
+    def record_call(self, tasks: Sequence[ImageTask], seconds: float, calls: int = 1) -> None:
         """The next call of these tasks has been made, in one call together that took so many seconds of the device.
 
         `calls` counts such calls if more than one of the same kind was made in a row, `seconds` is their sum then. A
@@ -335,12 +336,12 @@ class Schedule:
             task.used += seconds / len(tasks)
             self._changed(task)
 
-    def replan(self, task: Task, calls: list[tuple[Kind, int]]) -> None:
+    def replan(self, task: ImageTask, calls: list[tuple[Kind, int]]) -> None:
         """The calls that the task has still to make are others than was thought."""
         task.calls = calls
         self._changed(task)
 
-    def hold(self, task: Task, ahead: bool = False) -> None:
+    def hold(self, task: ImageTask, ahead: bool = False) -> None:
         """The task's next call is made beside those of others, or waits for that: it is not to be chosen.
 
         With `ahead` its turn has not come.
@@ -348,7 +349,7 @@ class Schedule:
         task._held, task._ahead = True, ahead
         self._changed(task)
 
-    def resume(self, task: Task) -> None:
+    def resume(self, task: ImageTask) -> None:
         """The task can be chosen again."""
         task._held = task._ahead = False
         self._changed(task)
@@ -361,10 +362,10 @@ class Schedule:
         The order is played to its end, which costs O(n log n) for n tasks. Each time is then put off by the work that
         will still come and go first, if as much of each handicap comes as did lately.
         """
-        for position, (task, wait) in enumerate(self._played(now)):
+        for position, (task, wait) in enumerate(self._simulated_order(now)):
             yield Forecast(task, position, self._eta(task, wait, now))
 
-    def forecast(self, task: Task, now: float) -> Forecast:
+    def forecast(self, task: ImageTask, now: float) -> Forecast:
         """When one task will end. Cheap for one that runs. Raises KeyError if the task is not here."""
         if task not in self._tasks:
             raise KeyError(task)
@@ -372,25 +373,25 @@ class Schedule:
             return Forecast(task, 0, self._eta(task, 0.0, now))
         return next(forecast for forecast in self.forecasts(now) if forecast.task is task)
 
-    def _eta(self, task: Task, wait: float, now: float) -> float:
+    def _eta(self, task: ImageTask, wait: float, now: float) -> float:
         """Seconds until the end of a task that would have `wait` seconds to wait if nothing came any more."""
         if not task.calls:  # whatever comes, nothing can go before it any more
             return 0.0
         arrivals = self._arrivals.rates(now, self._patience, self._grain)
         rank = task.admitted + task.handicap
-        start = arrivals.put_off(now, wait, rank)
+        start = arrivals.finish_with_arrivals(now, wait, rank)
         # As it runs its handicap falls to nothing, by one patience on average.
-        end = arrivals.put_off(start, task.remaining, rank - self._patience)
-        if self._claims.holds(task):
+        end = arrivals.finish_with_arrivals(start, task.remaining, rank - self._patience)
+        if self._deadlines.holds(task):
             end = min(end, max(now + wait + task.remaining, task.deadline))
         return end - now
 
-    def _played(self, now: float) -> Iterator[tuple[Task, float]]:
+    def _simulated_order(self, now: float) -> Iterator[tuple[ImageTask, float]]:
         """Each task in order, with the seconds that it would wait if nothing came any more."""
-        own: dict[_Caller, list[tuple[float, int, Task]]] = {}
+        own: dict[_Caller, list[tuple[float, int, ImageTask]]] = {}
         for task, caller in self._tasks.items():
             own.setdefault(caller, []).append((task.admitted + task.handicap, task._number, task))
-        turns: list[tuple[float, int, Task, float, _Caller]] = []
+        turns: list[tuple[float, int, ImageTask, float, _Caller]] = []
 
         def next_turn(caller: _Caller, turn: float) -> None:
             if own[caller]:
@@ -400,49 +401,49 @@ class Schedule:
         for caller, tasks in own.items():
             tasks.sort(reverse=True)
             next_turn(caller, caller.turn)
-        claims = self._claims.copy()
-        done: set[Task] = set()
+        deadlines = self._deadlines.copy()
+        done: set[ImageTask] = set()
         end = now
         while turns:
             _, _, task, turn, caller = heapq.heappop(turns)
             if task not in done:
-                while (urgent := claims.press(end, task.remaining)) not in (None, task):
+                while (urgent := deadlines.most_urgent(end, task.remaining)) not in (None, task):
                     assert urgent is not None
-                    claims.drop(urgent)
+                    deadlines.drop(urgent)
                     done.add(urgent)
                     yield urgent, end - now
                     end += urgent.remaining
-                claims.drop(task)
+                deadlines.drop(task)
                 yield task, end - now
                 end += task.remaining
             next_turn(caller, end if self._takes_turns(len(own[caller])) else turn)
 
     # Inside.
 
-    def _first(self, now: float) -> Task | None:
+    def _first(self, now: float) -> ImageTask | None:
         self._follow_times()
         if (caller := self._turns.first()) is None:
             return None
         task = caller.queue.first()
         assert task is not None
-        return self._claims.press(now, self._times.expect(task.kind)) or task
+        return self._deadlines.most_urgent(now, self._times.expect(task.kind)) or task
 
-    def _changed(self, task: Task) -> None:
+    def _changed(self, task: ImageTask) -> None:
         """Its calls have become others, or it can or cannot run."""
         if task in self._tasks:
             self._expect(task)
-            self._claims.update(task)
+            self._deadlines.update(task)
             self._rank(task)
 
-    def _expect(self, task: Task) -> None:
+    def _expect(self, task: ImageTask) -> None:
         before = task.remaining
         task.remaining = self._seconds(task)
         self._work = max(0.0, self._work + task.remaining - before)
 
-    def _seconds(self, task: Task) -> float:
+    def _seconds(self, task: ImageTask) -> float:
         return sum(count * self._times.expect(kind) for kind, count in task.calls)
 
-    def _rank(self, task: Task) -> None:
+    def _rank(self, task: ImageTask) -> None:
         """Put the task into its caller's order, and the caller into that of the callers."""
         caller = self._tasks[task]
         if task._held or not task.calls:
@@ -469,9 +470,9 @@ class Schedule:
             self._version = self._times.version
             for task in self._tasks:
                 self._changed(task)
-        self._claims.take_caution(_CAUTION + _WARINESS * self._times.deviation)
+        self._deadlines.set_safety_factor(_SAFETY_FACTOR + _SAFETY_PER_DEVIATION * self._times.deviation)
 
-    def _follow_load(self, task: Task) -> None:
+    def _follow_load(self, task: ImageTask) -> None:
         """Let patience follow the load with each arrival; rank all anew when it has changed notably: rare, and O(n).
 
         Of a caller with many jobs only so many are thought to be ahead, lest they alone make everybody patient.
@@ -500,7 +501,7 @@ class Schedule:
         return math.inf
 
 
-def _length(task: Task) -> float:
+def _length(task: ImageTask) -> float:
     """What is left of the task in seconds, as its priority has it."""
     return task.remaining * _PRIORITY**-task.priority
 
@@ -509,7 +510,7 @@ def _handicap(length: float, patience: float, grain: float) -> float:
     return patience * math.log1p(length / grain)
 
 
-def _turn_rank(task: Task, turn: float) -> float:
+def _turn_rank(task: ImageTask, turn: float) -> float:
     """The rank of a task between callers. The bound on its handicap holds from its arrival, not from a later turn."""
     return turn + task._free_handicap if turn > task.admitted else task.admitted + task.handicap
 
@@ -520,7 +521,7 @@ class _Caller:
 
     turn: float
     tasks: int = 0
-    queue: "_Queue[Task]" = field(default_factory=lambda: _Queue())
+    queue: "_Queue[ImageTask]" = field(default_factory=lambda: _Queue())
 
 
 _Item = TypeVar("_Item", bound=Hashable)
@@ -562,7 +563,7 @@ class _Queue(Generic[_Item]):
         return heap[0][3] if heap else None
 
 
-class _Claims:
+class DeadlineSet:
     """The tasks with deadlines that can still all be met, earliest first.
 
     `latest_start` is when the first of them must run lest one be late, or an earlier time. It is reckoned exactly only
@@ -570,25 +571,25 @@ class _Claims:
     """
 
     def __init__(self) -> None:
-        self._tasks: list[Task] = []
+        self._tasks: list[ImageTask] = []
         self._keys: list[tuple[float, int]] = []
         self._deadlines = np.empty(0)
         self._remaining = np.empty(0)
         self._exact = True
         self.latest_start = math.inf
-        self.caution = _CAUTION
+        self.safety_factor = _SAFETY_FACTOR
 
-    def copy(self) -> "_Claims":
-        other = _Claims()
+    def copy(self) -> "DeadlineSet":
+        other = DeadlineSet()
         other._tasks, other._keys = self._tasks.copy(), self._keys.copy()
         other._deadlines, other._remaining = self._deadlines.copy(), self._remaining.copy()
-        other._exact, other.latest_start, other.caution = self._exact, self.latest_start, self.caution
+        other._exact, other.latest_start, other.safety_factor = self._exact, self.latest_start, self.safety_factor
         return other
 
-    def holds(self, task: Task) -> bool:
+    def holds(self, task: ImageTask) -> bool:
         return self._find(task) is not None
 
-    def add(self, task: Task) -> None:
+    def add(self, task: ImageTask) -> None:
         key = (task.deadline, task._number)
         place = bisect_left(self._keys, key)
         self._keys.insert(place, key)
@@ -597,7 +598,7 @@ class _Claims:
         self._remaining = np.insert(self._remaining, place, task.remaining)
         self._exact, self.latest_start = False, -math.inf
 
-    def drop(self, task: Task) -> None:
+    def drop(self, task: ImageTask) -> None:
         """The task has no claim (any more)."""
         if (place := self._find(task)) is not None:
             del self._keys[place], self._tasks[place]
@@ -607,7 +608,7 @@ class _Claims:
             if not self._tasks:
                 self._exact, self.latest_start = True, math.inf
 
-    def update(self, task: Task) -> None:
+    def update(self, task: ImageTask) -> None:
         """Its remaining time has changed."""
         if (place := self._find(task)) is not None:
             if task.remaining > self._remaining[place]:
@@ -615,22 +616,22 @@ class _Claims:
             self._remaining[place] = task.remaining
             self._exact = False
 
-    def take_caution(self, caution: float) -> None:
+    def set_safety_factor(self, safety_factor: float) -> None:
         """From now on take the work to need so many times what is expected; small changes wait for larger ones."""
-        if abs(caution - self.caution) > _CAREFUL:
-            self.caution = caution
+        if abs(safety_factor - self.safety_factor) > _NOTABLE_FACTOR:
+            self.safety_factor = safety_factor
             if self._tasks:
                 self._exact, self.latest_start = False, -math.inf
 
-    def press(self, now: float, step: float) -> Task | None:
+    def most_urgent(self, now: float, step: float) -> ImageTask | None:
         """The task with the earliest deadline, if another's call of `step` seconds would make any late.
 
-        Tasks lose their claims here if not all can be met.
+        Tasks lose their deadlines here if not all can be met.
         """
         while now + step > self.latest_start:
             needed = self._remaining.cumsum()
             if not self._exact:
-                self._exact, self.latest_start = True, float((self._deadlines - self.caution * needed).min())
+                self._exact, self.latest_start = True, float((self._deadlines - self.safety_factor * needed).min())
                 if now + step <= self.latest_start:
                     break
             late = self._deadlines < now + needed
@@ -639,7 +640,7 @@ class _Claims:
             self.drop(self._tasks[int(self._remaining[: int(late.argmax()) + 1].argmax())])
         return None
 
-    def effect(self, deadline: float, seconds: float, now: float) -> tuple[float, tuple[Task, ...]]:
+    def impact(self, deadline: float, seconds: float, now: float) -> tuple[float, tuple[ImageTask, ...]]:
         """Seconds of work with earlier deadlines, and the tasks with later ones that so much more would make late."""
         place = bisect_right(self._keys, (deadline, math.inf))
         needed = now + np.cumsum(self._remaining)
@@ -648,7 +649,7 @@ class _Claims:
         late = np.flatnonzero((slack >= 0) & (slack < seconds))
         return ahead, tuple(self._tasks[place + int(each)] for each in late)
 
-    def _find(self, task: Task) -> int | None:
+    def _find(self, task: ImageTask) -> int | None:
         place = bisect_left(self._keys, (task.deadline, task._number))
         return place if place < len(self._tasks) and self._tasks[place] is task else None
 
@@ -684,7 +685,7 @@ class _Rates:
         self._rate = [0.0, *itertools.accumulate(size / span for _, size in arrivals)]
         self._moment = [0.0, *itertools.accumulate(size / span * handicap for handicap, size in arrivals)]
 
-    def put_off(self, begin: float, seconds: float, rank: float) -> float:
+    def finish_with_arrivals(self, begin: float, seconds: float, rank: float) -> float:
         """When something ends that would take so many seconds from `begin` if nothing came any more.
 
         What comes at t with a handicap h goes first while t + h < rank, until the end. The end solves

@@ -39,7 +39,15 @@ from prometheus_client.registry import Collector
 from server.api import addresses
 from server.api.addresses import CannotListen
 from server.domain import ModelInfo, Stage
-from server.engine.events import Begun, CallMade, Coded, Ended, Observation, PreviewDropped, Settled
+from server.engine.events import (
+    DeviceTimeAttributed,
+    ImageEncoded,
+    JobEnded,
+    JobStarted,
+    ModelCall,
+    Observation,
+    PreviewDropped,
+)
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.model_model_v1alpha import model_public_pb2 as model_public
 from server.stubs.model_ray_v1alpha import user_defined_pb2 as user_defined
@@ -236,25 +244,25 @@ class Metrics:
 
     def observe(self, observation: Observation) -> None:
         match observation:
-            case CallMade(stage=stage, images=images, seconds=seconds):
+            case ModelCall(stage=stage, images=images, seconds=seconds):
                 self._call_seconds.labels(stage).observe(seconds)
                 if stage in (Stage.BASE, Stage.REFINER):
                     self._steps.labels(stage).inc(images)
                     self._call_images.labels(stage).observe(images)
-            case Begun(waited=waited):
+            case JobStarted(waited=waited):
                 self._wait_seconds.observe(waited)
             case PreviewDropped():
                 self._previews_dropped.inc()
-            case Coded(pixels=pixels, size=size, filtered=filtered):
+            case ImageEncoded(pixels=pixels, size=size, filtered=filtered):
                 self._image_pixels.observe(pixels)
                 self._image_bytes.observe(size)
                 self._images_filtered.inc(filtered)
-            case Settled(device=device, delivered=delivered):
+            case DeviceTimeAttributed(device=device, delivered=delivered):
                 self._device_seconds.labels("delivered" if delivered else "wasted").inc(device)
-            case Ended(outcome=outcome, admitted=admitted, ended=ended, foretold=foretold):
+            case JobEnded(outcome=outcome, admitted=admitted, ended=ended, predicted_end=predicted_end):
                 self._jobs.labels(re.sub(r"(?<=.)(?=[A-Z])", "_", outcome).lower()).inc()
-                if outcome == "finished" and foretold > admitted:
-                    self._eta_ratio.observe((foretold - admitted) / (ended - admitted))
+                if outcome == "finished" and predicted_end > admitted:
+                    self._eta_ratio.observe((predicted_end - admitted) / (ended - admitted))
 
     def call_retried(self, method: str) -> None:
         self._retries.labels(method).inc()

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from server import __version__
 from server.api.addresses import is_loopback
-from server.engine.events import Coded, Ended, Observation
+from server.engine.events import ImageEncoded, JobEnded, Observation
 
 _STOP_SECONDS = 3.0  # for the last spans to leave; a collector that does not answer must not hold up the end
 
@@ -94,14 +94,14 @@ class Traces:
         if not trace.get_current_span().get_span_context().is_valid:  # of the first image, which nobody asked for
             return
         match observation:
-            case Ended(admitted=admitted, begun=begun, ended=ended, stretches=stretches):
-                self._span("queue", admitted, ended if begun is None else begun)
-                for each in stretches:
+            case JobEnded(admitted=admitted, started=started, ended=ended, spans=spans):
+                self._span("queue", admitted, ended if started is None else started)
+                for each in spans:
                     self._span(
                         each.stage, each.began, each.ended,
                         image=each.index, calls=each.calls, device_seconds=each.device,
                     )  # fmt: skip
-            case Coded(pixels=pixels, size=size, began=began, ended=ended, filtered=filtered):
+            case ImageEncoded(pixels=pixels, size=size, began=began, ended=ended, filtered=filtered):
                 self._span("code image", began, ended, pixels=pixels, bytes=size, filtered=filtered)
 
     def _span(self, name: str, began: float, ended: float, **attributes: float) -> None:

@@ -17,6 +17,7 @@ from server.api.recordings import Recording, Recordings
 from server.domain import Caller, Stage
 from server.engine.events import (
     Cancelled,
+    DeviceTimeAttributed,
     Draining,
     Event,
     Failed,
@@ -28,10 +29,9 @@ from server.engine.events import (
     PreviewDropped,
     Progress,
     Queued,
-    Settled,
 )
 from server.engine.interface import Submission
-from server.engine.scheduling import Task
+from server.engine.scheduling import ImageTask
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
@@ -59,7 +59,7 @@ class Submitted:
     tell: Callable[[Event], None]
     submission: Submission
     cancelled: bool = False
-    task: Task = field(default_factory=lambda: Task("", [], used=1.25))
+    task: ImageTask = field(default_factory=lambda: ImageTask("", [], used=1.25))
 
 
 @dataclass
@@ -124,8 +124,8 @@ class House:
         )
 
     @property
-    def settled(self) -> list[Settled]:
-        return [each for each in self.observed if isinstance(each, Settled)]
+    def settled(self) -> list[DeviceTimeAttributed]:
+        return [each for each in self.observed if isinstance(each, DeviceTimeAttributed)]
 
     async def end(self, name: str, *events: Event, **fields: object) -> Recording:
         """A detached job from its beginning to after its end."""
@@ -469,7 +469,7 @@ class TestWhatTheDeviceWorkedFor:
         listening = asyncio.create_task(listen(recording))
         await tell(recording, house.engine, image(0), DONE)
         await listening
-        assert house.settled == [Settled(1.25, delivered=True)]
+        assert house.settled == [DeviceTimeAttributed(1.25, delivered=True)]
 
     @pytest.mark.parametrize("detach", [{}, DETACH])
     async def test_a_job_that_failed_was_not(self, house, detach: dict[str, object]):
@@ -478,7 +478,7 @@ class TestWhatTheDeviceWorkedFor:
         await tell(recording, house.engine, Failed(ModelFailed("broken")))
         with pytest.raises(ModelFailed):
             await listening
-        assert house.settled == [Settled(1.25, delivered=False)]
+        assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
     async def test_nor_one_that_finished_after_its_listener_had_gone(self, house):
         recording = house.begin()
@@ -487,7 +487,7 @@ class TestWhatTheDeviceWorkedFor:
             await anext(messages)
         assert house.settled == []
         await tell(recording, house.engine, image(0), DONE)
-        assert house.settled == [Settled(1.25, delivered=False)]
+        assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
     async def test_nor_one_whose_listener_goes_before_the_last_message(self, house):
         recording = house.begin()
@@ -495,15 +495,18 @@ class TestWhatTheDeviceWorkedFor:
             await tell(recording, house.engine, image(0), DONE)
             await anext(messages)
             assert house.settled == []
-        assert house.settled == [Settled(1.25, delivered=False)]
+        assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
     async def test_a_detached_job_may_still_find_its_listener_until_it_is_forgotten(self, house):
         found, _ = await house.end("found", image(0), DONE), await house.end("forgotten", image(0), DONE)
         assert house.settled == []
         await listen(found)
-        assert house.settled == [Settled(1.25, delivered=True)]
+        assert house.settled == [DeviceTimeAttributed(1.25, delivered=True)]
         house.clock.advance(600)
-        assert house.settled == [Settled(1.25, delivered=True), Settled(1.25, delivered=False)]
+        assert house.settled == [
+            DeviceTimeAttributed(1.25, delivered=True),
+            DeviceTimeAttributed(1.25, delivered=False),
+        ]
 
     async def test_a_preview_that_comes_after_its_image_is_told_as_dropped(self, house):
         await house.end("mine", image(0), preview(0, 1), DONE)

@@ -24,7 +24,7 @@ from stepped_model import SteppedModel
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.engine.engine import Engine
-from server.engine.scheduling import Limits
+from server.engine.scheduling import QueueLimits
 from server.observability.telemetry import Calls, Metrics
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -137,7 +137,7 @@ class House:
 
     def __init__(self, jobs: int) -> None:
         self.model = SteppedModel()
-        self.engine = Engine(Limits(jobs=jobs))
+        self.engine = Engine(QueueLimits(jobs=jobs))
         self.metrics = Metrics(jobs)
 
     async def __aenter__(self) -> "House":

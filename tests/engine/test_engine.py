@@ -14,17 +14,17 @@ from stepped_model import REQUEST, Clock, Events, Path, Prompt, SteppedModel, ru
 from server.domain import ImageRequest, Notice, Stage
 from server.engine.engine import Engine
 from server.engine.events import (
-    Begun,
-    CallMade,
     Cancelled,
     DeadlineExceeded,
     DeviceFull,
     DeviceLost,
     DeviceUnavailable,
     Draining,
-    Ended,
     Failed,
     Finished,
+    JobEnded,
+    JobStarted,
+    ModelCall,
     ModelFailed,
     Observation,
     Preview,
@@ -32,10 +32,10 @@ from server.engine.events import (
     Progress,
     Queued,
     ResourceExhausted,
-    Stretch,
+    StageSpan,
 )
 from server.engine.interface import Submission
-from server.engine.scheduling import Limits, Order
+from server.engine.scheduling import Order, QueueLimits
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def engine(model: SteppedModel, clock: Clock) -> Iterator[Engine]:
-    with running(Engine(Limits(jobs=3), clock=clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=3), clock=clock), model) as engine:
         yield engine
 
 
@@ -173,9 +173,9 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine,
 
 def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clock: Clock):
     for limits, words in (
-        (Limits(9, pixels=100), "100 pixels"),
-        (Limits(9, bytes=500), "500 bytes"),
-        (Limits(9, 1), "1 requests of this"),
+        (QueueLimits(9, pixels=100), "100 pixels"),
+        (QueueLimits(9, bytes=500), "500 bytes"),
+        (QueueLimits(9, 1), "1 requests of this"),
     ):
         with running(Engine(limits, clock=clock), model) as engine:
             events = Events()
@@ -232,7 +232,7 @@ def test_a_short_job_goes_before_a_long_one_between_two_of_its_calls(engine: Eng
 
 
 def test_first_come_runs_every_job_to_its_end(model: SteppedModel, clock: Clock):
-    with running(Engine(Limits(jobs=3), Order.FIRST_COME, clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=3), Order.FIRST_COME, clock), model) as engine:
         measure(engine, model, clock)
         long, short = Events(), Events()
         engine.submit(Submission("long", replace(REQUEST, seeds=tuple(range(10, 40)))), long)
@@ -292,7 +292,7 @@ def test_the_error_of_foretold_times_is_published(engine: Engine, model: Stepped
 
 def test_images_share_network_calls_up_to_the_largest_batch(model: SteppedModel, clock: Clock):
     model.max_batch = 4
-    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(4)]
         engine.submit(Submission("blocker", replace(REQUEST, seeds=(1,))), blocker)
         model.calls.get(timeout=60)
@@ -308,7 +308,7 @@ def test_images_share_network_calls_up_to_the_largest_batch(model: SteppedModel,
 def test_the_images_of_one_request_share_network_calls(model: SteppedModel, clock: Clock):
     model.max_batch = 4
     model.allow(1000)
-    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         events = Events()
         engine.submit(Submission("job", replace(REQUEST, seeds=(1, 2, 3, 4, 5, 6))), events)
         told = events.to_the_end()
@@ -324,7 +324,7 @@ def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
             return Path(seed, batch_key="compiled" if seed >= 20 else "not compiled")
 
     model = TwoWays(max_batch=4)
-    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(5)]
         engine.submit(Submission("blocker", replace(REQUEST, seeds=(1,))), blocker)
         model.calls.get(timeout=60)
@@ -339,7 +339,7 @@ def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
 
 def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clock):
     model.max_batch, model.broken_seed = 4, 11
-    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(4)]
         engine.submit(Submission("blocker", replace(REQUEST, seeds=(1,))), blocker)
         model.calls.get(timeout=60)
@@ -354,7 +354,7 @@ def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clo
 def test_what_does_not_fit_together_is_split_and_calls_stay_smaller_from_then_on(model: SteppedModel, clock: Clock):
     model.max_batch, model.fitting = 8, 2
     model.allow(1000)
-    with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+    with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         events, after = Events(), Events()
         engine.submit(Submission("job", replace(REQUEST, seeds=tuple(range(8)))), events)
         finished = events.to_the_end()[-1]
@@ -414,7 +414,7 @@ def test_previews_that_cannot_keep_up_are_told_as_dropped(clock: Clock):
             return super().preview(trajectory)
 
     model, events, observed = SlowToDraw(), Events(), []
-    with running(Engine(Limits(jobs=1), clock=clock, observe=observed.append), model) as engine:
+    with running(Engine(QueueLimits(jobs=1), clock=clock, observe=observed.append), model) as engine:
         engine.submit(Submission("job", REQUEST, preview_interval=1), events)
         model.allow(2)  # the prompt's call and the first step, whose preview is begun
         assert drawing.wait(60)
@@ -431,27 +431,27 @@ def test_an_observer_hears_of_every_call_and_at_the_end_what_the_job_did_when(mo
 
     def observe(observation: Observation) -> None:
         observed.append(observation)
-        if isinstance(observation, Begun | Ended):
+        if isinstance(observation, JobStarted | JobEnded):
             assert mine.get() == "the submitter's", "what is told of a job is told in its context"
 
-    with running(Engine(Limits(jobs=1), clock=clock, observe=observe), model) as engine:
+    with running(Engine(QueueLimits(jobs=1), clock=clock, observe=observe), model) as engine:
         mine.set("the submitter's")
         measure(engine, model, clock)
-    calls = [each for each in observed if isinstance(each, CallMade)]
+    calls = [each for each in observed if isinstance(each, ModelCall)]
     stages = [Stage.ENCODE, Stage.BASE, Stage.BASE, Stage.REFINER, Stage.DECODE]
-    assert calls == [CallMade(stage, 1, 1.0) for stage in stages]
-    assert observed[0] == Begun(0.0)
-    stretches = (
-        Stretch(Stage.ENCODE, 0, 0.0, 1.0, 1, 1.0),
-        Stretch(Stage.BASE, 0, 1.0, 3.0, 2, 2.0),
-        Stretch(Stage.REFINER, 0, 3.0, 4.0, 1, 1.0),
-        Stretch(Stage.DECODE, 0, 4.0, 5.0, 1, 1.0),
+    assert calls == [ModelCall(stage, 1, 1.0) for stage in stages]
+    assert observed[0] == JobStarted(0.0)
+    spans = (
+        StageSpan(Stage.ENCODE, 0, 0.0, 1.0, 1, 1.0),
+        StageSpan(Stage.BASE, 0, 1.0, 3.0, 2, 2.0),
+        StageSpan(Stage.REFINER, 0, 3.0, 4.0, 1, 1.0),
+        StageSpan(Stage.DECODE, 0, 4.0, 5.0, 1, 1.0),
     )
-    assert observed[-1] == Ended("finished", 0.0, 0.0, 5.0, 0.0, stretches)
+    assert observed[-1] == JobEnded("finished", 0.0, 0.0, 5.0, 0.0, spans)
 
 
 def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: SteppedModel, clock: Clock):
-    engine = Engine(Limits(jobs=3), clock=clock)
+    engine = Engine(QueueLimits(jobs=3), clock=clock)
     engine.start(lambda: model).result(timeout=60)
     jobs = [Events(), Events()]
     for events in jobs:
@@ -471,7 +471,7 @@ def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: Ste
 
 def test_every_job_of_the_shared_call_that_hangs_is_lost_and_no_other(model: SteppedModel):
     model.max_batch = 2
-    engine = Engine(Limits(jobs=3))
+    engine = Engine(QueueLimits(jobs=3))
     engine.start(lambda: model).result(timeout=60)
     jobs = [Events() for _ in range(3)]
     for seed, events in enumerate(jobs):
@@ -534,7 +534,7 @@ def test_what_loading_raises_reaches_whoever_waits_for_the_model():
     def load() -> SteppedModel:
         raise FileNotFoundError("no weights")
 
-    engine = Engine(Limits(jobs=1))
+    engine = Engine(QueueLimits(jobs=1))
     with pytest.raises(FileNotFoundError, match="no weights"):
         engine.start(load).result(timeout=60)
     assert engine.join(60)

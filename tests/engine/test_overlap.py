@@ -28,7 +28,7 @@ from server.engine.events import (
     ResourceExhausted,
 )
 from server.engine.interface import Submission
-from server.engine.scheduling import Limits
+from server.engine.scheduling import QueueLimits
 from server.ensemble import checkpoint
 
 
@@ -82,7 +82,7 @@ def clock() -> Clock:
 @pytest.fixture
 def engine(model: OverlappingModel, clock: Clock) -> Iterator[Engine]:
     with ExitStack() as at_the_end:
-        engine = at_the_end.enter_context(running(Engine(Limits(jobs=9), clock=clock), model))
+        engine = at_the_end.enter_context(running(Engine(QueueLimits(jobs=9), clock=clock), model))
         at_the_end.callback(model.allow_on_side, 1000)
         at_the_end.callback(engine.stop)
         yield engine
@@ -125,7 +125,7 @@ def test_a_job_has_the_same_events_with_and_without_overlap(clock: Clock):
         model, events = OverlappingModel(overlaps=overlaps), Events()
         model.allow(1000)
         model.allow_on_side(1000)
-        with running(Engine(Limits(jobs=9), clock=clock), model) as engine:
+        with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
             engine.submit(Submission("job", request(10, images=2)), events)
             told.append([repr(each) for each in events.to_the_end()])
     assert told[0] == told[1]
@@ -298,7 +298,7 @@ def test_calls_overlap_again_after_a_while(engine: Engine, model: OverlappingMod
 
 
 def test_a_call_that_hangs_on_the_side_is_seen_and_can_be_abandoned(model: OverlappingModel, clock: Clock):
-    engine = Engine(Limits(jobs=9), clock=clock)
+    engine = Engine(QueueLimits(jobs=9), clock=clock)
     engine.start(lambda: model).result(timeout=60)
     (_, decoding), (_, stepping) = two_in_flight(engine, model)
     clock.now += 100
@@ -340,7 +340,7 @@ def test_stopping_ends_every_job_after_the_calls_in_flight(engine: Engine, model
 )
 def test_every_job_ends_once_whatever_overlaps(jobs: list[tuple[int, str]], max_batch: int, crowded: bool):
     model = OverlappingModel(max_batch=max_batch, broken_seed=13, crowded=crowded)
-    with running(Engine(Limits(jobs=99)), model) as engine:
+    with running(Engine(QueueLimits(jobs=99)), model) as engine:
         model.allow(10_000)
         model.allow_on_side(10_000)
         submitted = []
@@ -368,7 +368,7 @@ def test_the_bytes_of_the_ensemble_are_the_same_with_and_without_overlap(folders
     def images(overlaps: bool) -> list[bytes]:
         loaded = ensemble.load(checkpoint.inspect(*folders), device="cpu", precision="fp32", max_batch=2)
         loaded.overlaps = overlaps
-        engine, jobs = Engine(Limits(jobs=9)), [Events() for _ in range(4)]
+        engine, jobs = Engine(QueueLimits(jobs=9)), [Events() for _ in range(4)]
         engine.start(lambda: loaded).result(timeout=60)
         for number, events in enumerate(jobs):
             asked = ImageRequest("a cat", "a dog", (number, number + 50), 6, 5.0, 0.6, "euler", 32, 32)

@@ -10,14 +10,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.domain import Stage
 from server.engine.call_times import CallTimes, Kind
-from server.engine.scheduling import Limits, Order, Reason, Schedule, Task
+from server.engine.scheduling import ImageTask, Order, QueueLimits, Reason, Schedule
 
 STEP = Kind(Stage.BASE, 1024, 1024)  # takes a second
 SMALL = Kind(Stage.BASE, 512, 512)  # takes a quarter
-ROOM = Limits(jobs=10_000)
+ROOM = QueueLimits(jobs=10_000)
 
 
-def schedule_of(order: Order = Order.SHORTEST, limits: Limits = ROOM, average: int | None = 20) -> Schedule:
+def schedule_of(order: Order = Order.SHORTEST, limits: QueueLimits = ROOM, average: int | None = 20) -> Schedule:
     """An empty schedule that knows what calls cost, and to which many jobs of `average` seconds came before."""
     times = CallTimes()
     times.record(STEP, 1.0)
@@ -30,29 +30,31 @@ def schedule_of(order: Order = Order.SHORTEST, limits: Limits = ROOM, average: i
     return schedule
 
 
-def steps(count: int, caller: str = "somebody", deadline: float = math.inf, priority: int = 0, **size: int) -> Task:
-    return Task(caller, [(STEP, count)], deadline, priority, **size)
+def steps(
+    count: int, caller: str = "somebody", deadline: float = math.inf, priority: int = 0, **size: int
+) -> ImageTask:
+    return ImageTask(caller, [(STEP, count)], deadline, priority, **size)
 
 
-def added(schedule: Schedule, *tasks: Task, now: float = 0.0) -> tuple[Task, ...]:
+def added(schedule: Schedule, *tasks: ImageTask, now: float = 0.0) -> tuple[ImageTask, ...]:
     for task in tasks:
         schedule.add(task, now)
     return tasks
 
 
-def run(schedule: Schedule, now: float = 0.0, until: float = math.inf) -> list[tuple[Task, float]]:
+def run(schedule: Schedule, now: float = 0.0, until: float = math.inf) -> list[tuple[ImageTask, float]]:
     """Make calls, a second each, until nothing is left; the tasks in the order in which they ended, and when."""
     ends = []
     while now < until and (batch := schedule.choose(now)):
         now += 1.0
-        schedule.made(batch, 1.0)
+        schedule.record_call(batch, 1.0)
         if not batch[0].calls:
             schedule.remove(batch[0], now)
             ends.append((batch[0], now))
     return ends
 
 
-def order_of(schedule: Schedule, now: float = 0.0) -> list[Task]:
+def order_of(schedule: Schedule, now: float = 0.0) -> list[ImageTask]:
     return [task for task, _ in run(schedule, now)]
 
 
@@ -153,7 +155,7 @@ def test_a_job_is_held_while_it_waits_for_something_else():
 def test_what_may_be_made_ahead_is_the_first_in_order_and_changes_no_order():
     schedule = schedule_of()
     prompt = Kind(Stage.ENCODE, 1024, 1024)
-    running, first, second = added(schedule, steps(2), *(Task("another", [(prompt, 1), (STEP, n)]) for n in (5, 9)))
+    running, first, second = added(schedule, steps(2), *(ImageTask("b", [(prompt, 1), (STEP, n)]) for n in (5, 9)))
     assert schedule.choose_ahead(Stage.ENCODE) == [first]
     schedule.hold(first, ahead=True)
     assert schedule.choose_ahead(Stage.ENCODE) == [second]
@@ -169,7 +171,7 @@ def test_what_may_be_made_ahead_is_the_first_in_order_and_changes_no_order():
 def test_a_job_whose_calls_are_made_runs_no_more_but_counts_until_it_is_removed():
     schedule = schedule_of()
     (task,) = added(schedule, steps(1, pixels=9))
-    schedule.made(schedule.choose(0.0), 1.0)
+    schedule.record_call(schedule.choose(0.0), 1.0)
     assert schedule.choose(1.0) == []
     assert (len(schedule), schedule.pixels) == (1, 9)
     schedule.remove(task, 1.0)
@@ -180,7 +182,7 @@ def test_a_job_whose_calls_are_made_is_done_whoever_waits():
     schedule = schedule_of()
     added(schedule, *(steps(1) for _ in range(5)), now=0.0)
     (task,) = added(schedule, steps(1), now=10.0)
-    schedule.made([task], 1.0)
+    schedule.record_call([task], 1.0)
     assert schedule.forecast(task, 11.0).eta == 0
 
 
@@ -189,7 +191,7 @@ def test_a_job_removed_during_its_call_stays_removed():
     (task,) = added(schedule, steps(5))
     batch = schedule.choose(0.0)
     schedule.remove(task, 0.5)
-    schedule.made(batch, 1.0)
+    schedule.record_call(batch, 1.0)
     assert schedule.choose(1.0) == []
     assert task not in schedule
     with pytest.raises(KeyError):
@@ -198,10 +200,10 @@ def test_a_job_removed_during_its_call_stays_removed():
 
 def test_all_is_reckoned_anew_when_calls_turn_out_to_cost_something_else():
     schedule = schedule_of()
-    (task,) = added(schedule, Task("", [(SMALL, 10), (STEP, 1)]))
+    (task,) = added(schedule, ImageTask("", [(SMALL, 10), (STEP, 1)]))
     assert task.remaining == pytest.approx(3.5)
     for _ in range(9):
-        schedule.made([task], 0.5)
+        schedule.record_call([task], 0.5)
     schedule.choose(0.0)
     assert task.remaining == pytest.approx(0.5 + 1)
     assert schedule.work == pytest.approx(task.remaining)
@@ -258,7 +260,7 @@ def test_the_more_calls_vary_the_sooner_a_deadline_comes_first(seconds: tuple[fl
     schedule = schedule_of()
     (before,) = added(schedule, steps(30))
     for each in seconds * 10:
-        schedule.made([before], each)
+        schedule.record_call([before], each)
     schedule.remove(before, 0.0)
     short, long = added(schedule, steps(6), steps(20, deadline=26.0))
     assert schedule.choose(0.0) == [long if urgent else short]
@@ -332,27 +334,27 @@ def test_a_batch_makes_no_deadline_late():
 def test_a_batch_takes_jobs_of_the_same_kind_in_order():
     schedule = schedule_of()
     first, third, second = added(schedule, steps(3), steps(8), steps(5))
-    added(schedule, Task("", [(SMALL, 4), (STEP, 3)]))
+    added(schedule, ImageTask("", [(SMALL, 4), (STEP, 3)]))
     assert schedule.choose(0.0, most=2) == [first, second]
     assert schedule.choose(0.0, most=8) == [first, second, third]
 
 
 def test_a_job_joins_others_when_its_next_call_is_of_their_kind():
     schedule = schedule_of()
-    mixed, plain = added(schedule, Task("", [(SMALL, 1), (STEP, 3)]), steps(9))
+    mixed, plain = added(schedule, ImageTask("", [(SMALL, 1), (STEP, 3)]), steps(9))
     assert schedule.choose(0.0, most=2) == [mixed]
-    schedule.made([mixed], 0.25)
+    schedule.record_call([mixed], 0.25)
     assert schedule.choose(0.25, most=2) == [mixed, plain]
 
 
 def put_off(schedule, most, **size):
     """How many calls of three later jobs go before the two of another kind, which a job needs that came first."""
-    (first,) = added(schedule, Task("", [(SMALL, 2)], **size))
+    (first,) = added(schedule, ImageTask("", [(SMALL, 2)], **size))
     added(schedule, steps(50), steps(50), steps(50))
     now = 0.0
     while first not in (batch := schedule.choose(now, most)):
         assert len(batch) == min(most, 3)
-        schedule.made(batch, 1.0 * len(batch))
+        schedule.record_call(batch, 1.0 * len(batch))
         now += 1.0
     return round(now)
 
@@ -371,8 +373,8 @@ def test_nobody_is_put_off_past_a_deadline():
 def test_who_came_last_joins_too_unless_its_next_call_is_made_elsewhere():
     schedule = schedule_of()
     (plain,) = added(schedule, steps(9))
-    schedule.made(schedule.choose(0.0, most=2), 1.0)
-    late = Task("", [(SMALL, 1), (STEP, 9)])
+    schedule.record_call(schedule.choose(0.0, most=2), 1.0)
+    late = ImageTask("", [(SMALL, 1), (STEP, 9)])
     schedule.add(late, 1.0)
     assert schedule.choose(1.0) == [plain]
     assert schedule.choose(1.0, most=2, join=False) == [plain]
@@ -382,7 +384,7 @@ def test_who_came_last_joins_too_unless_its_next_call_is_made_elsewhere():
 def test_a_batched_call_is_made_for_each_and_its_time_shared():
     schedule = schedule_of()
     tasks = added(schedule, steps(3), steps(5))
-    schedule.made(schedule.choose(0.0, most=2), 1.5)
+    schedule.record_call(schedule.choose(0.0, most=2), 1.5)
     assert [task.calls for task in tasks] == [[(STEP, 2)], [(STEP, 4)]]
     assert [task.used for task in tasks] == [0.75, 0.75]
 
@@ -390,13 +392,13 @@ def test_a_batched_call_is_made_for_each_and_its_time_shared():
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Limits(jobs=2), Reason.JOBS),
-        (Limits(jobs=9, jobs_of_caller=2), Reason.JOBS_OF_CALLER),
-        (Limits(jobs=9, pixels=29), Reason.PIXELS),
-        (Limits(jobs=9, bytes=299), Reason.BYTES),
+        (QueueLimits(jobs=2), Reason.JOBS),
+        (QueueLimits(jobs=9, jobs_of_caller=2), Reason.JOBS_OF_CALLER),
+        (QueueLimits(jobs=9, pixels=29), Reason.PIXELS),
+        (QueueLimits(jobs=9, bytes=299), Reason.BYTES),
     ],
 )
-def test_what_does_not_fit_is_refused_until_something_has_left(limits: Limits, reason: Reason):
+def test_what_does_not_fit_is_refused_until_something_has_left(limits: QueueLimits, reason: Reason):
     schedule = schedule_of(limits=limits)
     added(schedule, steps(4, pixels=10, bytes=100), steps(6, pixels=10, bytes=100))
     refusal = schedule.refusal(steps(1, pixels=10, bytes=100), 0.0)
@@ -408,14 +410,14 @@ def test_what_does_not_fit_is_refused_until_something_has_left(limits: Limits, r
 
 
 def test_one_caller_at_its_limit_leaves_room_for_others():
-    schedule = schedule_of(limits=Limits(jobs=9, jobs_of_caller=1))
+    schedule = schedule_of(limits=QueueLimits(jobs=9, jobs_of_caller=1))
     added(schedule, steps(4, "many"))
     assert schedule.refusal(steps(4, "many"), 0.0) is not None
     assert schedule.refusal(steps(4, "other"), 0.0) is None
 
 
 def test_what_is_larger_than_a_limit_is_never_asked_back():
-    schedule = schedule_of(limits=Limits(jobs=9, pixels=10))
+    schedule = schedule_of(limits=QueueLimits(jobs=9, pixels=10))
     refusal = schedule.refusal(steps(1, pixels=11), 0.0)
     assert refusal is not None
     assert refusal.retry_after == math.inf
@@ -470,7 +472,7 @@ def test_what_came_in_quieter_times_is_not_thought_to_overtake_now():
     assert schedule.forecast(short, now).eta == pytest.approx(run_until(schedule, short, now) - now, rel=0.2)
 
 
-def run_until(schedule: Schedule, task: Task, now: float) -> float:
+def run_until(schedule: Schedule, task: ImageTask, now: float) -> float:
     """When the task ends if more comes as it has lately: 20 steps every 20 seconds."""
     while task in schedule:
         added(schedule, steps(20), now=now)
@@ -498,7 +500,7 @@ def test_a_choice_holds_as_long_as_it_says():
     now = 0.0
     while now <= until:
         assert schedule.choose(now) == [short]
-        schedule.made([short], 1.0)
+        schedule.record_call([short], 1.0)
         now += 1.0
     assert schedule.choose(now) == [long]
 
@@ -516,7 +518,7 @@ def test_a_choice_holds_as_long_as_it_says():
 def test_every_deadline_that_was_admitted_is_met(arrivals: list[tuple[int, int, float]]):
     schedule = schedule_of()
     now = 0.0
-    ends: list[tuple[Task, float]] = []
+    ends: list[tuple[ImageTask, float]] = []
     for gap, count, slack in arrivals:
         ends += run(schedule, now, until=now + gap)
         now += gap
@@ -538,12 +540,12 @@ class AnyLife(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.schedule = schedule_of(self.order, Limits(jobs=30, pixels=2500))
-        self.planned: dict[Task, int] = {}
-        self.made: Counter[Task] = Counter()
-        self.bounds: dict[Task, float] = {}
-        self.ended: Counter[Task] = Counter()
-        self.waiting: list[Task] = []
+        self.schedule = schedule_of(self.order, QueueLimits(jobs=30, pixels=2500))
+        self.planned: dict[ImageTask, int] = {}
+        self.made: Counter[ImageTask] = Counter()
+        self.bounds: dict[ImageTask, float] = {}
+        self.ended: Counter[ImageTask] = Counter()
+        self.waiting: list[ImageTask] = []
 
     @rule(
         caller=st.sampled_from("abc"),
@@ -554,7 +556,7 @@ class AnyLife(RuleBasedStateMachine):
     )
     def arrive(self, caller, calls, slack, priority, pixels):
         seconds = sum(count * (1.0 if kind is STEP else 0.25) for kind, count in calls)
-        task = Task(caller, list(calls), self.now + slack * seconds, priority, pixels)
+        task = ImageTask(caller, list(calls), self.now + slack * seconds, priority, pixels)
         if self.schedule.refusal(task, self.now) is None:
             self.schedule.add(task, self.now)
             self.waiting.append(task)
@@ -576,7 +578,7 @@ class AnyLife(RuleBasedStateMachine):
         seconds = 1.0 if batch[0].kind is STEP else 0.25
         self.now += 0.0 if stuck else seconds
         self.made.update(batch)
-        self.schedule.made(batch, seconds * len(batch))
+        self.schedule.record_call(batch, seconds * len(batch))
         for task in batch:
             if not task.calls:
                 assert self.made[task] == self.planned[task]

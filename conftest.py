@@ -16,8 +16,10 @@ from server.acceleration import cpu_library  # before any test imports torch, wh
 for _name in ("no_proxy", "NO_PROXY"):
     os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "localhost,127.0.0.1,::1")))
 
-# What a shell runs in the background begins with SIGINT ignored, and hands that on to every process that it starts.
+# A shell starts background jobs with SIGINT ignored, and nohup its command with SIGHUP ignored. Processes that the
+# tests start would inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:

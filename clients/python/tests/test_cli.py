@@ -386,7 +386,6 @@ def test_a_job_that_is_not_kept_is_9(service, status, command):
         ("RESOURCE_EXHAUSTED", None, 5, "Error: words"),
         ("DEADLINE_EXCEEDED", None, 6, "Error: words"),
         ("ALREADY_EXISTS", None, 10, "Error: words"),
-        ("CANCELLED", None, 130, "Error: words"),
     ],
 )
 def test_each_kind_of_failure_has_its_exit_code(service, status, tmp_path, code, detail, exit_code, words):
@@ -395,6 +394,14 @@ def test_each_kind_of_failure_has_its_exit_code(service, status, tmp_path, code,
     assert result.exit_code == exit_code
     assert words in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_job_that_another_caller_cancels_has_the_exit_code_of_an_interrupt(service, status, tmp_path):
+    queued = pb.StreamGenerateResponse(number=1, queued=pb.Queued())
+    service.answer([queued, status(grpc.StatusCode.CANCELLED, "cancelled by Cancel")])
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.exit_code == 130
+    assert "Error: cancelled by Cancel" in result.stderr
 
 
 def test_a_negative_seed_is_bad_input_like_any_other(service, status, tmp_path):

@@ -26,8 +26,8 @@ from server.api.content_filter import UnusableFilter
 from server.engine.events import DeviceLost
 from server.ensemble.checkpoint import CheckpointError
 from server.lifecycle import CannotWriteReadyFile, Lifecycle
+from server.observability.logs import log_to_stderr
 from server.observability.stderr_lines import CapturedStderr
-from server.observability.telemetry import log_to_stderr
 from server.runtime import WarmUpFailed, load
 from server.settings import BadSettings, Settings, read
 

@@ -25,10 +25,10 @@ from server.api import addresses, auth, instill, standard_services
 from server.api.decoding import DecodeErrorInterceptor
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
+from server.api.service_names import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from server.api.standard_services import HEALTH, HealthServicer
 from server.engine.engine import Model
 from server.engine.events import DeviceLost
-from server.observability.telemetry import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from server.runtime import Runtime
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -152,7 +152,7 @@ class Lifecycle:
     async def _get_ready(self, address: str) -> None:
         info = await self._runtime.open()
         await self._set_health(HealthCheckResponse.SERVING)
-        self._metrics.state("serving")
+        self._metrics.set_state("serving")
         self._write_ready_file(address)
         log.info("serving %s on %s", info.name, address)
 
@@ -164,7 +164,7 @@ class Lifecycle:
             await self._set_health(HealthCheckResponse.NOT_SERVING)
             self._engine.abandon()
             self._lost = True
-            self._metrics.state("lost")
+            self._metrics.set_state("lost")
             raise
 
     async def _set_health(self, status: int) -> None:
@@ -183,7 +183,7 @@ class Lifecycle:
 
     async def _drain(self) -> None:
         """Refuse new calls and let the running ones finish, as long as the grace period lasts."""
-        self._metrics.state("draining")
+        self._metrics.set_state("draining")
         log.info("draining for at most %g s", self._settings.grace_seconds)
         await self._health.enter_graceful_shutdown()
         self._engine.drain()

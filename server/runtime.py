@@ -31,7 +31,9 @@ from server.engine.interface import Submission
 from server.engine.scheduling import Order
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CheckpointError
-from server.observability.telemetry import Calls, LiveCollector, Metrics, traces_of_environment
+from server.observability.interceptor import TelemetryInterceptor
+from server.observability.metrics import LiveCollector, Metrics
+from server.observability.traces import traces_from_environment
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 
@@ -75,7 +77,7 @@ class Runtime:
         self._settings = settings
         self._load = load
         self.metrics = Metrics(settings.max_queue)
-        self._traces = traces_of_environment()
+        self._traces = traces_from_environment()
         self.engine = Engine(settings.queue, Order(settings.scheduling_policy), observe=self._observe)
         self._screening = content_filter.load(settings)
         self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
@@ -83,7 +85,7 @@ class Runtime:
         self.tokens = gates[0].files if gates else None
         """The file of tokens, None where calls need none."""
         self.interceptors: list[grpc.aio.ServerInterceptor] = [
-            Calls(self.metrics, self._traces),
+            TelemetryInterceptor(self.metrics, self._traces),
             *gates,
             DecodeErrorInterceptor(),
         ]
@@ -111,8 +113,8 @@ class Runtime:
         """
         model = await asyncio.wrap_future(self.engine.start(self._load))
         info = model.info
-        self.metrics.serves(info)
-        self.metrics.state("warming_up")
+        self.metrics.set_model(info)
+        self.metrics.set_state("warming_up")
         log.info("loaded %s on %s in %s; warming up", info.name, info.device, info.precision)
         first = await self._warm_up(_reference(info))
         info = await self._serve(model, info, first)
@@ -127,13 +129,13 @@ class Runtime:
         info = await self._screened(info, first)
         model.info = info
         self.servicer.open(info)
-        self.metrics.serves(info)
+        self.metrics.set_model(info)
         return info
 
     async def _compile(self, model: Model) -> None:
         """Compile beside what is served. Where that fails, images are made as before."""
         log.info("compiling; meanwhile images are made by calls that are not compiled")
-        self.metrics.compilation("compiling")
+        self.metrics.set_compilation("compiling")
         made: Future[tuple[ModelInfo, NDArray[np.uint8]]] = Future()
         made.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         compile_ = partial(model.compile, _reference(model.info))
@@ -143,7 +145,7 @@ class Runtime:
         try:
             info = await self._serve(model, *await asyncio.wrap_future(made))
         except Exception as error:  # the wall between what would be faster and what is served
-            self.metrics.compilation("failed")
+            self.metrics.set_compilation("failed")
             told = None if isinstance(error, CheckpointError | WarmUpFailed) else error
             log.error("%s; images are still made by calls that are not compiled", error, exc_info=told)
         else:

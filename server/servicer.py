@@ -22,7 +22,7 @@ from server.api.recordings import Recording, Recordings
 from server.domain import Caller, ModelInfo
 from server.engine.engine import Engine
 from server.engine.events import Observe, no_observer
-from server.observability.telemetry import job_of_call
+from server.observability.call_context import job_of_call
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc

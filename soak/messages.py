@@ -35,7 +35,7 @@ from serving import PATIENCE, ROOT, ServerProcess
 from server import lifecycle  # noqa: F401  # the first brings the descriptors of every protocol
 from server.api import open_inference  # the first brings the descriptors of every protocol
 from server.domain import ASPECT_RATIOS
-from server.observability.telemetry import REQUEST_ID
+from server.observability.interceptor import REQUEST_ID
 from soak import growing
 
 SERVICES = (

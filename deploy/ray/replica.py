@@ -22,7 +22,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from deploy.ray.ingress import SECONDS_LEFT
 from server.api import contract
 from server.api.instill import InstillServicer
-from server.observability.telemetry import log_to_stderr
+from server.observability.logs import log_to_stderr
 from server.runtime import Runtime, load
 from server.settings import read
 from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
@@ -99,7 +99,7 @@ class Replica:
         for add, servicer in _faces(self._runtime):
             add(servicer, self._handlers)
         info = await self._runtime.open()
-        self._runtime.metrics.state("serving")
+        self._runtime.metrics.set_state("serving")
         self._watching = asyncio.create_task(self._runtime.watch_device())
         log.info("serving %s", info.name)
 
@@ -113,7 +113,7 @@ class Replica:
     async def check_health(self) -> None:
         """Raises DeviceLost when the device does not answer any more: Ray then ends this process and starts another."""
         if self._watching.done():
-            self._runtime.metrics.state("lost")
+            self._runtime.metrics.set_state("lost")
             self._runtime.engine.abandon()  # every call ends with a status before
             self._watching.result()
 

@@ -1,118 +1,40 @@
-"""Traces by OpenTelemetry: a span for each call, joined to its caller's, and below it one for each stage of its job.
+"""Traces, if OpenTelemetry's environment variables name a collector. spans.py has the code that needs its packages."""
 
-Imported only where traces are asked for, since the packages are an extra. OpenTelemetry reads where spans go, which of
-them, and under what name from its own OTEL_... environment variables.
-"""
+import logging
+import os
+from typing import TYPE_CHECKING
 
-import contextlib
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from typing import Any
-from urllib.parse import urlsplit
+if TYPE_CHECKING:
+    from server.observability.spans import Traces
 
-import grpc
-import requests
-from opentelemetry import propagate, trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+log = logging.getLogger(__name__)
 
-from server import __version__
-from server.api.addresses import is_loopback
-from server.engine.events import ImageEncoded, JobEnded, Observation
-
-_STOP_SECONDS = 3.0  # for the last spans to leave; a collector that does not answer must not hold up the end
-
-# The server's own fault, by OpenTelemetry's conventions for RPC; and ABORTED, which is a lost device here.
-_FAULTS = {
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DATA_LOSS,
-}
+_PROTOCOLS = ("grpc", "http/protobuf")  # the first is the default
 
 
-class CallSpan:
-    """The span of one call."""
+def traces_from_environment() -> "Traces | None":
+    """Return traces if OpenTelemetry's OTEL_... variables name a collector and are valid; log why not otherwise."""
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    endpoint = _exporter_variable("ENDPOINT")
+    if off or not endpoint:
+        return None
+    protocol = (_exporter_variable("PROTOCOL") or _PROTOCOLS[0]).strip().lower()
+    if protocol not in _PROTOCOLS:
+        log.warning(
+            "no traces: OTEL_EXPORTER_OTLP_PROTOCOL is %r; supported are %s", protocol, " and ".join(_PROTOCOLS)
+        )
+        return None
+    try:
+        from server.observability.spans import Traces  # an extra, and slow to import
 
-    def __init__(self, span: trace.Span) -> None:
-        self._span = span
-        self.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
-
-    def end(self, code: grpc.StatusCode, job: str | None) -> None:
-        self._span.set_attribute("rpc.grpc.status_code", code.value[0])
-        if job:
-            self._span.set_attribute("t2i.job", job)
-        if code in _FAULTS:
-            self._span.set_status(trace.StatusCode.ERROR, code.name)
-
-
-def _exporter(protocol: str, endpoint: str) -> SpanExporter:
-    """What sends spans by "grpc" or "http/protobuf". To a collector on this machine it uses no proxy."""
-    is_here = is_loopback(urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or "")
-    if protocol == "grpc":
-        options: Any = (("grpc.enable_http_proxy", 0),) if is_here else None
-        return GrpcExporter(channel_options=options)
-    session = requests.Session()
-    session.trust_env = not is_here
-    return HttpExporter(session=session)
+        return Traces(protocol, endpoint)
+    except ImportError as error:
+        log.warning("no traces, although the environment names a collector: %s; install the extra [telemetry]", error)
+    except Exception as error:  # noqa: BLE001  # OpenTelemetry raises anything on invalid variables; serve without it
+        log.warning("no traces: OpenTelemetry cannot use its variables: %s", error)
+    return None
 
 
-class Traces:
-    """Spans on their way to a collector, in batches and from a thread of their own.
-
-    `protocol` is "grpc" or "http/protobuf", `endpoint` the collector's as the environment has it. Raises what
-    OpenTelemetry raises of variables that it cannot use.
-    """
-
-    def __init__(self, protocol: str, endpoint: str) -> None:
-        named = OTELResourceDetector().detect().attributes
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "text-to-image", **named}))
-        self._provider.add_span_processor(BatchSpanProcessor(_exporter(protocol, endpoint)))
-        self._tracer = self._provider.get_tracer("text-to-image", __version__)
-
-    @contextlib.contextmanager
-    def call(self, service: str, method: str, metadata: Mapping[str, Any], request_id: str) -> Iterator[CallSpan]:
-        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, "t2i.request_id": request_id}
-        with self._tracer.start_as_current_span(
-            f"{service}/{method}",
-            context=propagate.extract(metadata),
-            kind=trace.SpanKind.SERVER,
-            attributes=attributes,
-            record_exception=False,  # those that come by here are how gRPC ends a call with a status
-            set_status_on_exception=False,
-        ) as span:
-            yield CallSpan(span)
-
-    def observe(self, observation: Observation) -> None:
-        if not trace.get_current_span().get_span_context().is_valid:  # of the first image, which nobody asked for
-            return
-        match observation:
-            case JobEnded(admitted=admitted, started=started, ended=ended, spans=spans):
-                self._span("queue", admitted, ended if started is None else started)
-                for each in spans:
-                    self._span(
-                        each.stage, each.began, each.ended,
-                        image=each.index, calls=each.calls, device_seconds=each.device,
-                    )  # fmt: skip
-            case ImageEncoded(pixels=pixels, size=size, began=began, ended=ended, filtered=filtered):
-                self._span("code image", began, ended, pixels=pixels, bytes=size, filtered=filtered)
-
-    def _span(self, name: str, began: float, ended: float, **attributes: float) -> None:
-        """A span that is over, below the current one; times are on the monotonic clock."""
-        epoch = time.time_ns() - time.monotonic_ns()
-        of_service = {f"t2i.{key}": value for key, value in attributes.items()}
-        span = self._tracer.start_span(name, attributes=of_service, start_time=epoch + int(began * 1e9))
-        span.end(epoch + int(ended * 1e9))
-
-    def stop(self) -> None:
-        """Send what has not been sent yet, if the collector takes it soon."""
-        stopping = threading.Thread(target=self._provider.shutdown, daemon=True)
-        stopping.start()
-        stopping.join(_STOP_SECONDS)
+def _exporter_variable(name: str) -> str:
+    """Return OpenTelemetry's variable for the exporter; the one for traces precedes the general one."""
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""

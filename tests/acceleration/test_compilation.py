@@ -29,7 +29,7 @@ from server.domain import OutOfMemory, default_request
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CannotCompile
 from server.model import Ensemble
-from server.observability.telemetry import Metrics
+from server.observability.metrics import Metrics
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -113,7 +113,7 @@ def test_what_was_compiled_is_counted_and_timed(plain, compiled):
     assert (plain.info.compiled_calls, plain.info.compile_seconds) == (0, 0)
     assert compiled.info.compiled_calls == 3, "the base, the refiner and the decoder, for one size"
     metrics = Metrics(max_queue=1)
-    metrics.serves(compiled.info)
+    metrics.set_model(compiled.info)
     assert metrics.registry.get_sample_value("t2i_compiled_calls") == 3
     assert metrics.registry.get_sample_value("t2i_compile_seconds") == compiled.info.compile_seconds > 0
 

@@ -21,8 +21,8 @@ from serving import PATIENCE, ROOT, ServerProcess
 
 from server.api import addresses
 from server.api.standard_services import HealthServicer
-from server.observability import telemetry
-from server.observability.telemetry import Metrics
+from server.observability import metrics
+from server.observability.metrics import Metrics
 from server.settings import Settings
 from text_to_image_client import ServingStatus, TextToImage
 
@@ -264,7 +264,7 @@ class TestMetrics:
 
     def test_a_scrape_that_is_broken_off_is_a_line_of_the_log_and_nothing_else(self, monkeypatch, capfd):
         caught = threading.Event()
-        monkeypatch.setattr(telemetry.log, "warning", lambda *_: caught.set())
+        monkeypatch.setattr(metrics.log, "warning", lambda *_: caught.set())
         host, _, port = Metrics(1).listen("127.0.0.1:0").rpartition(":")
         with socket.create_connection((host, int(port)), PATIENCE) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -25,7 +25,8 @@ from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.engine.engine import Engine
 from server.engine.scheduling import QueueLimits
-from server.observability.telemetry import Calls, Metrics
+from server.observability.interceptor import TelemetryInterceptor
+from server.observability.metrics import Metrics
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2 as oip
@@ -144,7 +145,7 @@ class House:
         await asyncio.wrap_future(self.engine.start(lambda: self.model))
         servicer = TextToImageServicer(self.engine, Settings())
         servicer.open(self.model.info)
-        self.server = grpc.aio.server(interceptors=[Calls(self.metrics, None)])
+        self.server = grpc.aio.server(interceptors=[TelemetryInterceptor(self.metrics, None)])
         pb_grpc.add_TextToImageServiceServicer_to_server(servicer, self.server)
         oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(servicer), self.server)
         user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(servicer), self.server)

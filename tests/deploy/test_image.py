@@ -147,7 +147,7 @@ def test_it_has_neither_a_compiler_nor_pip(podman: Podman, image: str):
 
 
 def test_it_has_what_traces_need(podman: Podman, image: str):
-    look = "from server.observability.telemetry import traces_of_environment as traces; print(traces() is not None)"
+    look = "from server.observability.traces import traces_from_environment as traces; print(traces() is not None)"
     collector = "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317"
     assert inside(podman, image, f"{collector} python -c '{look}'") == "True"
 

@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry
 from serving import ROOT
 
 from server import __version__, lifecycle
+from server.api.service_names import SERVICE
 from server.engine.engine import Engine
 from server.engine.scheduling import QueueLimits
-from server.observability.telemetry import SERVICE, LiveCollector, Metrics
+from server.observability.metrics import LiveCollector, Metrics
 from server.settings import Settings
 
 KUBERNETES = "1.37"

@@ -75,8 +75,8 @@ def test_lines_of_libraries_threads_finalizers_and_warnings_are_json(start):
     assert found(lines, "noise of a print") == [("stderr", "warning")]
     assert found(lines, "noise of a warning")[0] == ("py.warnings", "warning")
     assert found(lines, "noise of logging") == [("elsewhere", "error")]
-    assert ("server.observability.telemetry", "critical") in found(lines, "ZeroDivisionError")
-    assert found(lines, "noise of a finalizer") == [("server.observability.telemetry", "error")]
+    assert ("server.observability.logs", "critical") in found(lines, "ZeroDivisionError")
+    assert found(lines, "noise of a finalizer") == [("server.observability.logs", "error")]
     of_grpc = [each for each in lines if ".cc:" in each["message"]]
     assert of_grpc, "gRPC's own lines are asked for by the environment"
     assert {each["logger"] for each in of_grpc} == {"stderr"}
@@ -102,7 +102,7 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_exit_code_1(start,
     server = start("--log-format", form, program=("-c", NOISE), STEADY_NOISE="raise")
     assert server.wait() == 1
     if form == "json":
-        assert ("server.observability.telemetry", "critical") in found(objects(server), "LookupError: noise of a bug")
+        assert ("server.observability.logs", "critical") in found(objects(server), "LookupError: noise of a bug")
     assert "noise of a bug" in server.log
 
 

@@ -22,8 +22,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from scraping import scrape
 from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, first_step, request
 
-from server.observability import telemetry
-from server.observability.telemetry import traces_of_environment
+from server.observability import logs
+from server.observability.traces import traces_from_environment
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -288,7 +288,7 @@ class TestTraces:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        assert traces_of_environment() is None
+        assert traces_from_environment() is None
         assert caplog.text == ""
 
     @pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
@@ -311,10 +311,10 @@ class TestTraces:
     @pytest.mark.parametrize(
         ("variables", "words"),
         [
-            ({"PROTOCOL": "http/json"}, "'http/json'; what can be sent is grpc or http/protobuf"),
+            ({"PROTOCOL": "http/json"}, "'http/json'; supported are grpc and http/protobuf"),
             (
                 {"TRACES_PROTOCOL": "carrier pigeon", "PROTOCOL": "grpc"},
-                "'carrier pigeon'; what can be sent is grpc",
+                "'carrier pigeon'; supported are grpc",
             ),
             ({"TIMEOUT": "soon"}, "no traces: OpenTelemetry cannot use its variables: .*soon"),
             ({"COMPRESSION": "zip"}, "no traces: OpenTelemetry cannot use its variables: .*zip"),
@@ -327,13 +327,13 @@ class TestTraces:
     def test_what_the_environment_says_wrong_is_one_warning_and_no_end(self, monkeypatch, caplog, variables, words):
         for name, value in {"ENDPOINT": "http://127.0.0.1:9", **variables}.items():
             monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{name}", value)
-        assert traces_of_environment() is None
+        assert traces_from_environment() is None
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert re.search(words, record.getMessage())
 
     def test_nor_is_a_variable_that_is_read_with_an_import_the_end(self):
-        look = "from server.observability.telemetry import traces_of_environment; print(traces_of_environment())"
+        look = "from server.observability.traces import traces_from_environment; print(traces_from_environment())"
         variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_PROPAGATORS": "pigeon"}
         done = subprocess.run(
             [sys.executable, "-c", look],
@@ -348,9 +348,9 @@ class TestTraces:
 
     def test_without_the_packages_that_it_takes_the_log_says_what_to_install(self, monkeypatch, caplog):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-        monkeypatch.delitem(sys.modules, "server.observability.traces", raising=False)
+        monkeypatch.delitem(sys.modules, "server.observability.spans", raising=False)
         monkeypatch.setitem(sys.modules, "opentelemetry", None)
-        assert traces_of_environment() is None
+        assert traces_from_environment() is None
         assert "install the extra [telemetry]" in caplog.text
 
 
@@ -379,7 +379,7 @@ class TestLog:
             logging.LogRecord("grpc._cython.cygrpc", logging.ERROR, "", 0, "", None, (type(each), each, None))
             for each in (gone, another)
         ]
-        assert list(map(telemetry._is_about_a_caller_who_is_there, records)) == [False, True]
+        assert list(map(logs._has_caller, records)) == [False, True]
 
     def test_every_line_is_json_and_those_of_a_call_bear_its_id_its_job_and_its_trace(self, watched, stub):
         metadata = (TRACEPARENT, ("x-request-id", "logged"))

@@ -12,7 +12,6 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from server import runtime
 from server.api import images
 from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
-from server.engine.interface import Submission
+from server.engine.interface import LaunchedStep, Submission
 from server.engine.scheduling import Order
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -160,8 +159,8 @@ class Bare:
             return conditioning
         return self._ensemble.plan(request, conditioning, seed)
 
-    def step(self, trajectories: Any, meanwhile: Callable[[], None]) -> None:
-        self._ensemble.step(trajectories, meanwhile)
+    def launch(self, trajectories: Any) -> LaunchedStep:
+        return self._ensemble.launch(trajectories)
 
     def decode(self, trajectory: Any) -> Any:
         return trajectory.pixels if trajectory.stages == () else self._ensemble.decode(trajectory)

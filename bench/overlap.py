@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ from server import model
 from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished, ImageReady
-from server.engine.interface import Submission
+from server.engine.interface import LaunchedStep, Submission
 from server.engine.scheduling import QueueLimits
 from server.ensemble import checkpoint
 
@@ -200,9 +199,16 @@ class Timed:
     def encode(self, request: ImageRequest) -> Any:
         return self._time("encode", self.ensemble.encode, request)
 
-    def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None:
+    def launch(self, trajectories: Sequence[Any]) -> LaunchedStep:
         self.images += len(trajectories)
-        self._time("step", partial(self.ensemble.step, meanwhile=meanwhile), trajectories)
+        began = time.perf_counter()
+        launched = self.ensemble.launch(trajectories)
+
+        def wait() -> None:
+            launched.wait()
+            self.calls["step"].append((began, time.perf_counter()))
+
+        return LaunchedStep(wait)
 
     def decode(self, trajectory: Any) -> NDArray[np.uint8]:
         return self._time("decode", self.ensemble.decode, trajectory)

@@ -27,8 +27,8 @@ from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.api.service_names import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from server.api.standard_services import HEALTH, HealthServicer
-from server.engine.engine import Model
 from server.engine.events import DeviceLost
+from server.engine.interface import AnyServedModel
 from server.runtime import Runtime
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -52,7 +52,7 @@ class Lifecycle:
     Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
+    def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
         self._settings = settings
         self._runtime = Runtime(settings, load)
         self._servicer = self._runtime.servicer

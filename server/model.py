@@ -52,6 +52,7 @@ from server.domain import (
     Warning,
     default_request,
 )
+from server.engine.interface import LaunchedStep
 from server.ensemble import checkpoint, preview, provenance
 from server.ensemble.checkpoint import CannotCompile, Checkpoint, Experts, MissingPart, NoDevice, NotEnoughMemory
 from server.ensemble.residency import Residency
@@ -169,19 +170,23 @@ class Trajectory:
         self.position += 1
 
 
-class _Ahead:
-    """What an expert predicts for the next call of trajectories, asked for before anybody wanted it."""
+class _Lookahead:
+    """The prediction of an expert for the next call of some trajectories, launched before that call was requested."""
 
     def __init__(self, trajectories: list[Trajectory], max_batch: int, predicted: list[torch.Tensor]) -> None:
         self.predicted = predicted
-        self._of = max_batch, [(each, each.position) for each in trajectories]
+        self._max_batch = max_batch
+        self._states = [(each, each.position) for each in trajectories]
 
-    def is_of(self, trajectories: list[Trajectory], max_batch: int) -> bool:
-        """Whether it is what a call of these would predict."""
-        images, of = self._of
-        alike = max_batch == images and len(trajectories) == len(of)
-        return alike and all(
-            one is other and one.position == position for one, (other, position) in zip(trajectories, of, strict=True)
+    def matches(self, trajectories: list[Trajectory], max_batch: int) -> bool:
+        """Return whether a call for these trajectories would make the same prediction."""
+        return (
+            max_batch == self._max_batch
+            and len(trajectories) == len(self._states)
+            and all(
+                one is other and one.position == position
+                for one, (other, position) in zip(trajectories, self._states, strict=True)
+            )
         )
 
 
@@ -324,9 +329,9 @@ class Ensemble:
         else:
             channels = self._unets[Stage.BASE].config.in_channels
             self._preview = preview.load(preview_decoder, channels, self._device, self._dtype)
-        self._runs_ahead = self._device.type == "cuda"
-        self._moved: list[int] = []  # the ids of the trajectories that the last call moved
-        self._ahead: _Ahead | None = None
+        self._looks_ahead = self._device.type == "cuda"
+        self._moved: list[int] = []  # ids of the trajectories of the last call
+        self._lookahead: _Lookahead | None = None
         self._compile = compile
         self._networks = {stage: self._ways(_called, unet) for stage, unet in self._unets.items()}
         self._decoders: dict[torch.dtype, Ways] = {}
@@ -576,45 +581,58 @@ class Ensemble:
             warnings=_idle_experts(request, starts, cutoff, split < calls),
         )
 
-    @torch.inference_mode()
-    def step(self, trajectories: Sequence[Trajectory], meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Make one network call of one expert for 1 to `max_batch` trajectories and move each on by it.
+    def step(self, trajectories: Sequence[Trajectory]) -> None:
+        """Launch one network call and wait for it."""
+        self.launch(trajectories).wait()
 
-        `meanwhile` is called once the device is busy with that; a CPU is with nothing, and it is called at once. Their
-        `batch_key` must be equal; timesteps, guidance scales and schedulers may differ. A trajectory's bytes do not
-        depend on its place in the list, nor on its neighbours.
+    def launch(self, trajectories: Sequence[Trajectory]) -> LaunchedStep:
+        """Launch one network call of one expert, which moves 1 to `max_batch` trajectories on by one call.
 
-        A GPU does not wait for whoever calls this: of trajectories that come for the second time in a row it predicts
-        the next call at once, where that is a recorded one of one expert. If others come then, they wait for that
-        too. Calls that are not recorded take longer to ask for than to make.
+        The trajectories must have the same `batch_key`; timesteps, guidance scales and schedulers may differ. The bytes
+        of a trajectory do not depend on its place in the list, nor on its neighbours. An accelerator computes from here
+        on; a CPU computes in `LaunchedStep.wait`.
 
-        Raises StepFailed when some failed and the others have moved on. Whatever else it raises, OutOfMemory for one,
-        none has moved, and each can be stepped again.
+        If a GPU launches a call for the same trajectories twice in a row, it launches their next call as well, so that
+        it is never idle between the two. Other trajectories that come instead wait for that call. This is for CUDA
+        graphs alone: launching an eager call takes longer than running it.
+
+        Raises StepFailed when some trajectories failed and the others have moved on. After any other error, such as
+        OutOfMemory, none has moved, and each can be stepped again. `LaunchedStep.wait` raises the same.
         """
         if not 1 <= len(trajectories) <= self.max_batch or len({each.batch_key for each in trajectories}) > 1:
             raise ValueError(f"a step is for 1 to {self.max_batch} trajectories of one batch key")
+        if self._device.type == "cpu":
+            return LaunchedStep(lambda: self._wait(*self._advance(trajectories)))
+        return LaunchedStep(partial(self._wait, *self._advance(trajectories)))
+
+    @torch.inference_mode()
+    def _advance(self, trajectories: Sequence[Trajectory]) -> tuple[torch.cuda.Event | None, dict[int, Exception]]:
+        """Move the trajectories on by one network call.
+
+        Returns the CUDA event after which they have moved, if the next call has been launched behind it, and the
+        failures by place.
+        """
         failures: dict[int, Exception] = {}
         inputs = {}
-        if self._device.type == "cpu":
-            meanwhile()
         for place, trajectory in enumerate(trajectories):
             with _contained(failures, place):
                 trajectory.move_to(self._device)
                 inputs[place] = trajectory.network_input()
-        moved: Any = None
+        moved: torch.cuda.Event | None = None
         if inputs:
             with_input = [trajectories[place] for place in inputs]
-            for place, rows in zip(inputs, self._foreseen(with_input, list(inputs.values())), strict=True):
+            for place, rows in zip(inputs, self._take_prediction(with_input, list(inputs.values())), strict=True):
                 with _contained(failures, place):
                     trajectories[place].advance(rows)
-                    with contextlib.suppress(Exception):  # which the next call raises again, if there is one
-                        trajectories[place].network_input()  # so that the device need not wait for it before that
-            if self._runs_ahead and not failures:
+                    with contextlib.suppress(Exception):  # the next call raises it again, if there is one
+                        trajectories[place].network_input()  # now, so that the device does not wait for it later
+            if self._looks_ahead and not failures:
                 if self._device.type == "cuda":
                     moved = torch.cuda.current_stream(self._device).record_event()
-                self._run_ahead(with_input)
-        if self._device.type != "cpu":
-            meanwhile()
+                self._launch_next_step(with_input)
+        return moved, failures
+
+    def _wait(self, moved: torch.cuda.Event | None, failures: Mapping[int, Exception]) -> None:
         if moved is not None:
             moved.synchronize()
         else:
@@ -622,21 +640,21 @@ class Ensemble:
         if failures:
             raise StepFailed(failures) from next(iter(failures.values()))
 
-    def _run_ahead(self, trajectories: list[Trajectory]) -> None:
-        """Predict the next call of trajectories that have just moved, if it is likely to be the next one."""
+    def _launch_next_step(self, trajectories: list[Trajectory]) -> None:
+        """Launch the next call of trajectories that have just moved, if it is likely to be the next of all."""
         before, self._moved = self._moved, [id(each) for each in trajectories]
         stages = {each.stages[each.position] if each.position < len(each.stages) else None for each in trajectories}
         recorded = all(each.conditioning.compiled for each in trajectories)
         if recorded and before == self._moved and len(stages) == 1 and None not in stages:
-            with contextlib.suppress(Exception):  # which the next call raises again, if there is one
+            with contextlib.suppress(Exception):  # the next call raises it again, if there is one
                 inputs = [each.network_input() for each in trajectories]
-                self._ahead = _Ahead(trajectories, self.max_batch, self._predicted(trajectories, inputs))
+                self._lookahead = _Lookahead(trajectories, self.max_batch, self._predicted(trajectories, inputs))
 
-    def _foreseen(self, trajectories: list[Trajectory], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """As `_predicted` says, and perhaps predicted ahead."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.is_of(trajectories, self.max_batch):
-            return ahead.predicted
+    def _take_prediction(self, trajectories: list[Trajectory], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the result of `_predicted`, from the look-ahead if that was launched for this call."""
+        lookahead, self._lookahead = self._lookahead, None
+        if lookahead is not None and lookahead.matches(trajectories, self.max_batch):
+            return lookahead.predicted
         return _within_memory(self._device, partial(self._predicted, trajectories, inputs))
 
     def _predicted(self, trajectories: list[Trajectory], inputs: list[torch.Tensor]) -> list[torch.Tensor]:

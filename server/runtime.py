@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from server.api import auth, content_filter
 from server.api.decoding import DecodeErrorInterceptor
 from server.domain import ImageRequest, ModelInfo, default_request
-from server.engine.engine import Engine, Model
+from server.engine.engine import Engine
 from server.engine.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
-from server.engine.interface import Submission
+from server.engine.interface import AnyServedModel, Submission
 from server.engine.scheduling import Order
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CheckpointError
@@ -73,7 +73,7 @@ class Runtime:
     Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[], Model]) -> None:
+    def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
         self._settings = settings
         self._load = load
         self.metrics = Metrics(settings.max_queue)
@@ -122,7 +122,7 @@ class Runtime:
             self._compiling = asyncio.create_task(self._compile(model))
         return info
 
-    async def _serve(self, model: Model, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
+    async def _serve(self, model: AnyServedModel, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
         """Have images made as the info says, of which this is the reference image; the info, which tells that, too."""
         reference = hashlib.sha256(first.tobytes()).hexdigest()
         info = replace(info, environment=replace(info.environment, reference=reference))
@@ -132,7 +132,7 @@ class Runtime:
         self.metrics.set_model(info)
         return info
 
-    async def _compile(self, model: Model) -> None:
+    async def _compile(self, model: AnyServedModel) -> None:
         """Compile beside what is served. Where that fails, images are made as before."""
         log.info("compiling; meanwhile images are made by calls that are not compiled")
         self.metrics.set_compilation("compiling")
@@ -240,7 +240,7 @@ def _name_folder_for_torch() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep
 
 
-def load(settings: Settings) -> Model:
+def load(settings: Settings) -> AnyServedModel:
     """The ensemble that the settings name. Raises CheckpointError."""
     with closing(checkpoint.inspect(*settings.experts)) as experts:
         _name_folder_for_torch()

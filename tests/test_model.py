@@ -208,7 +208,7 @@ def test_two_images_can_take_turns_without_touching_each_other(ensemble):
 def test_running_ahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
     request = replace(REQUEST, scheduler=scheduler)
     expected = [finished(ensemble, request, seed) for seed in (1, 2)]
-    monkeypatch.setattr(ensemble, "_runs_ahead", True)
+    monkeypatch.setattr(ensemble, "_looks_ahead", True)
     calls: list[Stage] = []
     for stage, network in ensemble._networks.items():
         monkeypatch.setitem(

@@ -1,7 +1,7 @@
 """What callers hear of a fault that nobody foresaw: the real servicer and engine around a model that is broken."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -11,6 +11,7 @@ from serving import request
 
 from server.domain import Environment, ImageRequest, ModelInfo, Stage, Warning
 from server.engine.engine import Engine
+from server.engine.interface import LaunchedStep
 from server.engine.scheduling import QueueLimits
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -42,8 +43,8 @@ class WrongPixels:
     def plan(self, request: ImageRequest, conditioning: Nothing, seed: int) -> Nothing:
         return conditioning
 
-    def step(self, trajectories: Sequence[Nothing], meanwhile: Callable[[], None]) -> None:
-        pass
+    def launch(self, trajectories: Sequence[Nothing]) -> LaunchedStep:
+        return LaunchedStep(lambda: None)
 
     def decode(self, trajectory: Nothing) -> np.ndarray:
         return np.zeros((8, 8, 7), np.complex64)

@@ -22,12 +22,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from server.domain import Environment, ImageRequest, ModelInfo, Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.domain import Environment, ImageRequest, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.engine.call_times import CallTimes, Kind
 from server.engine.events import (
     Cancelled,
@@ -54,10 +51,12 @@ from server.engine.events import (
     StageSpan,
     no_observer,
 )
-from server.engine.interface import Submission
+from server.engine.interface import AnyModel, Conditioning, Submission, Trajectory
 from server.engine.scheduling import Forecast, ImageTask, Order, QueueLimits, Reason, Refusal, Schedule
 
 log = logging.getLogger(__name__)
+
+SomeModel = TypeVar("SomeModel", bound=AnyModel)
 
 _LEAST_WAIT = 0.1  # seconds before a refused caller is asked back: less would be a busy loop over the network
 _RENEWED = 0.5  # seconds between looks at what waiting jobs were told
@@ -70,63 +69,6 @@ _DISTURBED = Warning(
     "",
     "memory ran out on the way, and the rest was computed in smaller batches, which can change an image's last bits",
 )
-
-
-class Conditioning(Protocol):
-    """The encoded prompts of one request, and the `environment` that makes its images."""
-
-    @property
-    def warnings(self) -> Sequence[Warning]: ...
-    @property
-    def environment(self) -> Environment: ...
-
-
-class Trajectory(Protocol):
-    """One image on its way from noise to latents: `stages` has BASE or REFINER for every network call, in order.
-
-    Those with equal `batch_key` may share their next one.
-    """
-
-    @property
-    def stages(self) -> Sequence[Stage]: ...
-    @property
-    def batch_key(self) -> Hashable: ...
-    @property
-    def warnings(self) -> Sequence[Warning]: ...
-
-
-class Model(Protocol):
-    """What is asked of an ensemble. Each call returns when the device has finished it.
-
-    `step` makes one network call for 1 to `max_batch` trajectories of one batch key, and moves each on by it; once the
-    device is busy with that it calls `meanwhile`, which takes a moment. An image's bytes do not depend on who shares
-    its calls, but on `max_batch`: each call takes the time and the memory of a full one. `step` raises StepFailed when
-    some failed and the others have moved on. Whatever else it raises, none has moved and each can be stepped again;
-    after OutOfMemory, `limit_batch` makes all later calls smaller.
-
-    `preview` is a small RGB picture of what the trajectory is about to become. It may be called from another thread,
-    also while `step` has the same trajectory: it then shows the state before that step or the one after. With
-    `overlaps`, a second thread may `encode` and `decode` while `step` runs for other trajectories, and `plan` may come
-    from both.
-
-    `compile` may come from another thread, beside any call. It returns the info with which calls are faster, and the
-    first image that the request then makes. What is encoded once `info` is set to that is made so, from its first call
-    to its last, and what was encoded before as it began.
-    """
-
-    info: ModelInfo
-
-    @property
-    def max_batch(self) -> int: ...
-    @property
-    def overlaps(self) -> bool: ...
-    def limit_batch(self, images: int) -> None: ...
-    def encode(self, request: ImageRequest) -> Any: ...
-    def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any: ...
-    def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None: ...
-    def preview(self, trajectory: Any) -> NDArray[np.uint8]: ...
-    def decode(self, trajectory: Any) -> NDArray[np.uint8]: ...
-    def compile(self, request: ImageRequest) -> tuple[ModelInfo, NDArray[np.uint8]]: ...
 
 
 @dataclass(frozen=True)
@@ -223,7 +165,7 @@ class Engine:
         self._overlapped: set[int] = set()  # threads whose call in flight has had another beside it
         self._overlap_from = math.inf  # when calls may be handed to the side thread (again)
         self._side_queue: deque[Job] = deque()
-        self._untold: list[tuple[Job, _Call]] = []  # what was made and is told of beside the next call
+        self._pending_progress: list[tuple[Job, _Call]] = []  # what was made and is told of beside the next call
         self._side_job: Job | None = None  # whose call is in flight there
         self._ahead: set[Job] = set()  # whose prompts have been given to it, and whose first step is still to come
         self._outcomes: Counter[str] = Counter()
@@ -232,13 +174,13 @@ class Engine:
         self._previews = _Previews(self._deliver, observe)
         self._thread: threading.Thread | None = None
 
-    def start(self, load: Callable[[], Model]) -> "Future[Model]":
+    def start(self, load: Callable[[], SomeModel]) -> "Future[SomeModel]":
         """Start the device thread, which loads the model and then serves the queue.
 
         The model is loaded where it is used, since OpenMP's threads and CUDA's handles are each thread's own. The
         future holds the model, or what `load` raised; then the thread has ended.
         """
-        loaded: Future[Model] = Future()
+        loaded: Future[SomeModel] = Future()
         loaded.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="device", daemon=True)
         self._thread.start()
@@ -408,7 +350,7 @@ class Engine:
 
     # The threads that call the model.
 
-    def _run(self, load: Callable[[], Model], loaded: "Future[Model]") -> None:
+    def _run(self, load: Callable[[], SomeModel], loaded: "Future[SomeModel]") -> None:
         try:
             model = load()
         except Exception as error:  # noqa: BLE001  # whatever it is, the thread that waits for it must know
@@ -427,7 +369,7 @@ class Engine:
             side.join()
         self._previews.stop()
 
-    def _run_side(self, model: Model) -> None:
+    def _run_side(self, model: AnyModel) -> None:
         """Make the calls that the device thread has handed over, one after the other, and move their jobs on."""
         while (job := self._next_on_side()) is not None:
             self._advance([job], model)
@@ -449,7 +391,7 @@ class Engine:
             self._changed.notify_all()  # there is room for another
             return self._side_job
 
-    def _next(self, model: Model) -> list[Job]:
+    def _next(self, model: AnyModel) -> list[Job]:
         """End what must end, then wait for the jobs whose call is made next; none once stopped."""
         with self._changed:
             while True:
@@ -462,8 +404,8 @@ class Engine:
                     # The side thread encodes ahead, below; here a prompt would have to wait for it.
                     tasks = self._schedule.choose(now, model.max_batch, join=now < self._overlap_from)
                 on_side = bool(tasks) and not tasks[0].kind.shared and now >= self._overlap_from
-                if self._untold and not (tasks and tasks[0].kind.shared):
-                    self._tell_of_calls()  # no step comes next, beside which it could be told
+                if self._pending_progress and not (tasks and tasks[0].kind.shared):
+                    self._flush_progress()  # no step comes next, beside which it could be told
                 if not tasks or (on_side and len(self._side_queue) == _SIDE_QUEUE):
                     # Where too much waits for the side thread, the device is left to it: no step may add to that.
                     self._changed.wait()
@@ -480,7 +422,7 @@ class Engine:
                 self._call_begins(jobs)
                 return jobs
 
-    def _begun(self, task: ImageTask, model: Model) -> Job:
+    def _begun(self, task: ImageTask, model: AnyModel) -> Job:
         """The task's job, which has a call to make."""
         job = self._jobs[task]
         if job.script is None:
@@ -490,7 +432,7 @@ class Engine:
             job.call = next(job.script)
         return job
 
-    def _hand_over(self, task: ImageTask, model: Model, ahead: bool = False) -> None:
+    def _hand_over(self, task: ImageTask, model: AnyModel, ahead: bool = False) -> None:
         """Let the side thread make the task's next call. With the lock held."""
         if task.kind.stage is Stage.ENCODE:
             self._ahead.add(self._jobs[task])
@@ -529,7 +471,7 @@ class Engine:
             if job in self._side_queue:
                 self._side_queue.remove(job)
 
-    def _advance(self, jobs: list[Job], model: Model) -> None:
+    def _advance(self, jobs: list[Job], model: AnyModel) -> None:
         """Make the next call of these jobs together, and move each on."""
         failures: dict[Job, Exception] = {}
         result = None
@@ -539,7 +481,7 @@ class Engine:
         else:
             (job,) = jobs
             assert job.call is not None
-            self._tell_of_calls()
+            self._flush_progress()
             try:
                 result = job.call.make()
             except Exception as error:  # noqa: BLE001  # the wall between one job's failure and all the others
@@ -557,7 +499,7 @@ class Engine:
             else:
                 self._move_on(job, job.call, result)
 
-    def _step(self, together: list[tuple[Job, Trajectory]], model: Model) -> dict[Job, Exception]:
+    def _step(self, together: list[tuple[Job, Trajectory]], model: AnyModel) -> dict[Job, Exception]:
         """One network call for some trajectories; whose failed, and why.
 
         What fails for all of several is tried again for each half, so that what is wrong with one is not the end of the
@@ -573,7 +515,9 @@ class Engine:
             error: Exception | None = None
             if len(some) <= model.max_batch:
                 try:
-                    model.step([trajectory for _, trajectory in some], self._tell_of_calls)
+                    launched = model.launch([trajectory for _, trajectory in some])
+                    self._flush_progress()  # while the device is busy
+                    launched.wait()
                     continue
                 except StepFailed as failed:
                     failures |= {some[place][0]: cause for place, cause in failed.failures.items()}
@@ -610,7 +554,7 @@ class Engine:
         log.warning("memory ran out with two calls at once: one after the other for %.0f s", _AGAIN)
         return True
 
-    def _shrink(self, model: Model) -> None:
+    def _shrink(self, model: AnyModel) -> None:
         """Let fewer images share a call, because memory has run out."""
         with self._changed:
             before, self._max_batch = model.max_batch, model.max_batch // 2
@@ -642,9 +586,9 @@ class Engine:
         To tell wakes other threads, and while they run this one cannot: the device would wait.
         """
         with self._changed:
-            self._untold.append((job, call))
+            self._pending_progress.append((job, call))
             if not call.trajectories:
-                self._tell_of_calls()
+                self._flush_progress()
         self._offer_previews(job, call)
         try:
             job.call = job.script.send(result)  # type: ignore[union-attr]  # it has a call
@@ -660,11 +604,11 @@ class Engine:
         except Exception as error:  # noqa: BLE001
             self._fail(job, error)
 
-    def _tell_of_calls(self) -> None:
+    def _flush_progress(self) -> None:
         """Tell of the calls that were made and have not been told of."""
         with self._changed:
-            untold, self._untold = self._untold, []
-            for job, call in untold:
+            pending, self._pending_progress = self._pending_progress, []
+            for job, call in pending:
                 if job.task in self._jobs:
                     eta = self._schedule.forecast(job.task, self._clock()).eta
                     for place in range(max(1, len(call.trajectories))):
@@ -684,7 +628,7 @@ class Engine:
 
     def _deliver(self, job: Job, event: Event) -> None:
         with self._changed:
-            self._tell_of_calls()  # what came before this
+            self._flush_progress()  # what came before this
             if job.task in self._jobs:  # nothing may follow the terminal event
                 job.deliver(event)
             elif isinstance(event, Preview):
@@ -708,7 +652,7 @@ class Engine:
 
     def _end(self, job: Job, terminal: Finished | Failed) -> None:
         """Let go of a job and tell how it ended. With the lock held."""
-        self._tell_of_calls()
+        self._flush_progress()
         self._ending.discard(job)
         if self._jobs.pop(job.task, None) is None:
             return
@@ -752,7 +696,7 @@ class _Previews:
         self._changed = threading.Condition()
         self._stopping = False
 
-    def start(self, model: Model) -> None:
+    def start(self, model: AnyModel) -> None:
         self._thread = threading.Thread(target=self._run, args=(model,), name="previews", daemon=True)
         self._thread.start()
 
@@ -776,7 +720,7 @@ class _Previews:
                 del self._waiting[waiting]
                 self._observe(PreviewDropped())
 
-    def _run(self, model: Model) -> None:
+    def _run(self, model: AnyModel) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
@@ -794,7 +738,7 @@ class _Previews:
 
 def _script(
     job: Job,
-    model: Model,
+    model: AnyModel,
     planned: Callable[[Job, Mapping[Stage, int], int, int], None],
     deliver: Callable[[Job, Event], None],
 ) -> Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]]:

@@ -4,7 +4,7 @@ import contextvars
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from server.engine.events import (
     DeviceLost,
     DeviceUnavailable,
     Draining,
+    Event,
     Failed,
     Finished,
     JobEnded,
@@ -34,7 +35,7 @@ from server.engine.events import (
     ResourceExhausted,
     StageSpan,
 )
-from server.engine.interface import Submission
+from server.engine.interface import LaunchedStep, Submission
 from server.engine.scheduling import Order, QueueLimits
 
 
@@ -84,6 +85,36 @@ def test_a_job_reports_every_real_model_call_and_ends_with_one_terminal_event(en
     assert isinstance(finished, Finished)
     assert [each.field for each in finished.warnings] == ["data.prompt"]
     assert events.is_over()
+
+
+def test_progress_of_a_step_is_reported_while_the_next_step_runs(clock: Clock):
+    order: list[str] = []
+
+    class Launching(SteppedModel):
+        def launch(self, trajectories: Sequence[Path]) -> LaunchedStep:
+            order.append("launch")
+            step = super().launch(trajectories)
+
+            def wait() -> None:
+                order.append("wait")
+                step.wait()
+
+            return LaunchedStep(wait)
+
+    class Reports(Events):
+        def __call__(self, event: Event) -> None:
+            order.append(event.stage.value if isinstance(event, Progress) else "")
+            super().__call__(event)
+
+    model, events = Launching(), Reports()
+    model.allow(100)
+    with running(Engine(QueueLimits(jobs=1), clock=clock), model) as engine:
+        engine.submit(Submission("job", REQUEST), events)
+        events.to_the_end()
+    reported = [each for each in order if each]
+    base, refiner = Stage.BASE.value, Stage.REFINER.value
+    assert reported[1:7] == ["launch", "wait", "launch", base, "wait", "launch"]
+    assert reported[7:] == [base, "wait", refiner, Stage.DECODE.value]
 
 
 def test_jobs_run_in_the_order_in_which_they_came(engine: Engine, model: SteppedModel):

@@ -13,7 +13,7 @@ import numpy as np
 
 from server import __main__ as program
 from server.domain import ImageRequest, OutOfMemory, StepFailed
-from server.engine.engine import Model
+from server.engine.interface import AnyServedModel, LaunchedStep
 from server.settings import Settings
 
 
@@ -39,17 +39,23 @@ class Faulty:
         self._prompts[id(trajectory)] = request.prompt
         return trajectory
 
-    def step(self, trajectories: Sequence[Any], meanwhile: Callable[[], None]) -> None:
+    def launch(self, trajectories: Sequence[Any]) -> LaunchedStep:
         prompts = [self._prompts[id(each)] for each in trajectories]
         if any("no memory" in prompt for prompt in prompts):
             raise OutOfMemory("tried to allocate 80.00 GiB")
         broken = {
             place: RuntimeError("broken on purpose") for place, prompt in enumerate(prompts) if "broken" in prompt
         }
-        if healthy := [each for place, each in enumerate(trajectories) if place not in broken]:
-            self._ensemble.step(healthy, meanwhile)
-        if broken:
-            raise StepFailed(broken)
+        healthy = [each for place, each in enumerate(trajectories) if place not in broken]
+        launched = self._ensemble.launch(healthy) if healthy else None
+
+        def wait() -> None:
+            if launched is not None:
+                launched.wait()
+            if broken:
+                raise StepFailed(broken)
+
+        return LaunchedStep(wait)
 
     def decode(self, trajectory: Any) -> Any:
         pixels = self._ensemble.decode(trajectory)
@@ -59,7 +65,7 @@ class Faulty:
         return pixels
 
 
-def _faulty(load: Callable[[Settings], Model]) -> Callable[[Settings], Any]:
+def _faulty(load: Callable[[Settings], AnyServedModel]) -> Callable[[Settings], Any]:
     return lambda settings: Faulty(load(settings))
 
 

@@ -19,14 +19,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from server import __main__ as program
 from server.domain import Environment, ImageRequest, ModelInfo, Stage, Warning
+from server.engine.interface import LaunchedStep
 from server.settings import Settings
 
 log = logging.getLogger("steady")
@@ -92,8 +94,10 @@ class SteadyModel:
     def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Image:
         return Image(request, seed)
 
-    def step(self, trajectories: Sequence[Image], meanwhile: Callable[[], None]) -> None:
-        meanwhile()
+    def launch(self, trajectories: Sequence[Image]) -> LaunchedStep:
+        return LaunchedStep(partial(self._step, trajectories))
+
+    def _step(self, trajectories: Sequence[Image]) -> None:
         self._work()
         if any("broken" in each.request.prompt for each in trajectories):
             raise RuntimeError("broken on purpose")

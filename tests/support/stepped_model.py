@@ -3,14 +3,16 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from server.domain import Environment, ImageRequest, ModelInfo, Notice, OutOfMemory, Stage, StepFailed, Warning
 from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished
+from server.engine.interface import LaunchedStep
 
 REQUEST = ImageRequest("a cat", "", (5,), 3, 4.0, 0.7, "euler", 8, 8)
 ENVIRONMENT = Environment({}, "none", "none", "none", 0, 1, "off")
@@ -63,9 +65,11 @@ class SteppedModel:
     def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
         return Path(seed)
 
-    def step(self, trajectories: Sequence[Path], meanwhile: Callable[[], None]) -> None:
+    def launch(self, trajectories: Sequence[Path]) -> LaunchedStep:
         assert 1 <= len(trajectories) <= self.max_batch
-        meanwhile()
+        return LaunchedStep(partial(self._step, trajectories))
+
+    def _step(self, trajectories: Sequence[Path]) -> None:
         self._call("step", trajectories[0].seed)
         if len(trajectories) > self.fitting:
             raise OutOfMemory("no room")

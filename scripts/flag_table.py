@@ -1,0 +1,28 @@
+"""Write the table of flags in docs/configuration.md from server/settings.py. Run: python scripts/flag_table.py"""
+
+import re
+from pathlib import Path
+
+from server.settings import Settings
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+_TABLE = re.compile(r"(?<=<!-- flags -->\n).*?(?=<!-- /flags -->)", re.DOTALL)
+
+
+def rows() -> list[str]:
+    """The table's lines: one for each flag, in the order of the settings."""
+    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else "on" if field.default is True else field.default
+        shown = f"`{default}`" if default != "" else ""
+        lines.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |")
+    return lines
+
+
+def with_table(page: str) -> str:
+    """Return `page` with its table of flags replaced by the current one."""
+    return _TABLE.sub(lambda _: "\n" + "\n".join(rows()) + "\n\n", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text("utf-8")), "utf-8")

@@ -1,4 +1,4 @@
-"""Every value of the contract's enums is known everywhere: server, Python client, `t2i` and README."""
+"""Every value of the contract's enums is known everywhere: server, Python client, `t2i` and docs."""
 
 import typing
 from collections.abc import Callable, Iterator
@@ -158,9 +158,9 @@ def test_kserves_face_takes_every_format_by_its_word():
         assert made.output.format == number
 
 
-def test_the_readme_names_every_format():
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in sorted(pb.Format.keys()) if f"`{name}`" not in readme] == ["FORMAT_UNSPECIFIED"]
+def test_the_docs_name_every_format():
+    page = (ROOT / "docs/grpc.md").read_text()
+    assert [name for name in sorted(pb.Format.keys()) if f"`{name}`" not in page] == ["FORMAT_UNSPECIFIED"]
 
 
 @pytest.mark.parametrize("file", ["proto/text_to_image.proto", "clients/python/text_to_image_client/_types.py"])

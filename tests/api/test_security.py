@@ -451,8 +451,8 @@ class TestTokens:
         with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
             auth.certificates_of(Settings(tls_certificate=Path(device), tls_key=Path(device)))
 
-    def test_the_readme_makes_certificates_and_tokens_that_can_be_used(self, tmp_path):
-        section = (ROOT / "README.md").read_text("utf-8").split("## Security")[1]
+    def test_the_docs_make_certificates_and_tokens_that_can_be_used(self, tmp_path):
+        section = (ROOT / "docs/security.md").read_text("utf-8").split("## TLS and tokens")[1]
         commands = section.split("```sh\n")[1].split("```")[0]
         made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
         files = {"tls_certificate": tmp_path / "server.crt", "tls_key": tmp_path / "server.key"}

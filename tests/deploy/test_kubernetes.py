@@ -231,8 +231,8 @@ def test_images_are_of_this_version():
     }
 
 
-def test_the_readme_names_the_service_and_the_label_of_its_clients():
-    section = (ROOT / "README.md").read_text("utf-8").split("## In a cluster")[1].split("\n## ")[0]
+def test_the_docs_name_the_service_and_the_label_of_its_clients():
+    section = (ROOT / "docs/kubernetes.md").read_text("utf-8").split("## In a cluster")[1].split("\n## ")[0]
     resources = rendered("cpu")
     service = the("Service", resources)["metadata"]
     assert f"dns:///{service['name']}.{service['namespace']}:50051" in section

@@ -1,0 +1,110 @@
+"""README and docs: flags, exit codes, alerts, metrics, tests and links that they name exist, and pages stay short."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from serving import ROOT
+
+from server import __main__ as command
+from server.ensemble import checkpoint
+from server.settings import Settings
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import flag_table  # scripts/ is no package
+
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+PROSE = [README, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *PAGES]
+PROSE += [ROOT / folder / "README.md" for folder in ("clients/python", "deploy/instill", "training", "weights")]
+
+
+def read(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_table_of_flags_is_that_of_the_settings():
+    page = read(flag_table.PAGE)
+    assert flag_table.with_table(page) == page, "run: python scripts/flag_table.py"
+
+
+def test_the_fingerprint_in_the_example_is_that_of_the_embedded_weights():
+    shown = set(re.findall(r'"fingerprint": "([0-9a-f]{64})"', read(DOCS / "grpc.md")))
+    assert shown == {checkpoint.inspect(*Settings().experts).fingerprint()}
+
+
+def test_every_exit_code_is_in_the_table():
+    codes = {0, 1, 2, *command._EXIT_CODES.values()}
+    codes |= {kind.exit_code for kind in checkpoint.CheckpointError.__subclasses__()}
+    section = read(DOCS / "configuration.md").split("## Exit codes")[1].split("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == codes
+
+
+def test_every_alert_has_a_row_in_troubleshooting():
+    alerts = re.findall(r"- alert: (\w+)", read(ROOT / "deploy/prometheus/alerts.yaml"))
+    shown = re.findall(r"TextToImage(?!Service)[A-Z]\w+", read(DOCS / "troubleshooting.md"))
+    assert alerts
+    assert set(shown) == set(alerts)
+
+
+def test_every_metric_is_explained_and_no_other():
+    defined = "".join(read(path) for path in (ROOT / "server/observability").glob("*.py"))
+    metrics = set(re.findall(r'"(t2i_\w+)"', defined))
+    assert metrics
+    assert set(re.findall(r"`(t2i_\w+)", read(DOCS / "monitoring.md"))) == metrics
+
+
+# Flags of other programs that these pages show.
+OTHERS = {
+    "gpus",
+    "publish",
+    "read-only",
+    "tmpfs",
+    "stop-timeout",
+    "health-cmd",
+    "fingerprint",
+    "build-arg",
+    "device",
+    "sitting",
+}
+
+
+@pytest.mark.parametrize("page", [README, *(page for page in PAGES if "benchmarks" not in page.parts)], ids=name_of)
+def test_flags_in_prose_exist(page: Path):
+    flags = set(re.findall(r"`--(?:no-)?([a-z][a-z-]*)", read(page)))
+    servers = {name.replace("_", "-") for name in Settings.model_fields}
+    clients = set(re.findall(r'"--([a-z-]+)"', read(ROOT / "clients/python/text_to_image_client/cli.py")))
+    assert flags - servers - clients - OTHERS == set()
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_variables_in_prose_exist(page: Path):
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names the old variables too")
+    clients = set(re.findall(r"T2I_[A-Z_]+", read(ROOT / "clients/python/text_to_image_client/cli.py")))
+    servers = {f"T2I_{name.upper()}" for name in Settings.model_fields}
+    assert set(re.findall(r"T2I_[A-Z]+(?:_[A-Z]+)*", read(page))) - servers - clients == set()
+
+
+def test_every_test_that_the_threat_table_names_exists():
+    shown = re.findall(r"`(test_\w+)(?:\[[^`]*\])?`", read(DOCS / "security.md"))
+    defined = "".join(read(path) for path in (ROOT / "tests").rglob("test_*.py"))
+    assert shown
+    assert [name for name in shown if f"def {name}(" not in defined] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_files_of_tests_that_prose_names_exist(page: Path):
+    paths = re.findall(r"\btests/[\w/]+\.py", read(page))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_readme_and_every_page_are_short():
+    assert len(read(README).splitlines()) <= 220
+    assert [name_of(page) for page in PAGES if len(read(page).splitlines()) > 300] == []

@@ -19,7 +19,7 @@ import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench import serving
-from text_to_image_client._service import Service
+from text_to_image_client.launcher import ChildServer
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -89,7 +89,7 @@ def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str
         return begun, stub.GetModel(pb.GetModelRequest()).device
 
 
-def memory(service: Service) -> float | None:
+def memory(service: ChildServer) -> float | None:
     """Bytes that tensors took of a GPU at most."""
     told = re.search(r"metrics on (http://\S+)", service.log())
     assert told is not None

@@ -1,4 +1,4 @@
-"""A service of a bench's own."""
+"""Start a server for a benchmark, and the channel options that reach it."""
 
 import signal
 import sys
@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from text_to_image_client._service import Service, local_launch, running
+from text_to_image_client.launcher import ChildServer, local_server, run_server
 
 LOCAL = [("grpc.enable_http_proxy", 0)]  # a proxy has another loopback
 UNLIMITED = [*LOCAL, ("grpc.max_receive_message_length", -1)]
-_READY_SECONDS = 900.0  # what is compiled takes minutes
+_READY_SECONDS = 900.0  # compiling takes minutes
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[tuple[str, Service]]:
-    """The address of a service with these flags, once it is ready, and the service, which ends with this.
+def served(*flags: str) -> Iterator[tuple[str, ChildServer]]:
+    """Start a server with `flags`, yield its address and its process once it is ready, and stop it on leaving.
 
-    So it does when the bench is ended by SIGTERM, unless that is inside a library's own waiting.
+    SIGTERM to the benchmark stops it, too, unless the signal arrives while a library waits in native code.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
-        launch = local_launch(Path(folder), gpu=False)
-        command = (*launch.command, "--log-level", "warning", *flags)
-        with running(replace(launch, command=command), Path(folder)) as service:
-            yield service.wait_until_serving(_READY_SECONDS), service
+        server = local_server(Path(folder), gpu=False)
+        command = (*server.command, "--log-level", "warning", *flags)
+        with run_server(replace(server, command=command), Path(folder)) as process:
+            yield process.wait_until_serving(_READY_SECONDS), process

@@ -117,7 +117,7 @@ def test_metadata_never_take_the_place_of_an_image(service, tmp_path, command):
         named = ("-o", str(tmp_path / output), "--metadata", str(tmp_path / metadata))
         result = t2i(*command, *flags, *named, "--target", service.target)
         assert result.exit_code == 2
-        assert f"{tmp_path / metadata} is to be an image of -o; give another name" in result.stderr
+        assert f"{tmp_path / metadata} is also the name of an image of -o; give another name" in result.stderr
     assert service.requests == []
 
 
@@ -169,7 +169,7 @@ def test_a_request_that_is_made_again_is_said(service, status, answer, tmp_path)
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 0
     lines = result.stderr.splitlines()
-    assert lines[:3] == ["queued", "the server that had the request is gone; another one draws it", "queued, 1 ahead"]
+    assert lines[:3] == ["queued", "the server was lost; another one draws the request", "queued, 1 ahead"]
 
 
 def test_a_timeout_is_6_in_words(service, tmp_path):
@@ -232,8 +232,8 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
         (("-o", "cat.jpg", "--preview-interval", "3"), "--preview-interval goes with --preview"),
         (("-o", "cat.jpg", "--preview", "cat.png"), "cat.png must end in .jpg"),
         (("-o", "cat.jpg", "--preview", "nowhere/cat.jpg"), "there is no folder nowhere"),
-        (("--detach", "--json"), "--detach only begins"),
-        (("--detach", "--preview", "cat.jpg"), "--detach only begins"),
+        (("--detach", "--json"), "--detach only starts the job"),
+        (("--detach", "--preview", "cat.jpg"), "--detach only starts the job"),
         ((), "Missing option"),
     ],
 )
@@ -464,7 +464,7 @@ def test_run_refuses_bad_input_before_it_starts_anything():
     result = t2i("run", "-i", '{"prompt": "cat", "steps": 3}')
     assert result.exit_code == 3
     assert result.stdout == ""
-    assert "steps: is not known" in result.stderr
+    assert "steps: is unknown" in result.stderr
 
 
 def test_run_without_the_service_is_7(monkeypatch):

@@ -25,7 +25,7 @@ from text_to_image_client import (
     ModelInfo,
     NotFound,
     Progress,
-    Refused,
+    ResourceExhausted,
     ServerError,
     ServingStatus,
     TextToImage,
@@ -69,7 +69,7 @@ every = pytest.mark.parametrize("call", [generate_in_a_thread, generate_async, s
     ("code", "kind"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, Refused),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhausted),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
         (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
         (grpc.StatusCode.NOT_FOUND, NotFound),
@@ -107,7 +107,7 @@ async def test_a_bad_request_names_every_bad_field(service, status, call):
 async def test_a_refusal_says_when_to_try_again(service, status, call):
     delay = Duration(seconds=2, nanos=500_000_000)
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", RetryInfo(retry_delay=delay)))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ResourceExhausted) as caught:
         await call(service.target)
     assert caught.value.retry_after == 2.5
 
@@ -119,7 +119,7 @@ async def test_details_that_nobody_can_read_leave_the_status_standing(service, c
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
 
     service.answer(refuse)
-    with pytest.raises(Refused, match="full") as caught:
+    with pytest.raises(ResourceExhausted, match="full") as caught:
         await call(service.target)
     assert caught.value.retry_after is None
 

@@ -22,22 +22,24 @@ from text_to_image_client import (
     Cancelled,
     FieldViolation,
     InvalidRequest,
-    Refused,
+    MessageTooLarge,
+    ResourceExhausted,
     ServingStatus,
     TextToImage,
     TextToImageError,
-    TooLarge,
 )
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 CODE = grpc.StatusCode.UNAVAILABLE
 ERRORS = [
     InvalidRequest("bad", CODE, (FieldViolation("data.prompt", "must not be blank"),)),
-    Refused("full", CODE, 2.5),
+    ResourceExhausted("full", CODE, 2.5),
     *(
         kind("words", CODE)
         for kind in vars(text_to_image_client).values()
-        if isinstance(kind, type) and issubclass(kind, TextToImageError) and kind not in (InvalidRequest, Refused)
+        if isinstance(kind, type)
+        and issubclass(kind, TextToImageError)
+        and kind not in (InvalidRequest, ResourceExhausted)  # below
     ),
 ]
 
@@ -81,7 +83,7 @@ def test_an_error_leaves_its_worker_process_whole_and_the_pool_goes_on(service, 
 async def test_an_error_of_asyncio_is_copied_whole(service, status):
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"))
     async with AsyncTextToImage(service.target) as client:
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(ResourceExhausted) as caught:
             await client.generate("cat")
     assert described(pickle.loads(pickle.dumps(caught.value))) == described(caught.value)
 
@@ -99,7 +101,7 @@ async def test_an_error_of_asyncio_is_copied_whole(service, status):
 )
 def test_what_is_too_large_for_grpc_is_no_full_queue(service, words):
     service.answer((grpc.StatusCode.RESOURCE_EXHAUSTED, words))
-    with TextToImage(service.target) as client, pytest.raises(TooLarge) as caught:
+    with TextToImage(service.target) as client, pytest.raises(MessageTooLarge) as caught:
         client.generate("cat")
     assert str(caught.value) == words
 
@@ -107,7 +109,7 @@ def test_what_is_too_large_for_grpc_is_no_full_queue(service, words):
 def test_what_grpc_itself_finds_too_large_is_so(service):
     with (
         TextToImage(service.target, token="x" * 40_000, retries=0) as client,
-        pytest.raises(TooLarge, match="metadata"),
+        pytest.raises(MessageTooLarge, match="metadata"),
     ):
         client.generate("cat")
     assert service.requests == []
@@ -115,7 +117,7 @@ def test_what_grpc_itself_finds_too_large_is_so(service):
 
 def test_what_the_service_refuses_stays_refused_whatever_its_words(service, status):
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message of this request is larger than what waits"))
-    with TextToImage(service.target) as client, pytest.raises(Refused):
+    with TextToImage(service.target) as client, pytest.raises(ResourceExhausted):
         client.generate("cat")
 
 

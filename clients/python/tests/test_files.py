@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from text_to_image_client._files import write_whole
+from text_to_image_client._files import write_atomically
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
 def test_a_file_is_written_and_what_was_there_is_replaced_with_its_mode(tmp_path: Path):
     path = tmp_path / "cat.jpg"
-    assert write_whole(path, b"one") == path
+    assert write_atomically(path, b"one") == path
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
     path.chmod(0o640)
-    write_whole(path, b"two")
+    write_atomically(path, b"two")
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"two", 0o640)
     assert os.listdir(tmp_path) == ["cat.jpg"]
 
@@ -31,7 +31,7 @@ def _umask() -> int:
 def test_a_symbolic_link_stays_one(tmp_path: Path):
     (tmp_path / "there").mkdir()
     (tmp_path / "cat.jpg").symlink_to(tmp_path / "there" / "real.jpg")
-    write_whole(tmp_path / "cat.jpg", b"one")
+    write_atomically(tmp_path / "cat.jpg", b"one")
     assert (tmp_path / "cat.jpg").is_symlink()
     assert (tmp_path / "there" / "real.jpg").read_bytes() == b"one"
 
@@ -43,14 +43,14 @@ full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this m
 def test_a_device_is_written_to_and_stays_one(tmp_path: Path):
     (tmp_path / "cat.jpg").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
-        write_whole(tmp_path / "cat.jpg", b"one")
+        write_atomically(tmp_path / "cat.jpg", b"one")
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
     assert os.listdir(tmp_path) == ["cat.jpg"]
 
 
 def test_a_name_that_is_taken_gives_way_to_the_first_free_one(tmp_path: Path):
     for number, name in enumerate(("cat.jpg", "cat.1.jpg", "cat.2.jpg")):
-        assert write_whole(tmp_path / "cat.jpg", b"%d" % number, overwrite=False) == tmp_path / name
+        assert write_atomically(tmp_path / "cat.jpg", b"%d" % number, overwrite=False) == tmp_path / name
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         "cat.jpg": b"0",
         "cat.1.jpg": b"1",
@@ -60,10 +60,10 @@ def test_a_name_that_is_taken_gives_way_to_the_first_free_one(tmp_path: Path):
 
 WRITE = """
 import pathlib, resource, sys
-from text_to_image_client._files import write_whole
+from text_to_image_client._files import write_atomically
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as a disk that fills up in the midst of the file
-write_whole(pathlib.Path(sys.argv[1]), b"x" * 5000, overwrite=sys.argv[2] == "overwrite")
+write_atomically(pathlib.Path(sys.argv[1]), b"x" * 5000, overwrite=sys.argv[2] == "overwrite")
 """
 
 

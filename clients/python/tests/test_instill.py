@@ -3,7 +3,7 @@
 import pytest
 
 from text_to_image_client import InvalidRequest
-from text_to_image_client._instill import parse_input
+from text_to_image_client.cli._instill import parse_input
 
 
 @pytest.mark.parametrize(
@@ -35,18 +35,18 @@ def test_the_short_and_the_full_form_are_understood(text: str, options: dict[str
         ('["cat"]', {'not ["cat"]'}),
         ("{}", {"data: is missing"}),
         ('{"prompt": 3}', {"prompt: must be a string, not 3"}),
-        ('{"prompt": "cat", "seed": 1}', {"seed: is not known; known are prompt"}),
+        ('{"prompt": "cat", "seed": 1}', {"seed: is unknown; the known fields are prompt"}),
         ('{"data": "cat"}', {'data: must be an object, not "cat"'}),
         ('{"data": {}}', {"data.prompt: is missing"}),
-        ('{"data": {"prompt": "cat"}, "prompt": "cat"}', {"prompt: is not known; known are data, parameter"}),
+        ('{"data": {"prompt": "cat"}, "prompt": "cat"}', {"prompt: is unknown; the known fields are data, parameter"}),
         (
             '{"data": {"promt": "cat"}, "parameter": {"n": "2", "seed": 1.5, "steps": 3, "aspect-ratio": true}}',
             {
-                "data.promt: is not known; known are prompt, model",
+                "data.promt: is unknown; the known fields are prompt, model",
                 "data.prompt: is missing",
                 'parameter.n: must be a whole number, not "2"',
                 "parameter.seed: must be a whole number, not 1.5",
-                "parameter.steps: is not known; known are aspect-ratio, negative-prompt, n, seed",
+                "parameter.steps: is unknown; the known fields are aspect-ratio, negative-prompt, n, seed",
                 "parameter.aspect-ratio: must be a string, not true",
             },
         ),
@@ -54,7 +54,7 @@ def test_the_short_and_the_full_form_are_understood(text: str, options: dict[str
         ('{"data": {"prompt": "cat"}, "parameter": {"n": 1e999}}', {"must be a whole number, not Infinity"}),
         (
             '{"data": {"prompt": "cat"}, "parameter": {"aspect-ratio": "1:1", "aspect_ratio": "16:9"}}',
-            {"parameter.aspect-ratio: is given twice, as aspect-ratio and aspect_ratio, with different values"},
+            {"parameter.aspect-ratio: has different values as aspect-ratio and as aspect_ratio"},
         ),
         ('{"data": {"prompt": "cat"}, "parameter": null}', {"parameter: must be an object, not null"}),
     ],

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from text_to_image_client import Progress, Queued, Stage
-from text_to_image_client._progress import display_for
+from text_to_image_client.cli._progress import display_for
 
 
 def show(images: int | None, *events: Queued | Progress, terminal: bool) -> str:

@@ -150,7 +150,7 @@ def test_the_same_made_by_the_same_has_no_differences(made: Provenance, result: 
             {"versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}},  # after FORMAT_JPEG was RGB
             ["coding: none then, 2 now"],
         ),
-        ({}, ["environment: in something that this client is too old to name"]),
+        ({}, ["environment: in a field that this client is too old to know"]),
     ],
 )
 def test_every_difference_is_named(made: Provenance, result: Result, change: dict[str, Any], told: list[str]):
@@ -183,9 +183,9 @@ def _with(**fields: object) -> Any:
         (lambda _: b"", "is not JSON: Expecting value"),
         (lambda _: b"\xff\xd8\xff\xee\x00\x0eAdobe", "is not JSON: 'utf-8' codec can't decode"),
         (lambda metadata: json.dumps(metadata).encode()[:-9], "is not JSON: "),
-        (lambda _: [], "metadata is a JSON object"),
-        (lambda _: "cat", "metadata is a JSON object"),
-        (lambda _: {"metadata": 3}, "metadata is a JSON object"),
+        (lambda _: [], "metadata must be a JSON object"),
+        (lambda _: "cat", "metadata must be a JSON object"),
+        (lambda _: {"metadata": 3}, "metadata must be a JSON object"),
         (lambda _: {}, "has no images"),
         (lambda _: {"data": {"choices": []}}, 'no field named "data"'),
         (lambda _: {"name": "text-to-image-client", "version": "1"}, 'no field named "name"'),
@@ -194,7 +194,7 @@ def _with(**fields: object) -> Any:
         (_with(images=[3]), "not the metadata of an answer"),
         (_with(images=[{"seed": 7}]), "image 0 of the metadata lacks its request"),
         (_with(images=[{"seed": -7}]), "not the metadata of an answer"),
-        (_without_request, "image 0 of the metadata lacks its request; was it made by an old service?"),
+        (_without_request, "image 0 of the metadata lacks its request; is it of an old service?"),
     ],
 )
 def test_a_file_that_is_no_metadata_is_refused_by_name(

@@ -13,9 +13,9 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from text_to_image_client import TLS, AsyncTextToImage, ServingStatus, TextToImage, TextToImageError
-from text_to_image_client._service import Service, ServiceFailed
-from text_to_image_client._target import complete, is_loopback
+from text_to_image_client._target import complete_target, is_loopback
 from text_to_image_client.cli import main
+from text_to_image_client.launcher import ChildServer, ServerStartError
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from text_to_image_client.cli import main
     ],
 )
 def test_a_target_without_a_port_has_the_services(target: str, completed: str | None):
-    assert complete(target) == (completed or target)
+    assert complete_target(target) == (completed or target)
     with TextToImage(target) as client:
         assert client.target == AsyncTextToImage(target).target == (completed or target)
 
@@ -49,9 +49,9 @@ def test_a_target_without_a_port_has_the_services(target: str, completed: str | 
         ("http://localhost:50051", 'without http://: give "localhost:50051"$'),
         ("https://images.example.org/", r'without https://: give "images.example.org", and tls=True'),
         ("grpc://h:1", 'without grpc://: give "h:1"'),
-        ("::1", r'in brackets: "\[::1\]:50051"'),
-        ("/run/t2i.sock", 'begins with unix: "unix:/run/t2i.sock"'),
-        ("10.0.0.7:1,10.0.0.8:1", 'begin with ipv4 or ipv6: "ipv4:10.0.0.7:1,10.0.0.8:1"'),
+        ("::1", r'needs brackets: "\[::1\]:50051"'),
+        ("/run/t2i.sock", 'needs the prefix unix: "unix:/run/t2i.sock"'),
+        ("10.0.0.7:1,10.0.0.8:1", 'need the prefix ipv4 or ipv6: "ipv4:10.0.0.7:1,10.0.0.8:1"'),
         ("localhost:", "the port of the target must be 1 to 65535, not ''"),
         ("localhost:0", "must be 1 to 65535"),
         ("localhost:65536", "must be 1 to 65535"),
@@ -148,15 +148,15 @@ def test_t2i_run_awaits_its_service_without_a_proxy_and_says_what_it_last_heard(
     service.health.set("", HealthCheckResponse.SERVING)
     process = subprocess.Popen(["sleep", "600"])
     try:
-        started = Service(process, lambda: service.target, tmp_path / "log")
+        started = ChildServer(process, lambda: service.target, tmp_path / "log")
         assert started.wait_until_serving(60) == service.target
         service.health.set("", HealthCheckResponse.NOT_SERVING)
-        with pytest.raises(ServiceFailed, match=r"not ready within 0\.5 s: its health is NOT_SERVING"):
+        with pytest.raises(ServerStartError, match=r"not ready within 0\.5 s: its health is NOT_SERVING"):
             started.wait_until_serving(0.5)
-        with pytest.raises(ServiceFailed, match=r"within 3 s: 127\.0\.0\.1:1: .*Connection refused"):
-            Service(process, lambda: "127.0.0.1:1", tmp_path / "log").wait_until_serving(3)
-        with pytest.raises(ServiceFailed, match=r"within 0\.2 s: it has no address yet"):
-            Service(process, lambda: None, tmp_path / "log").wait_until_serving(0.2)
+        with pytest.raises(ServerStartError, match=r"within 3 s: 127\.0\.0\.1:1: .*Connection refused"):
+            ChildServer(process, lambda: "127.0.0.1:1", tmp_path / "log").wait_until_serving(3)
+        with pytest.raises(ServerStartError, match=r"within 0\.2 s: it has no address yet"):
+            ChildServer(process, lambda: None, tmp_path / "log").wait_until_serving(0.2)
     finally:
         process.kill()
         process.wait()

@@ -1,21 +1,23 @@
-"""Client of the text-to-image gRPC service."""
+"""The Python client of the text-to-image gRPC service."""
 
-from ._client import TLS, AsyncEventStream, AsyncTextToImage, EventStream, TextToImage
+from ._async import AsyncEventStream, AsyncTextToImage
+from ._channel import TLS
 from ._exceptions import (
     AlreadyExists,
     Cancelled,
     DeadlineExceeded,
     FieldViolation,
     InvalidRequest,
+    MessageTooLarge,
     NotFound,
-    Refused,
+    ResourceExhausted,
     ServerError,
     TextToImageError,
-    TooLarge,
     Unauthenticated,
     Unavailable,
 )
 from ._provenance import Provenance
+from ._sync import EventStream, TextToImage
 from ._types import (
     ContentFilter,
     Defaults,
@@ -60,6 +62,7 @@ __all__ = [
     "ImageReady",
     "InvalidRequest",
     "Limits",
+    "MessageTooLarge",
     "ModelInfo",
     "NotFound",
     "OnDisconnect",
@@ -67,15 +70,14 @@ __all__ = [
     "Progress",
     "Provenance",
     "Queued",
-    "Refused",
     "Request",
+    "ResourceExhausted",
     "Result",
     "ServerError",
     "ServingStatus",
     "Stage",
     "TextToImage",
     "TextToImageError",
-    "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "Warning",

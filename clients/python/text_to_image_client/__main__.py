@@ -1,4 +1,4 @@
-"""`python -m text_to_image_client` is `t2i`."""
+"""Run `t2i` as `python -m text_to_image_client`."""
 
 from .cli import main
 

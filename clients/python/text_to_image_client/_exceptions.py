@@ -1,15 +1,15 @@
-"""What can go wrong, as one tree, and the one table that leads from a gRPC status to it.
+"""The errors of the client as one tree, and the table from gRPC statuses to them.
 
 TextToImageError
 ├── InvalidRequest     INVALID_ARGUMENT: the request breaks a rule; `.violations` names every bad field
-├── Unavailable        UNAVAILABLE: nobody there, the model is loading, or the server is draining
-├── Refused            RESOURCE_EXHAUSTED: the queue is full; `.retry_after` says for how long
-├── TooLarge           RESOURCE_EXHAUSTED of gRPC itself: a message or its metadata exceed a limit, here or on the way
+├── Unavailable        UNAVAILABLE: no server listens, the model is loading, or the server is draining
+├── ResourceExhausted  RESOURCE_EXHAUSTED: the queue is full; `.retry_after` is the time to wait
+├── MessageTooLarge    RESOURCE_EXHAUSTED from gRPC itself: a message or its metadata exceed a limit
 ├── Unauthenticated    UNAUTHENTICATED: the service needs a token, or does not know this one
-├── NotFound           NOT_FOUND: no detached job has this name, or no longer
-├── AlreadyExists      ALREADY_EXISTS: the name is that of another detached job
+├── NotFound           NOT_FOUND: the server knows no detached job of this name, or no longer keeps it
+├── AlreadyExists      ALREADY_EXISTS: another detached job has this name
 ├── DeadlineExceeded   DEADLINE_EXCEEDED: the call's timeout passed, or is too short for the request
-├── Cancelled          CANCELLED: the call was given up, here or on its way, or its client is closed
+├── Cancelled          CANCELLED: the call was cancelled, or the client is closed
 └── ServerError        every other status: the server failed
 """
 
@@ -32,11 +32,11 @@ __all__ = [
     "DeadlineExceeded",
     "FieldViolation",
     "InvalidRequest",
+    "MessageTooLarge",
     "NotFound",
-    "Refused",
+    "ResourceExhausted",
     "ServerError",
     "TextToImageError",
-    "TooLarge",
     "Unauthenticated",
     "Unavailable",
 ]
@@ -44,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One bad field: `field` in the request's JSON names ("parameter.aspect-ratio"), `description` what is wrong."""
+    """One bad field: `field` is its JSON path ("parameter.aspect-ratio"), `description` the rule that it breaks."""
 
     field: str
     description: str
@@ -54,7 +54,7 @@ class FieldViolation:
 
 
 class TextToImageError(Exception):
-    """Base of all errors of this client. `message` is the server's, `code` the gRPC status behind it."""
+    """The base of all errors of this client. `message` is the server's message, `code` the gRPC status."""
 
     def __init__(self, message: str, code: grpc.StatusCode) -> None:
         super().__init__(message)
@@ -62,8 +62,8 @@ class TextToImageError(Exception):
         self.code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own calls the class with `args` alone, which lack the code. This way an error of a worker process
-        # arrives whole: the attributes are set, and no __init__ is called.
+        # Exception.__reduce__ calls the class with `args`, which lack the code. This one restores all attributes and
+        # calls no __init__, so that errors leave worker processes unchanged.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     @classmethod
@@ -72,7 +72,7 @@ class TextToImageError(Exception):
 
 
 class InvalidRequest(TextToImageError):
-    """The request breaks a rule, found by the server or, before sending, here. Sending it again won't help."""
+    """The request breaks a rule. The server found it, or the client before sending. Do not send it again."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class InvalidRequest(TextToImageError):
         self.violations = violations
 
     def __str__(self) -> str:
-        untold = [str(each) for each in self.violations if each.description not in self.message]
-        return "\n  ".join([self.message, *untold])
+        missing = [str(each) for each in self.violations if each.description not in self.message]
+        return "\n  ".join([self.message, *missing])
 
     @classmethod
     def _from_status(cls, message: str, code: grpc.StatusCode, details: Status) -> Self:
@@ -101,8 +101,8 @@ class Unavailable(TextToImageError):
     """The service cannot be reached, is loading its model, or is draining. The message begins with the target."""
 
 
-class Refused(TextToImageError):
-    """The service is full. `retry_after` is in seconds, None if the server did not say."""
+class ResourceExhausted(TextToImageError):
+    """The queue is full. `retry_after` is the time to wait in seconds, None if the server gave none."""
 
     def __init__(
         self,
@@ -122,38 +122,38 @@ class Refused(TextToImageError):
         return cls(message, code)
 
 
-class TooLarge(TextToImageError):
-    """A message or its metadata exceed a limit of gRPC itself, here, at the server or on the way."""
+class MessageTooLarge(TextToImageError):
+    """A message or its metadata exceed a limit of gRPC itself, in the client, the server or a proxy."""
 
 
 class Unauthenticated(TextToImageError):
-    """The service needs a token, or does not know the one that was sent."""
+    """The service needs a token, or does not know the token of this client."""
 
 
 class NotFound(TextToImageError):
-    """No detached job has this `request_id` on this server, or it ended too long ago to be kept."""
+    """This server knows no detached job with this `request_id`, or no longer keeps it."""
 
 
 class AlreadyExists(TextToImageError):
-    """The `request_id` is that of another detached job: this request cannot join it."""
+    """Another detached job has this `request_id`, and the request differs from that job's."""
 
 
 class DeadlineExceeded(TextToImageError):
-    """The call's timeout passed before its answer was complete, or is too short for the request on this server."""
+    """The timeout passed before the answer was complete, or is too short for the request on this server."""
 
 
 class Cancelled(TextToImageError):
-    """The call was given up before its answer was complete, or its client is closed."""
+    """The call was cancelled before its answer was complete, or its client is closed."""
 
 
 class ServerError(TextToImageError):
-    """The server failed, or answered with what its contract does not allow."""
+    """The server failed, or its answer violates the contract."""
 
 
 _BY_CODE: dict[grpc.StatusCode, type[TextToImageError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Refused,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
@@ -163,74 +163,74 @@ _BY_CODE: dict[grpc.StatusCode, type[TextToImageError]] = {
 
 
 @contextmanager
-def translated(target: str) -> Iterator[None]:
-    """Raise what gRPC raises, from grpc or grpc.aio, as the error of the tree above."""
+def translate_errors(target: str) -> Iterator[None]:
+    """Raise the errors of grpc and grpc.aio as subclasses of TextToImageError."""
     try:
         yield
     except grpc.RpcError as error:
         raise error_from(error, target) from error
 
 
-TIMEOUT = "the timeout passed before the answer was complete"
+TIMEOUT_MESSAGE = "the timeout passed before the answer was complete"
 
 
 def closed_error(what: str = "client") -> Cancelled:
-    """The error of a call to a client that is closed, or of a stream that is."""
+    """Return the error of a call on a closed client or stream."""
     return Cancelled(f"this {what} is closed; make another one", grpc.StatusCode.CANCELLED)
 
 
 def error_from(error: grpc.RpcError, target: str) -> TextToImageError:
-    """The tree's error for gRPC's `error` in a call to `target`."""
+    """Return the TextToImageError for gRPC's `error` in a call to `target`."""
     code = error.code()
     message = error.details() or code.name
     details = _details(error)
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{target}: {message}"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details.code:
-        message = TIMEOUT  # in gRPC's words "Deadline Exceeded", or "Stream removed (Deadline Exceeded)"
-    if code in _BROKEN_CODES and is_broken(error):
+        message = TIMEOUT_MESSAGE  # gRPC says "Deadline Exceeded", or "Stream removed (Deadline Exceeded)"
+    if code in _BROKEN_CODES and is_connection_broken(error):
         message = f"{target}: the connection broke, or a proxy cut it ({message})"
     kind = _BY_CODE.get(code, ServerError)
-    if kind is Refused and not details.code and _TOO_LARGE.search(message):
-        kind = TooLarge
+    if kind is ResourceExhausted and not details.code and _TOO_LARGE.search(message):
+        kind = MessageTooLarge
     return kind._from_status(message, code, details)
 
 
-# In gRPC's own words, those of its C core and of other languages' servers: "received metadata size exceeds hard limit",
-# "Received message larger than max (5 vs. 4)", "trying to send message larger than max".
+# Messages of gRPC's C core and of servers in other languages: "received metadata size exceeds hard limit", "Received
+# message larger than max (5 vs. 4)", "trying to send message larger than max".
 _TOO_LARGE = re.compile(r"(metadata|message|header).*(exceed|larger|too large)", re.IGNORECASE)
 
-# What gRPC says of a connection that broke, or of a proxy that cut a call, under INTERNAL, UNKNOWN and CANCELLED. A
-# server's own errors never say it: theirs come with a status in words of their own.
+# Messages of gRPC for a broken connection or a call that a proxy cut, with the codes INTERNAL, UNKNOWN and CANCELLED.
+# Errors of the service itself carry a google.rpc.Status, so they are never mistaken for these.
 _BROKEN = re.compile(r"RST_STREAM|Stream removed|http2|HTTP/2|HTTP status|Socket closed|Connection reset|GOAWAY", re.I)
 _BROKEN_CODES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
 _NOT_CONNECTED = re.compile("failed to connect|DNS|name resol|connections to all backends", re.IGNORECASE)
 
 DOMAIN = "text_to_image.v1"
-"""Of google.rpc.ErrorInfo in the service's errors."""
+"""The domain of google.rpc.ErrorInfo in the service's errors."""
 DEVICE_LOST = "DEVICE_LOST"
-"""The reason in the ErrorInfo of a job whose device did not answer any more."""
+"""The reason in the ErrorInfo of a job whose device stopped answering."""
 
 
-def is_broken(error: grpc.RpcError) -> bool:
-    """Whether the connection to the server broke, or was never made: nothing is known of what the server did."""
+def is_connection_broken(error: grpc.RpcError) -> bool:
+    """Return whether the connection broke or was never established, so that the state of the request is unknown."""
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return True
     return code in _BROKEN_CODES and not _details(error).code and bool(_BROKEN.search(error.details() or ""))
 
 
-def is_gone(error: grpc.RpcError, admitted: bool) -> bool:
-    """Whether the server that had the request is gone, so that another one may have it.
+def is_server_lost(error: grpc.RpcError, admitted: bool) -> bool:
+    """Return whether the server that ran the request is lost, so that the client may send it to another.
 
-    `admitted` says whether the server is known to have begun it. A request that was refused before, or that reached
-    no server at all, is gRPC's to send again.
+    `admitted`: whether the server is known to have admitted the request. gRPC itself retries requests that a server
+    rejected or that reached none.
     """
     if error.code() is grpc.StatusCode.ABORTED:
         return _reason(error) == DEVICE_LOST
-    if not is_broken(error):
+    if not is_connection_broken(error):
         return False
-    answered = bool(_details(error).code)  # the server's own words, and not those of a broken connection
+    answered = bool(_details(error).code)  # by the service itself
     return admitted or not (answered or _NOT_CONNECTED.search(error.details() or ""))
 
 
@@ -241,9 +241,9 @@ def _reason(error: grpc.RpcError) -> str:
 
 
 def _details(error: grpc.RpcError) -> Status:
-    # grpc.aio's errors answer the same three questions as grpc's, so rpc_status reads both.
+    # grpc.aio's errors have the methods that rpc_status reads from grpc's.
     try:
         return cast("Status | None", rpc_status.from_call(cast("grpc.Call", error))) or Status()
     except (ValueError, DecodeError):
-        # Details that contradict the status, or that nobody can read: the status alone still tells the kind.
+        # The details contradict the status or cannot be parsed. The status alone still selects the error class.
         return Status()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically."""
 
 import contextlib
 import itertools
@@ -8,38 +8,38 @@ import stat
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes, overwrite: bool = True) -> Path:
-    """Write `data` into the file `path`, and return the path of the file that has it.
+def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> Path:
+    """Write `data` to the file `path`, and return the path of the written file.
 
-    It is written next to its place and moved there, so that a full disk leaves what was there before, and nobody reads
-    half a file. If `overwrite` is false and `path` is taken, the file gets the first free of the names cat.1.jpg,
-    cat.2.jpg and so on. Raises OSError.
+    The data goes to a temporary file in the same folder, which then replaces `path`. So a full disk leaves the old
+    file, and no reader sees a partial one. If `overwrite` is false and `path` exists, the file gets the first free name
+    of cat.1.jpg, cat.2.jpg and so on. Raises OSError.
     """
-    place = Path(os.path.realpath(path))  # a symbolic link stays one
-    if place.exists() and not stat.S_ISREG(place.stat().st_mode):
-        place.write_bytes(data)  # a device or a pipe is never moved away
+    target = Path(os.path.realpath(path))  # the symbolic link stays
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        target.write_bytes(data)  # a device or a pipe must not be replaced by a file
         return path
-    unfinished = place.with_name(f".{place.name[:200]}.{secrets.token_hex(4)}")
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
     try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            if overwrite and place.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(place.stat().st_mode))
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            if overwrite and target.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             file.write(data)
         if overwrite:
-            unfinished.replace(place)
+            temporary.replace(target)
             return path
         free = _reserve(path)
-        unfinished.replace(free)
+        temporary.replace(free)
         return free
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error  # not the name of the unfinished one
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # name the file, not the temporary one
     finally:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            temporary.unlink()
 
 
 def _reserve(path: Path) -> Path:
-    """Make an empty file under the first name that is free, so that nobody else takes it."""
+    """Create an empty file under the first free name, so that no other process takes the name."""
     for number in itertools.count(1):
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

@@ -1,12 +1,12 @@
-"""Between the contract's messages and this client's types, both ways. Pure: no channel, no clock, no file."""
+"""Convert between the contract's messages and this client's types. Pure: no channel, no clock, no file."""
 
-import enum
 import secrets
 from typing import Any, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
+from ._enums import FORMATS, ON_DISCONNECT, STAGES, WARNING_CODES, EnumWords
 from ._exceptions import FieldViolation, InvalidRequest
 from ._types import (
     ContentFilter,
@@ -26,16 +26,15 @@ from ._types import (
     Queued,
     Request,
     Result,
-    Stage,
     Warning,
     WarningCode,
 )
 from .v1 import text_to_image_pb2 as pb
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""What a channel of this client takes; every request tells the server so."""
+"""The largest message that a channel of this client receives. Every request reports it to the server."""
 
-_REFUSED_MESSAGE_BYTES = 1  # a server takes 16 KiB to 64 MiB
+_REFUSED_MESSAGE_BYTES = 1  # servers accept 16 KiB to 64 MiB
 
 _FIELDS = {
     "model": "data.model",
@@ -56,14 +55,10 @@ _FIELDS = {
     "priority": "priority",
     "on_disconnect": "on_disconnect",
 }
-"""Where each of GenerateOptions stands in a GenerateRequest."""
+"""The path of each of GenerateOptions in a GenerateRequest."""
 
-_ENUMS: dict[str, tuple[type[enum.StrEnum], Any]] = {
-    "output.format": (Format, pb.Format),
-    "on_disconnect": (OnDisconnect, pb.OnDisconnect),
-}
-"""Where an option is a word here and a number there."""
-
+_ENUMS: dict[str, EnumWords[Any]] = {"output.format": FORMATS, "on_disconnect": ON_DISCONNECT}
+"""The options that are enums in the contract, by their paths."""
 
 _WHOLE = "a whole number"
 _RULES = {
@@ -87,23 +82,23 @@ _RULES = {
     "on_disconnect": f"one of {', '.join(OnDisconnect)}",
     "after": f"{_WHOLE} from 0 on, the number of an event",
 }
-"""What each argument must be, for the words of those that no message can carry."""
+"""The type and range of each argument, for error messages."""
 
 
 def build_request(prompt: str, options: GenerateOptions) -> pb.GenerateRequest:
-    """The message that asks for `prompt`, with raw bytes instead of base64.
+    """Return the request for `prompt`, with images as raw bytes instead of base64.
 
-    Raises InvalidRequest, naming every bad field, for what a message cannot even carry: a negative seed, a lone
-    surrogate. Whether a value makes sense is the server's to say. Raises TypeError for an option that does not exist.
+    Raises InvalidRequest, with every bad field, for values that no message can carry: a negative seed, a lone
+    surrogate. The server checks ranges. Raises TypeError for an unknown option.
     """
     request, violations = draft_request(prompt, options)
     if violations:
-        raise invalid(violations)
+        raise invalid_request(violations)
     return request
 
 
 def draft_request(prompt: str, options: GenerateOptions) -> tuple[pb.GenerateRequest, tuple[FieldViolation, ...]]:
-    """The message of `build_request` without what it cannot carry, and what is wrong with that."""
+    """Return the request of `build_request` without the fields that it cannot carry, and their violations."""
     if unknown := options.keys() - _FIELDS.keys():
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
     request = pb.GenerateRequest(output=pb.Output(raw=True, max_message_bytes=MAX_MESSAGE_BYTES))
@@ -112,19 +107,19 @@ def draft_request(prompt: str, options: GenerateOptions) -> tuple[pb.GenerateReq
     for name, value in given.items():
         path = _FIELDS.get(name, "data.prompt")
         try:
-            _set(request, path, _number_of(path, value) if path in _ENUMS else value)
+            _set(request, path, _ENUMS[path].number(value) if path in _ENUMS else value)
         except (TypeError, ValueError, OverflowError):
             violations.append(FieldViolation(_json_path(path), f"{name} must be {_RULES[name]}, is {_shown(value)}"))
     return request, tuple(violations)
 
 
 def attach_request(request_id: str, after: int) -> pb.AttachRequest:
-    """The message that follows a detached job. Raises InvalidRequest as `build_request` does."""
+    """Return the request that follows a detached job. Raises InvalidRequest as `build_request` does."""
     return cast("pb.AttachRequest", _filled(pb.AttachRequest(), request_id=request_id, after=after))
 
 
 def cancel_request(request_id: str) -> pb.CancelRequest:
-    """The message that ends a detached job. Raises InvalidRequest as `build_request` does."""
+    """Return the request that ends a detached job. Raises InvalidRequest as `build_request` does."""
     return cast("pb.CancelRequest", _filled(pb.CancelRequest(), request_id=request_id))
 
 
@@ -137,14 +132,14 @@ def _filled(message: Any, **fields: object) -> Any:
             json_name = message.DESCRIPTOR.fields_by_name[name].json_name
             violations.append(FieldViolation(json_name, f"{name} must be {_RULES[name]}, is {_shown(value)}"))
     if violations:
-        raise invalid(tuple(violations))
+        raise invalid_request(tuple(violations))
     return message
 
 
 def with_seed(request: pb.GenerateRequest) -> pb.GenerateRequest:
-    """The request with a random seed where it has none, so that it means the same images on any server.
+    """Set a random seed if `request` has none, so that every server draws the same images, and return it.
 
-    A detached one stays as it is: the same request under its name joins the job, so it must look the same each time.
+    A detached request is not changed: an equal request under its name joins the job, so both must be equal.
     """
     if request.on_disconnect != pb.ON_DISCONNECT_DETACH and not request.parameter.HasField("seed"):
         request.parameter.seed = secrets.randbits(32)
@@ -152,56 +147,58 @@ def with_seed(request: pb.GenerateRequest) -> pb.GenerateRequest:
 
 
 def as_refusable(request: pb.GenerateRequest) -> pb.GenerateRequest:
-    """The request with a limit that every server refuses, so that it names what else is wrong and draws nothing."""
+    """Return a copy with a limit that every server refuses, so that the server validates it and draws nothing."""
     refusable = pb.GenerateRequest()
     refusable.CopyFrom(request)
     refusable.output.max_message_bytes = _REFUSED_MESSAGE_BYTES
     return refusable
 
 
-def with_those_of_the_server(
+def with_server_violations(
     violations: tuple[FieldViolation, ...], found: tuple[FieldViolation, ...]
 ) -> tuple[FieldViolation, ...]:
-    """The violations of a draft, and of those that the server found in `as_refusable` the ones that are the caller's.
+    """Add to the violations of a draft those that the server found in `as_refusable` and that the caller caused.
 
-    The server takes a field that could not be carried for one that was left out.
+    A field that the message could not carry is missing for the server, so its violation is not repeated.
     """
     known = {violation.field for violation in violations} | {_json_path("output.max_message_bytes")}
     return (*violations, *(violation for violation in found if violation.field not in known))
 
 
-def invalid(violations: tuple[FieldViolation, ...]) -> InvalidRequest:
-    """The error that names all violations."""
+def invalid_request(violations: tuple[FieldViolation, ...]) -> InvalidRequest:
+    """Return the error with all violations."""
     return InvalidRequest("; ".join(map(str, violations)), violations=violations)
 
 
 def _shown(value: object) -> str:
-    """The value in at most about 60 characters."""
+    """Return the value in at most about 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:40]}... ({type(value).__name__})"
 
 
 def read_request(message: pb.GenerateRequest) -> Request:
-    """The way back of `build_request`: the options that the message has."""
+    """Return the prompt and the options that `message` sets, the inverse of `build_request`."""
     request: dict[str, Any] = {"prompt": message.data.prompt}
     for name, path in _FIELDS.items():
-        room, field = _room(message, path)
-        if field in {descriptor.name for descriptor, _ in room.ListFields()}:
-            value = getattr(room, field)
-            request[name] = _word_of(path, value) if path in _ENUMS else value
+        parent, field = _parent(message, path)
+        if field in {descriptor.name for descriptor, _ in parent.ListFields()}:
+            value = getattr(parent, field)
+            if path in _ENUMS:  # a newer value stays a number, which `build_request` refuses by name
+                value = _ENUMS[path].word(value) or str(value)
+            request[name] = value
     return cast("Request", request)
 
 
 def _set(message: Any, path: str, value: object) -> None:
-    room, name = _room(message, path)
-    setattr(room, name, value)
+    parent, name = _parent(message, path)
+    setattr(parent, name, value)
 
 
-def _room(message: Any, path: str) -> tuple[Any, str]:
-    """The message that holds the field at the end of `path`, and the field's name."""
-    *rooms, name = path.split(".")
-    for room in rooms:
-        message = getattr(message, room)
+def _parent(message: Any, path: str) -> tuple[Any, str]:
+    """Return the message that holds the field at the end of `path`, and the field's name."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        message = getattr(message, parent)
     return message, name
 
 
@@ -214,42 +211,24 @@ def _json_path(path: str) -> str:
     return ".".join(names)
 
 
-def _number_of(path: str, value: object) -> int:
-    words, numbers = _ENUMS[path]
-    if value not in list(words):
-        raise ValueError
-    return cast("int", numbers.Value(_prefix(numbers) + str(value).upper()))
-
-
-def _word_of(path: str, number: int) -> str:
-    words, numbers = _ENUMS[path]
-    if number not in numbers.values():
-        return str(number)  # newer than this client, which says so when it is asked for
-    return words(numbers.Name(number).removeprefix(_prefix(numbers)).lower())
-
-
-def _prefix(numbers: Any) -> str:
-    return cast("str", numbers.Name(0).removesuffix("UNSPECIFIED"))
-
-
 def read_result(response: pb.GenerateResponse) -> Result:
+    """Return the images and the metadata of an answer."""
     metadata = response.metadata
     images = map(_read_image, response.data.choices, metadata.images)
     return _result(tuple(images), metadata)
 
 
 def read_event(message: pb.StreamGenerateResponse, images: dict[int, Image]) -> Event | None:
-    """The event in `message`, or None for a kind that is newer than this client.
+    """Return the event in `message`, or None for a kind or a stage that is newer than this client.
 
-    `images` holds the stream's images so far, by index, for `Done` to give them all; this call adds to it.
+    `images` holds the stream's images so far, by index. A `choice` adds to it, and `Done` returns them all.
     """
     number = message.number
     match message.WhichOneof("event"):
         case "queued":
             return Queued(message.queued.position, _eta(message.queued), number)
-        case "progress" if message.progress.stage in _STAGES:
+        case "progress" if (stage := STAGES.word(message.progress.stage)) is not None:
             progress = message.progress
-            stage = _STAGES[progress.stage]
             return Progress(progress.choice_index, stage, progress.step, progress.steps, _eta(progress), number)
         case "preview":
             preview = message.preview
@@ -264,6 +243,7 @@ def read_event(message: pb.StreamGenerateResponse, images: dict[int, Image]) -> 
 
 
 def read_model(response: pb.GetModelResponse) -> ModelInfo:
+    """Return the description of the served model."""
     defaults, limits = response.defaults, response.limits
     return ModelInfo(
         name=response.name,
@@ -300,6 +280,7 @@ def read_model(response: pb.GetModelResponse) -> ModelInfo:
 
 
 def read_environment(environment: pb.Environment) -> Environment:
+    """Return the environment of a server."""
     return Environment(
         fingerprint=environment.fingerprint,
         versions=dict(sorted(environment.versions.items())),
@@ -308,13 +289,9 @@ def read_environment(environment: pb.Environment) -> Environment:
         fp32_math=environment.fp32_math,
         threads=environment.threads,
         max_batch=environment.max_batch,
-        compiled=environment.compiled or "off",  # before there was a choice
+        compiled=environment.compiled or "off",  # older servers do not set it
         reference=environment.reference,
     )
-
-
-_STAGES = {pb.Stage.Value(f"STAGE_{stage.name}"): stage for stage in Stage}
-_WARNING_CODES = {pb.Warning.Code.Value(f"CODE_{code.name}"): code for code in WarningCode}
 
 
 def _read_image(choice: pb.Choice, metadata: pb.ImageMetadata) -> Image:
@@ -340,7 +317,7 @@ def _result(images: tuple[Image, ...], metadata: pb.Metadata) -> Result:
     return Result(
         images=images,
         warnings=tuple(
-            Warning(_WARNING_CODES.get(warning.code, WarningCode.UNSPECIFIED), warning.field, warning.message)
+            Warning(WARNING_CODES.word(warning.code) or WarningCode.UNSPECIFIED, warning.field, warning.message)
             for warning in metadata.warnings
         ),
         request_id=metadata.request_id,

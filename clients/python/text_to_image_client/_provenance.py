@@ -1,4 +1,4 @@
-"""Metadata that was kept: the requests that make its images again, and what differs since."""
+"""Saved metadata: the requests that reproduce its images, and the differences of a new result."""
 
 import json
 from collections.abc import Mapping
@@ -16,36 +16,36 @@ __all__ = ["Provenance"]
 
 
 class Provenance:
-    """How the images of one answer were made, from its metadata: `Result.metadata`, or a file of it.
+    """The requests and the environment behind the images of one answer, from `Result.metadata` or a file of it.
 
-    made = Provenance.load("cat.json")
-    result = client.generate(**made.request())
-    print(made.differences(result) or "the same bytes")
+    saved = Provenance.load("cat.json")
+    result = client.generate(**saved.request())
+    print(saved.differences(result) or "the same bytes")
 
-    What grpcurl prints of Generate is taken, too. Raises InvalidRequest for anything that is no such metadata.
+    A whole answer of Generate, as grpcurl prints it, is accepted, too. Raises InvalidRequest for other input.
     """
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         message = _parsed(metadata)
         if not message.images:
-            raise InvalidRequest("the metadata has no images, which a service always tells")
+            raise InvalidRequest("the metadata has no images")
         for index, image in enumerate(message.images):
             if not image.request.parameter.HasField("seed"):
-                raise InvalidRequest(f"image {index} of the metadata lacks its request; was it made by an old service?")
+                raise InvalidRequest(f"image {index} of the metadata lacks its request; is it of an old service?")
         self.fingerprint = message.fingerprint
-        """SHA-256 of the weights and configuration that were served, in hex."""
+        """SHA-256 of the served weights and configuration, in hex."""
         self.environment = read_environment(message.environment)
         self.requests = tuple(read_request(image.request) for image in message.images)
-        """For each image the request that makes it alone."""
+        """For each image, the request that reproduces it alone."""
         self.sha256 = tuple(image.sha256 for image in message.images)
-        """Of each image's bytes, in hex."""
+        """For each image, the SHA-256 of its bytes, in hex."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file that holds metadata as JSON. Raises InvalidRequest, or OSError if it cannot be read."""
+        """Read a JSON file of metadata. Raises InvalidRequest, or OSError if it cannot be read."""
         try:
             return cls(json.loads(Path(path).read_text("utf-8")))
-        except ValueError as error:  # of JSON, and of text that is none
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise InvalidRequest(f"{path} is not JSON: {error}") from error
         except InvalidRequest as error:
             raise InvalidRequest(f"{path}: {error}") from error
@@ -53,46 +53,46 @@ class Provenance:
     def request(
         self, image: int | None = None, *, prompt: str | None = None, **changes: Unpack[GenerateOptions]
     ) -> Request:
-        """The request for all images at once, or for image number `image`, from 0, with some options changed.
+        """Return the request for all images, or for image `image` counted from 0, with some options changed.
 
-        Another aspect ratio takes the place of width and height, another format that of the quality as well.
+        A new aspect ratio removes width and height. A new format removes the quality.
         """
-        asked = self._of_all() if image is None else self._of(image)
+        saved = self._request_of_all() if image is None else self._request_of(image)
         changed = {name: value for name, value in {"prompt": prompt, **changes}.items() if value is not None}
-        replaced: set[str] = set()
+        removed: set[str] = set()
         if "aspect_ratio" in changed:
-            replaced |= {"width", "height"}
-        if changed.get("format") not in (None, asked.get("format")):
-            replaced |= {"quality"}
-        return cast("Request", {name: value for name, value in asked.items() if name not in replaced} | changed)
+            removed |= {"width", "height"}
+        if changed.get("format") not in (None, saved.get("format")):
+            removed |= {"quality"}
+        return cast("Request", {name: value for name, value in saved.items() if name not in removed} | changed)
 
     def differences(self, result: Result) -> tuple[str, ...]:
-        """What differs with `result`, each in a few words: "torch: 2.13.0 then, 2.14.0 now".
+        """Return the differences of `result`, one line each: "torch: 2.13.0 then, 2.14.0 now".
 
-        That is what it was made by, and the bytes of each image that was asked for as it was then.
+        They cover the weights, the environment, and the bytes of every image whose request is the same as then.
         """
-        then, now = (_facts(each.fingerprint, each.environment) for each in (self, result))
+        then, now = (_properties(each.fingerprint, each.environment) for each in (self, result))
         if then["weights"] != now["weights"]:
-            del then["reference image"], now["reference image"]  # which other weights draw otherwise, of course
+            del then["reference image"], now["reference image"]  # other weights always change it
         found = [
             f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now"
             for name in dict.fromkeys((*then, *now))
             if then.get(name) != now.get(name)
         ]
         if not found and self.environment.fingerprint != result.environment.fingerprint:
-            found.append("environment: in something that this client is too old to name")
+            found.append("environment: in a field that this client is too old to know")
         for index, (request, sha256) in enumerate(zip(self.requests, self.sha256, strict=True)):
-            again = {image.sha256 for image in result.images if image.request == request}
-            if again - {sha256}:
+            new = {image.sha256 for image in result.images if image.request == request}
+            if new - {sha256}:
                 found.append(f"image {index}: other bytes")
         return tuple(found)
 
-    def _of(self, image: int) -> Request:
+    def _request_of(self, image: int) -> Request:
         if not 0 <= image < len(self.requests):
             raise InvalidRequest(f"there is no image {image} in the metadata, {_numbers(self.requests)}")
         return self.requests[image]
 
-    def _of_all(self) -> Request:
+    def _request_of_all(self) -> Request:
         first = self.requests[0]
         for index, request in enumerate(self.requests):
             if request != {**first, "seed": (cast("int", first["seed"]) + index) % 2**32}:
@@ -103,10 +103,10 @@ class Provenance:
 
 
 def _parsed(metadata: Mapping[str, Any]) -> pb.Metadata:
-    if isinstance(metadata, Mapping) and "metadata" in metadata:  # a whole answer
+    if isinstance(metadata, Mapping) and "metadata" in metadata:  # a whole GenerateResponse
         metadata = metadata["metadata"]
     if not isinstance(metadata, Mapping):
-        raise InvalidRequest("metadata is a JSON object, as `t2i generate --metadata` writes it")
+        raise InvalidRequest("metadata must be a JSON object, as `t2i generate --metadata` writes it")
     try:
         return json_format.ParseDict(dict(metadata), pb.Metadata())
     except json_format.ParseError as error:
@@ -118,7 +118,7 @@ def _numbers(requests: tuple[Request, ...]) -> str:
     return f"0 to {len(requests) - 1}" if len(requests) > 1 else "only image 0"
 
 
-def _facts(fingerprint: str, environment: Environment) -> dict[str, str]:
+def _properties(fingerprint: str, environment: Environment) -> dict[str, str]:
     return {
         "weights": fingerprint,
         **environment.versions,
@@ -132,7 +132,7 @@ def _facts(fingerprint: str, environment: Environment) -> dict[str, str]:
     }
 
 
-def _short(fact: str | None) -> str:
-    if not fact:
+def _short(value: str | None) -> str:
+    if not value:
         return "none"
-    return f"{fact[:12]}..." if len(fact) == 64 else fact  # a digest
+    return f"{value[:12]}..." if len(value) == 64 else value  # a SHA-256

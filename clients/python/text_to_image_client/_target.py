@@ -1,20 +1,20 @@
-"""Where a service is: what people write for it, checked and completed before gRPC sees it."""
+"""Check and complete the target of a client before gRPC sees it."""
 
 import ipaddress
 import re
 
 DEFAULT_PORT = 50051
-"""Of a target that names a host alone."""
+"""The port of a target that is a host alone."""
 
 _URI = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|google-c2p):.+", re.IGNORECASE)
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[\w.-]+)(?::(?P<port>\d*))?")
 _EXAMPLES = 'for example "127.0.0.1:50051", "images.example.org:443" or "unix:/run/t2i.sock"'
 
 
-def complete(target: str) -> str:
-    """The target as gRPC takes it: HOST alone gets the port 50051; a URI of gRPC's, such as "dns:///...", stays.
+def complete_target(target: str) -> str:
+    """Return `target` for gRPC. A host alone gets the port 50051; a gRPC URI such as "dns:///..." is not changed.
 
-    Raises ValueError with what to write instead, for what gRPC would look for in vain or at another port.
+    Raises TypeError, or ValueError with a correction, for a target that gRPC would not reach or take for another port.
     """
     if not isinstance(target, str):
         raise TypeError(f"target must be a string, {_EXAMPLES}, not {target!r}")
@@ -26,12 +26,12 @@ def complete(target: str) -> str:
     if _URI.fullmatch(target):
         return target
     if _is_address(target, 6):
-        raise ValueError(f'an IPv6 address as the target stands in brackets: "[{target}]:{DEFAULT_PORT}"')
+        raise ValueError(f'an IPv6 address as the target needs brackets: "[{target}]:{DEFAULT_PORT}"')
     if target.startswith("/"):
-        raise ValueError(f'a socket file as the target begins with unix: "unix:{target}"')
+        raise ValueError(f'a socket file as the target needs the prefix unix: "unix:{target}"')
     if "," in target:
         raise ValueError(
-            f'several addresses as the target begin with ipv4 or ipv6: "ipv4:{target}", each an IP address and a port'
+            f'several addresses as the target need the prefix ipv4 or ipv6: "ipv4:{target}", each an IP and a port'
         )
     found = _HOST.fullmatch(target)
     if found is None:
@@ -44,7 +44,7 @@ def complete(target: str) -> str:
 
 
 def is_loopback(target: str) -> bool:
-    """Whether all addresses of a complete target are this machine's own, which no proxy reaches."""
+    """Return whether all addresses of a complete target are on this machine, where no proxy is needed."""
     scheme, _, rest = target.partition(":") if _URI.fullmatch(target) else ("dns", "", target)
     if scheme.lower().startswith("unix"):
         return True
@@ -56,7 +56,7 @@ def _is_loopback_host(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]") if re.search(r":\d+$", address) else address.strip("[]")
     if _is_address(host, 4) or _is_address(host, 6):
         number = ipaddress.ip_address(host)
-        return number.is_loopback or number.is_unspecified  # 0.0.0.0, as a server's flag has it, connects to itself
+        return number.is_loopback or number.is_unspecified  # a connection to 0.0.0.0 reaches this machine
     return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 

@@ -1,6 +1,6 @@
-"""What comes back: images, results, events and the served model, as frozen dataclasses.
+"""The types of requests and answers: options, images, results, events and the served model.
 
-Times are in seconds, sizes in pixels. Images and results show themselves in a notebook.
+Answers are frozen dataclasses. Times are in seconds, sizes in pixels. Notebooks render images and results.
 """
 
 import base64
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
-from ._files import write_whole
+from ._files import write_atomically
 
 __all__ = [
     "ContentFilter",
@@ -39,86 +39,86 @@ __all__ = [
 
 
 class Format(enum.StrEnum):
-    """How an image is coded."""
+    """The file format of an image, with its coding."""
 
     JPEG = "jpeg"
     PNG = "png"
     WEBP = "webp"
     JPEG_SUBSAMPLED = "jpeg_subsampled"
-    """A smaller JPEG, with colour at half the resolution."""
+    """A smaller JPEG: colour at half the resolution (4:2:0)."""
     WEBP_LOSSLESS = "webp_lossless"
-    """Smaller than a PNG, and every pixel kept."""
+    """Lossless, and smaller than a PNG."""
     JPEG_RGB = "jpeg_rgb"
-    """A JPEG that keeps RGB, as Instill's answers are. Some decoders show it in wrong colours."""
+    """A JPEG in RGB, as Instill's answers are. Some decoders show it in wrong colours."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """File name endings of this format, the usual one first."""
-        kind = self.partition("_")[0]
-        return (".jpg", ".jpeg") if kind == "jpeg" else (f".{kind}",)
+        """The file name endings of this format, the usual one first."""
+        return _suffixes(self.partition("_")[0])
 
     @classmethod
     def of(cls, path: Path) -> "Format | None":
-        """The format that the name of `path` promises: JPEG, PNG or WEBP."""
+        """Return the format of the file name ending of `path`: JPEG, PNG, WEBP, or None for any other."""
         return next((each for each in cls if path.suffix.lower() in each.suffixes), None)
 
 
 class OnDisconnect(enum.StrEnum):
-    """What becomes of a job when its caller goes."""
+    """What the server does with a job when its caller disconnects."""
 
     CANCEL = "cancel"
+    """End the job."""
     DETACH = "detach"
-    """It goes on, and is kept for a while: `attach` follows it, `cancel` ends it, the same request joins it."""
+    """Finish the job and keep it for a time: `attach` follows it, `cancel` ends it, an equal request joins it."""
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What a request may say beside its prompt. An option that is absent or None has the served model's default.
+    """The options of a request. An option that is absent or None has the served model's default.
 
-    `model()` tells the defaults and limits that hold; the server checks them.
+    `model()` returns the model's defaults and limits. The server checks the ranges.
     """
 
     negative_prompt: str | None
-    """What to steer away from. Default ""."""
+    """Text to steer away from by classifier-free guidance. Default ""."""
     aspect_ratio: str | None
     """Width to height: 16:9, 1:1, 21:9, 2:3, 3:2, 4:5, 5:4, 9:16 or 9:21. Default 1:1. Not with width and height."""
     n: int | None
     """Number of images, 1 to `limits.max_images`. Default 1."""
     seed: int | None
-    """0 to 2^32 - 1; image k of n is drawn from seed + k. Default: random, and told in `Image.seed`."""
+    """0 to 2^32 - 1. Image k of n has the seed `seed + k`. Default: random; `Image.seed` reports it."""
     steps: int | None
-    """Denoising steps of both experts together, 1 to `limits.max_steps`."""
+    """Denoising steps of both experts together, 1 to `limits.max_steps`. Default: `defaults.steps`."""
     guidance_scale: float | None
-    """Weight of classifier-free guidance, 0 to 50. At 1 or less there is none."""
+    """Weight of classifier-free guidance, 0 to 50. 1 or less turns guidance off."""
     high_noise_frac: float | None
-    """The base expert's share of the noise schedule, above 0 and at most 1; 1 leaves the refiner out."""
+    """The base expert's share of the noise schedule, above 0 and at most 1. 1 turns the refiner off."""
     scheduler: str | None
     """One of `ModelInfo.schedulers`."""
     width: int | None
-    """Pixels, `limits.min_side` to `limits.max_side`; needs height. Snapped to what the model can make, with a
-    warning."""
+    """Pixels, `limits.min_side` to `limits.max_side`; needs height. The server snaps it to a multiple of
+    `limits.side_multiple`, with a warning."""
     height: int | None
-    """As width."""
+    """Pixels, as for width."""
     format: Format | str | None
     """One of `Format`: "jpeg", "png" and so on. Default "jpeg"."""
     quality: int | None
-    """Quality of the formats that lose something, 1 to 100. Default 95."""
+    """Quality of lossy formats, 1 to 100. Default 95."""
     model: str | None
-    """The served model's name, to be sure of it. Default: whichever is served."""
+    """The expected name of the served model; another name is InvalidRequest. Default: not checked."""
     request_id: str | None
-    """Your own name for this request: up to 128 of A-Z a-z 0-9 . _ : / -. Default: a random UUID."""
+    """The caller's name for this request: up to 128 characters of A-Z a-z 0-9 . _ : / -. Default: a random UUID."""
     priority: int | None
-    """-2 to 2: each step up counts as if the job were four times shorter. Default 0; at most `limits.max_priority`."""
+    """-2 to 2. Each step up counts as if the job were four times shorter. Default 0; at most `limits.max_priority`."""
     on_disconnect: OnDisconnect | str | None
     """One of `OnDisconnect`. Default "cancel"; "detach" needs a request_id."""
     preview_interval: int | None
-    """A `Preview` event for every so many network calls of an image. Default 0, none. Not of `generate`."""
+    """U-Net calls of an image between `Preview` events. Default 0: no previews. `generate` ignores it."""
 
 
 class Request(GenerateOptions, total=False):
-    """A whole request, the keyword arguments of `generate` and `stream`: client.generate(**request).
+    """A whole request as keyword arguments of `generate` and `stream`: client.generate(**request).
 
-    It always has a prompt. To type checkers it need not have one, so that they take `request | {"seed": 8}`: pyright
-    checks the right side against the type of the left one.
+    It always has a prompt. The type does not require one, because pyright checks the right side of
+    `request | {"seed": 8}` against the type of the left side.
     """
 
     prompt: str
@@ -126,14 +126,14 @@ class Request(GenerateOptions, total=False):
 
 @dataclass(frozen=True)
 class Image:
-    """One finished image, and all that is needed to make it again: client.generate(**image.request)."""
+    """One finished image, and the request that reproduces it: client.generate(**image.request)."""
 
     data: bytes = field(repr=False)
-    """The file's bytes, coded as `media_type` says."""
+    """The bytes of the image file, in the format of `media_type`."""
     media_type: str
     """"image/jpeg", "image/png" or "image/webp"."""
     finish_reason: str
-    """"success", or "content_filtered": the service's content filter objected, and this is plain grey."""
+    """"success", or "content_filtered" if the content filter replaced the image by plain grey."""
     seed: int
     width: int
     height: int
@@ -146,14 +146,20 @@ class Image:
     refiner_calls: int
     """Network calls of the refiner."""
     request: Request
-    """What asks for this image alone, every default filled in, coded as it came."""
+    """The request for this image alone, with all defaults filled in and the format in which it came."""
     sha256: str
-    """SHA-256 of `data`, in hex, as the server tells it."""
+    """SHA-256 of `data`, in hex, computed by the server."""
 
     @property
-    def format(self) -> Format:
-        """JPEG, PNG or WEBP."""
-        return Format(self.media_type.removeprefix("image/"))
+    def format(self) -> Format | str:
+        """JPEG, PNG or WEBP; for a media type that is newer than this client, its subtype as text."""
+        subtype = self.media_type.removeprefix("image/")
+        return Format(subtype) if subtype in list(Format) else subtype
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The file name endings of the image's format, the usual one first."""
+        return _suffixes(self.format)
 
     @property
     def data_uri(self) -> str:
@@ -161,10 +167,10 @@ class Image:
         return f"data:{self.media_type};base64,{self._base64()}"
 
     def save(self, path: str | Path) -> Path:
-        """Write the image as it is, byte for byte, and return the path.
+        """Write `data` to `path` and return the path.
 
-        The file is whole or not there: on a full disk, what was there before stays. Raises ValueError if the name
-        promises another format, since an image is never coded again behind your back, and OSError.
+        The write is atomic: on a full disk the old file stays. The image is never recoded, so a name that ends in
+        another format's ending raises ValueError. Raises OSError if the file cannot be written.
         """
         return _write(Path(path), self.data, self.format)
 
@@ -173,7 +179,7 @@ class Image:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         bundle = {"text/plain": repr(self), "text/html": self._repr_html_()}
-        if self.format is not Format.WEBP:  # which notebooks know only as HTML
+        if self.format in (Format.JPEG, Format.PNG):  # notebooks render other formats only as HTML
             bundle[self.media_type] = self._base64()
         return bundle
 
@@ -181,17 +187,23 @@ class Image:
         return f'<img src="{self.data_uri}" width="{self.width}" height="{self.height}" alt="seed {self.seed}">'
 
 
-def _write(path: Path, data: bytes, format_: Format) -> Path:
-    if Format.of(path) is not format_:
-        named = path.with_suffix(format_.suffixes[0]).name if path.name else f"cat{format_.suffixes[0]}"
+def _suffixes(subtype: str) -> tuple[str, ...]:
+    return (".jpg", ".jpeg") if subtype == "jpeg" else (f".{subtype}",)
+
+
+def _write(path: Path, data: bytes, format_: str) -> Path:
+    suffixes = _suffixes(format_)
+    if path.suffix.lower() not in suffixes:
+        named = path.with_suffix(suffixes[0]).name if path.name else f"cat{suffixes[0]}"
         raise ValueError(f"{path} cannot hold an image/{format_}: name it {named}, or ask for another format")
-    return write_whole(path, data)
+    return write_atomically(path, data)
 
 
 class WarningCode(enum.StrEnum):
-    """Why an answer is not to the letter of its request."""
+    """The kind of a `Warning`: what the server changed or dropped."""
 
     UNSPECIFIED = "unspecified"
+    """A kind that is newer than this client."""
     PROMPT_TRUNCATED = "prompt_truncated"
     SIZE_SNAPPED = "size_snapped"
     IMAGE_RECODED = "image_recoded"
@@ -199,12 +211,12 @@ class WarningCode(enum.StrEnum):
     OPTION_UNUSED = "option_unused"
     PRIORITY_LOWERED = "priority_lowered"
     BATCH_REDUCED = "batch_reduced"
-    """Memory ran out, and later network calls had fewer rows, which can change the image's last bits."""
+    """Memory ran out, and later U-Net calls had smaller batches, which can change the image's last bits."""
 
 
 @dataclass(frozen=True)
 class Warning:
-    """One thing that was changed or dropped: `field` in the request's JSON names, `message` one sentence."""
+    """One change that the server made to a request: `field` is its JSON path, `message` one sentence."""
 
     code: WarningCode
     field: str
@@ -216,33 +228,33 @@ class Warning:
 
 @dataclass(frozen=True)
 class Environment:
-    """What decides an image's bytes beside its request and the weights."""
+    """The properties of the server that determine an image's bytes, in addition to the request and the weights."""
 
     fingerprint: str
-    """SHA-256 in hex over all that follows. Equal environments and weights make equal bytes."""
+    """SHA-256 in hex over all other fields. Equal environments and weights give equal bytes."""
     versions: Mapping[str, str]
-    """Of the server and the libraries that compute and code, by name."""
+    """The versions of the server and of the libraries that compute and encode, by name."""
     hardware: str
-    """The GPU's name, or the processor's with the instruction set in use."""
+    """The name of the GPU, or of the processor with the instruction set in use."""
     precision: str
     """"fp32", "bf16", "fp16" or "fp8"."""
     fp32_math: str
-    """How products of fp32 numbers are computed: "matmul ieee, convolution tf32"."""
+    """The arithmetic of fp32 products: "matmul ieee, convolution tf32"."""
     threads: int
-    """Threads that share a computation on the CPU; 0 on other devices."""
+    """Threads of a CPU operator; 0 on other devices."""
     max_batch: int
-    """Images that can share a network call, whose shape that decides."""
+    """The largest number of images in a U-Net call, which determines the shape of the call."""
     compiled: str
-    """How networks are compiled, and for images of which sizes: "off", or "blocks for 1024x1024". A service that
-    compiles while it serves tells the one, and later the other."""
+    """How the networks are compiled, and for which image sizes: "off", or "blocks for 1024x1024". A service that
+    compiles while it serves changes it once."""
     reference: str
-    """SHA-256 in hex of an image that every server draws before it serves, and anew when it has compiled since:
-    measured, where the rest is told."""
+    """SHA-256 in hex of the pixels of a reference image. The server draws it before it serves, and again after it
+    compiled. So it also shows differences that the other fields do not list."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The whole answer to one request."""
+    """The answer to one request."""
 
     images: tuple[Image, ...]
     warnings: tuple[Warning, ...]
@@ -256,10 +268,10 @@ class Result:
     ran: float
     """Seconds from the first network call to the last."""
     metadata: Mapping[str, Any] = field(repr=False)
-    """The contract's Metadata message as JSON has it, which is also what grpcurl prints. `Provenance` reads it."""
+    """The contract's Metadata message as JSON, as grpcurl prints it. `Provenance` reads it."""
 
     def to_instill(self) -> dict[str, Any]:
-        """The output of Instill AI's TASK_TEXT_TO_IMAGE."""
+        """Return the output of Instill AI's TASK_TEXT_TO_IMAGE."""
         return {
             "data": {
                 "choices": [{"finish-reason": image.finish_reason, "image": image.data_uri} for image in self.images]
@@ -276,7 +288,7 @@ class Result:
 
 
 class Stage(enum.StrEnum):
-    """Where an image is on its way. BASE and REFINER are the two experts of the ensemble."""
+    """The network that works on an image: text encoders, base expert, refiner expert or autoencoder."""
 
     ENCODE = "encode"
     BASE = "base"
@@ -286,18 +298,18 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Queued:
-    """The request was admitted; the device will finish `position` others first. Told again when that has changed."""
+    """The request is admitted, and `position` others finish first. Sent again when position or ETA change."""
 
     position: int
     eta: float | None
     """Estimated seconds until the last image."""
     number: int = 0
-    """The event's place among all events of its job, from 1. 0: the service is too old to tell."""
+    """The number of the event in its job, from 1; 0 from a service that numbers no events."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One call of a network has ended: `step` of the `steps` that image `choice_index` needs in this stage."""
+    """A network call ended: number `step` of the `steps` that image `choice_index` needs in this stage."""
 
     choice_index: int
     stage: Stage
@@ -306,23 +318,23 @@ class Progress:
     eta: float | None
     """Estimated seconds until the last image."""
     number: int = 0
-    """As in Queued."""
+    """See `Queued.number`."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What image `choice_index` is about to become, after `step` of `steps` network calls: a small picture."""
+    """A small preview of image `choice_index` after `step` of `steps` U-Net calls."""
 
     choice_index: int
     step: int
     steps: int
     image: bytes = field(repr=False)
-    """A JPEG."""
+    """A JPEG file."""
     number: int = 0
-    """As in Queued."""
+    """See `Queued.number`."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture as `Image.save` does. Raises ValueError unless the name promises a JPEG."""
+        """Write the JPEG as `Image.save` does. Raises ValueError unless the name ends in .jpg or .jpeg."""
         return _write(Path(path), self.image, Format.JPEG)
 
     def _repr_jpeg_(self) -> bytes:
@@ -336,16 +348,16 @@ class ImageReady:
     choice_index: int
     image: Image
     number: int = 0
-    """As in Queued."""
+    """See `Queued.number`."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """The last event: the same Result that `generate` would have returned."""
+    """The last event, with the Result that `generate` returns."""
 
     result: Result
     number: int = 0
-    """As in Queued."""
+    """See `Queued.number`."""
 
 
 Event: TypeAlias = Queued | Progress | Preview | ImageReady | Done
@@ -353,7 +365,7 @@ Event: TypeAlias = Queued | Progress | Preview | ImageReady | Done
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets where it says nothing."""
+    """The served model's values for options that a request leaves out."""
 
     steps: int
     guidance_scale: float
@@ -364,7 +376,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, and how many are admitted at once."""
+    """The limits of a request, and of the server's queue. Sides in pixels."""
 
     max_images: int
     max_steps: int
@@ -375,15 +387,16 @@ class Limits:
     side_multiple: int
     """Width and height are multiples of this many pixels."""
     max_queue: int
+    """Requests that are admitted at the same time."""
     max_priority: int
-    """Priorities above it are lowered to it."""
+    """The server lowers higher priorities to this one."""
     retention: float
-    """Seconds for which a detached job is kept after its end, as long as there is room."""
+    """Seconds for which the server keeps a detached job after its end, as long as it has room."""
 
 
 @dataclass(frozen=True)
 class ContentFilter:
-    """What judges images before they are sent: one that it scores `threshold` or more, of 1, is replaced by grey."""
+    """The filter that scores images from 0 to 1. The server replaces those of `threshold` or more by plain grey."""
 
     name: str
     threshold: float
@@ -391,11 +404,11 @@ class ContentFilter:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is served."""
+    """The served model."""
 
     name: str
     fingerprint: str
-    """SHA-256 over all weights and configuration files, in hex."""
+    """SHA-256 of all weights and configuration files, in hex."""
     has_refiner: bool
     device: str
     """"cuda", "mps" or "cpu"."""
@@ -405,14 +418,14 @@ class ModelInfo:
     defaults: Defaults
     limits: Limits
     sizes: Mapping[str, tuple[int, int]]
-    """Width and height of every aspect ratio."""
+    """Width and height by aspect ratio."""
     environment: Environment
     content_filter: ContentFilter | None = None
-    """None where images are not judged."""
+    """None if the server filters no images."""
 
 
 class ServingStatus(enum.StrEnum):
-    """The answer of grpc.health.v1."""
+    """The status of a service by grpc.health.v1. UNKNOWN is also a status that is newer than this client."""
 
     UNKNOWN = "UNKNOWN"
     SERVING = "SERVING"

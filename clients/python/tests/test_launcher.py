@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from text_to_image_client._service import (
-    Launch,
-    ServiceFailed,
+from text_to_image_client.launcher import (
+    ServerCommand,
+    ServerStartError,
     container_command,
-    container_launch,
+    container_server,
     container_tool,
-    local_launch,
-    running,
+    local_server,
+    run_server,
 )
 
 
-def python(code: str) -> Launch:
-    return Launch((sys.executable, "-c", code), lambda: None)
+def python(code: str) -> ServerCommand:
+    return ServerCommand((sys.executable, "-c", code), lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -28,59 +28,59 @@ def python(code: str) -> Launch:
             "print('loading'); print('no such folder: weights'); exit(10)",
             "ended with status 10: no such folder: weights",
         ),
-        ("exit(3)", "ended with status 3: it wrote no log"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL: it wrote no log"),
+        ("exit(3)", "ended with status 3: its log is empty"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL: its log is empty"),
     ],
 )
 def test_a_service_that_ends_while_loading_is_noticed_at_once_with_its_last_words(tmp_path, code, message):
     began = time.monotonic()
-    with running(python(code), tmp_path) as service, pytest.raises(ServiceFailed) as caught:
+    with run_server(python(code), tmp_path) as service, pytest.raises(ServerStartError) as caught:
         service.wait_until_serving(60)
     assert str(caught.value) == f"the service {message}"
     assert time.monotonic() - began < 30
 
 
 def test_a_failure_carries_the_whole_log(tmp_path):
-    launch = python("print('first'); print('last'); exit(1)")
-    with running(launch, tmp_path) as service, pytest.raises(ServiceFailed) as caught:
+    command = python("print('first'); print('last'); exit(1)")
+    with run_server(command, tmp_path) as service, pytest.raises(ServerStartError) as caught:
         service.wait_until_serving(60)
     assert caught.value.log == "first\nlast\n"
 
 
 def test_a_service_that_never_gets_ready_is_given_up(tmp_path):
-    launch, message = python("import time; time.sleep(600)"), r"not ready within 0\.2 s"
-    with running(launch, tmp_path) as service, pytest.raises(ServiceFailed, match=message):
+    command, message = python("import time; time.sleep(600)"), r"not ready within 0\.2 s"
+    with run_server(command, tmp_path) as service, pytest.raises(ServerStartError, match=message):
         service.wait_until_serving(0.2)
     assert service.process.returncode is not None
 
 
 def test_a_service_is_stopped_whatever_happens_to_its_user(tmp_path):
-    with pytest.raises(KeyboardInterrupt), running(python("import time; time.sleep(600)"), tmp_path) as service:
+    with pytest.raises(KeyboardInterrupt), run_server(python("import time; time.sleep(600)"), tmp_path) as service:
         raise KeyboardInterrupt
     assert service.process.returncode is not None
 
 
 def test_an_environment_without_the_service_is_said_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "server", None)
-    with pytest.raises(ServiceFailed, match="not installed in this environment"):
-        local_launch(tmp_path, gpu=False)
+    with pytest.raises(ServerStartError, match="not installed in this environment"):
+        local_server(tmp_path, gpu=False)
 
 
 @pytest.mark.parametrize(("gpu", "device"), [(False, ()), (True, ("--device", "cuda"))])
 def test_the_local_service_takes_a_free_port_and_tells_it_in_its_ready_file(tmp_path: Path, gpu, device):
-    launch = local_launch(tmp_path, gpu)
+    command = local_server(tmp_path, gpu)
     ready = tmp_path / "ready"
     flags = ("--listen", "127.0.0.1:0", "--ready-file", str(ready))
-    assert launch.command == (sys.executable, "-m", "server", *flags, *device)
-    assert launch.address() is None
+    assert command.command == (sys.executable, "-m", "server", *flags, *device)
+    assert command.address() is None
     ready.write_text("127.0.0.1:4711\n")
-    assert launch.address() == "127.0.0.1:4711"
+    assert command.address() == "127.0.0.1:4711"
 
 
 def test_a_machine_without_docker_and_podman_is_said_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ServiceFailed, match="neither is on the PATH"):
-        container_launch("latest", gpu=False)
+    with pytest.raises(ServerStartError, match="neither is on the PATH"):
+        container_server("latest", gpu=False)
 
 
 def put(folder: Path, tool: str, script: str) -> None:
@@ -91,15 +91,15 @@ def put(folder: Path, tool: str, script: str) -> None:
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        (["docker"], "`docker info` says why it does not work here"),
-        (["podman", "docker"], "`docker info` and `podman info` say why they do not work here"),
+        (["docker"], "`docker info` fails"),
+        (["podman", "docker"], "`docker info` and `podman info` fail"),
     ],
 )
 def test_a_tool_without_its_engine_is_said_so(monkeypatch, tmp_path, tools, message):
     for tool in tools:
         put(tmp_path, tool, "exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ServiceFailed, match=message):
+    with pytest.raises(ServerStartError, match=message):
         container_tool()
 
 
@@ -109,9 +109,9 @@ def test_podman_takes_the_place_of_a_docker_that_does_not_work(monkeypatch, tmp_
         put(tmp_path, "docker", docker)
     put(tmp_path, "podman", "exit 0")
     monkeypatch.setenv("PATH", str(tmp_path))
-    launch = container_launch("latest", gpu=False)
-    assert launch.command[0] == str(tmp_path / "podman")
-    assert launch.means == "text-to-image-service:latest under podman"
+    command = container_server("latest", gpu=False)
+    assert command.command[0] == str(tmp_path / "podman")
+    assert command.description == "text-to-image-service:latest under podman"
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_a_bare_tag_belongs_to_the_services_own_image_and_one_that_is_not_there_
 ):
     put(tmp_path, "docker", f'test "$*" = "image inspect {image}" -o "$1" = info')
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert container_launch(tag, gpu=False).command[-1] == image
-    with pytest.raises(ServiceFailed, match=f"docker has no image {image}0; build it with `make image`"):
-        container_launch(f"{tag}0", gpu=False)
+    assert container_server(tag, gpu=False).command[-1] == image
+    with pytest.raises(ServerStartError, match=f"docker has no image {image}0; build it with `make image`"):
+        container_server(f"{tag}0", gpu=False)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Instill AI's TASK_TEXT_TO_IMAGE as it is typed: the input of `t2i run -i`, checked strictly and all at once."""
+"""Parse the input of `t2i run -i`: Instill AI's TASK_TEXT_TO_IMAGE as JSON, with all errors reported at once."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
-from ._exceptions import FieldViolation, InvalidRequest
-from ._types import GenerateOptions
+from .._exceptions import FieldViolation, InvalidRequest
+from .._types import GenerateOptions
 
 SHAPES = (
     '{"prompt": "..."} or {"data": {"prompt", "model"?}, '
@@ -14,26 +14,26 @@ SHAPES = (
 
 
 def parse_input(text: str) -> tuple[str, GenerateOptions]:
-    """The prompt and the options of an Instill task input, in its short or its full form.
+    """Return the prompt and the options of an Instill task input, in its short or its full form.
 
-    Raises InvalidRequest, naming every field that is missing, unknown or of the wrong type.
+    Raises InvalidRequest with every field that is missing, unknown or of the wrong type.
     """
     task = _parse_json(text)
     violations: list[FieldViolation] = []
     if "prompt" in task and "data" not in task:
         fields = _read(task, "", {"prompt": _string}, violations)
     else:
-        rooms = _read(task, "", {"data": _object, "parameter": _object}, violations)
-        fields = _read(rooms.get("data", {}), "data.", {"prompt": _string, "model": _string}, violations)
+        parts = _read(task, "", {"data": _object, "parameter": _object}, violations)
+        fields = _read(parts.get("data", {}), "data.", {"prompt": _string, "model": _string}, violations)
         fields |= _read(
-            rooms.get("parameter", {}),
+            parts.get("parameter", {}),
             "parameter.",
             {"aspect-ratio": _string, "negative-prompt": _string, "n": _integer, "seed": _integer},
             violations,
         )
         if "data" not in task:
             violations.append(FieldViolation("data", "is missing"))
-        elif "data" in rooms and "prompt" not in rooms["data"]:
+        elif "data" in parts and "prompt" not in parts["data"]:
             violations.append(FieldViolation("data.prompt", "is missing"))
     if violations:
         raise InvalidRequest(f"the input must be {SHAPES}", violations=tuple(violations))
@@ -60,15 +60,15 @@ def _read(
     readers: dict[str, Callable[[Any], Any]],
     violations: list[FieldViolation],
 ) -> dict[str, Any]:
-    """The values of `given` that `readers` accept; for every other field, a violation is added."""
+    """Return the values of `given` that `readers` accept, and add a violation for every other field."""
     values: dict[str, Any] = {}
     for key, value in given.items():
-        name = key.replace("_", "-")  # Python's users write aspect_ratio, which the service understands too
+        name = key.replace("_", "-")  # the service accepts aspect_ratio as well as aspect-ratio
         if name not in readers:
-            violations.append(FieldViolation(prefix + key, f"is not known; known are {', '.join(readers)}"))
+            violations.append(FieldViolation(prefix + key, f"is unknown; the known fields are {', '.join(readers)}"))
             continue
         if key != name and given.get(name, value) != value:
-            both = f"is given twice, as {name} and {key}, with different values; leave one out"
+            both = f"has different values as {name} and as {key}; leave one out"
             violations.append(FieldViolation(prefix + name, both))
         try:
             values[name] = readers[name](value)
@@ -84,7 +84,7 @@ def _string(value: Any) -> str:
 
 
 def _integer(value: Any) -> int:
-    # JSON knows one kind of number, and Instill Core sends whole numbers as doubles.
+    # JSON has one number type, and Instill Core sends integers as doubles.
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     raise TypeError(f"must be a whole number, not {json.dumps(value)}")

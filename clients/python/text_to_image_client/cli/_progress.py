@@ -1,4 +1,4 @@
-"""How `t2i generate` shows what happens: live bars on a terminal, plain lines elsewhere. Always on stderr."""
+"""The progress display of `t2i`: live bars on a terminal, plain lines elsewhere, always on stderr."""
 
 import time
 from types import TracebackType
@@ -8,13 +8,13 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-from ._types import Progress, Queued, Stage
+from .._types import Progress, Queued, Stage
 
 _PLAIN_SECONDS = 5.0
 
 
 class Display(Protocol):
-    """What follows a stream of events, between entering and leaving its `with` block."""
+    """A display of events, active inside its `with` block."""
 
     def __enter__(self) -> Self: ...
 
@@ -23,29 +23,29 @@ class Display(Protocol):
     ) -> None: ...
 
     def show(self, event: Queued | Progress) -> None:
-        """Show how far the request is."""
+        """Show the position in the queue, or the progress of an image."""
 
     def finish(self, choice_index: int, line: str) -> None:
-        """Say `line`, now that image `choice_index` is finished."""
+        """Print `line` for the finished image `choice_index`."""
 
     def say(self, line: str) -> None:
-        """Say `line` amid what is shown."""
+        """Print `line` above the live bars."""
 
 
 def display_for(console: Console, images: int | None) -> Display:
-    """The display that suits `console` and a request for so many images, None for a number that is yet to be seen."""
+    """Return the display for `console` and a request for `images` images, None if their number is unknown."""
     return LiveDisplay(console, images) if console.is_terminal else PlainDisplay(console, images)
 
 
 class _Elapsed(bars.ProgressColumn):
-    """Seconds that a stage has taken so far."""
+    """The elapsed seconds of a stage."""
 
     def render(self, task: bars.Task) -> Text:
         return Text(_duration(task.finished_time or task.elapsed or 0.0), "progress.elapsed", justify="right")
 
 
 class LiveDisplay:
-    """One row per stage, added as it is reached. Of several images, a finished one's rows give way to its line."""
+    """Show one row per stage. If there are several images, one line replaces the rows of a finished image."""
 
     def __init__(self, console: Console, images: int | None) -> None:
         self._images = images
@@ -61,10 +61,10 @@ class LiveDisplay:
             bars.TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
-        self._waiting = self._bars.add_task("sending", start=False, total=None, count="", note="")
+        self._queue_row = self._bars.add_task("sending", start=False, total=None, count="", note="")
 
     def __enter__(self) -> Self:
-        self._bars.start_task(self._waiting)
+        self._bars.start_task(self._queue_row)
         self._latest = self._bars.get_time()
         self._bars.start()
         return self
@@ -72,20 +72,20 @@ class LiveDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._settle()
-        self._drop(self._waiting)
+        self._clear_notes()
+        self._remove(self._queue_row)
         self._bars.stop()
 
     def show(self, event: Queued | Progress) -> None:
         if isinstance(event, Queued):
             note = " · ".join(filter(None, (_ahead(event), _left(event.eta))))
-            self._bars.update(self._waiting, description="queued", note=note)
+            self._bars.update(self._queue_row, description="queued", note=note)
             return
-        self._drop(self._waiting)
-        self._settle()
+        self._remove(self._queue_row)
+        self._clear_notes()
         key = (event.choice_index, event.stage)
         count, note = f"{event.step}/{event.steps}", _left(event.eta)
-        if (key, event.step) == self._shown:  # the server repeats its newest event in a silence
+        if (key, event.step) == self._shown:  # a heartbeat repeats the newest event
             if self._rows[key] in self._bars.task_ids:
                 self._bars.update(self._rows[key], note=note)
             return
@@ -93,47 +93,47 @@ class LiveDisplay:
         if key not in self._rows:
             label = _label(event, self._images)
             self._rows[key] = self._bars.add_task(label, total=event.steps, count=count, note=note)
-            # A stage begins where the call before its first one ended.
+            # A stage starts when the last call of the previous stage ends.
             self._bars.tasks[-1].start_time = self._latest
         self._bars.update(self._rows[key], completed=event.step, count=count, note=note)
         self._latest = self._bars.get_time()
 
     def finish(self, choice_index: int, line: str) -> None:
-        self._settle()
+        self._clear_notes()
         if self._images == 1:
-            self._bars.stop()  # the rows stay, and the line stands below them
+            self._bars.stop()  # the rows stay above the line
         else:
             for (index, _), row in self._rows.items():
                 if index == choice_index:
-                    self._drop(row)
+                    self._remove(row)
             self._bars.refresh()
         self.say(line)
 
     def say(self, line: str) -> None:
         self._bars.console.print(Text(line), soft_wrap=True)
 
-    def _settle(self) -> None:
-        """Leave the time to go to the one row that moves next."""
+    def _clear_notes(self) -> None:
+        """Remove the remaining time from all rows; only the newest row shows it."""
         for row in self._rows.values():
             if row in self._bars.task_ids:
                 self._bars.update(row, note="")
 
-    def _drop(self, row: bars.TaskID) -> None:
+    def _remove(self, row: bars.TaskID) -> None:
         if row in self._bars.task_ids:
             self._bars.remove_task(row)
 
 
 class PlainDisplay:
-    """A line when the request is queued, at the end of every stage, and every few seconds in between."""
+    """Print a line when the request is queued, at the end of every stage, and every 5 seconds in between."""
 
     def __init__(self, console: Console, images: int | None) -> None:
         self._console = console
         self._images = images
-        self._told = 0.0
+        self._printed_at = 0.0
         self._newest: tuple[int, Stage, int] | None = None
 
     def __enter__(self) -> Self:
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
         return self
 
     def __exit__(
@@ -144,7 +144,7 @@ class PlainDisplay:
     def show(self, event: Queued | Progress) -> None:
         if isinstance(event, Queued):
             self._print(", ".join(filter(None, ("queued", _ahead(event), _left(event.eta)))))
-        elif self._is_new_end(event) or time.monotonic() - self._told >= _PLAIN_SECONDS:
+        elif self._ends_stage(event) or time.monotonic() - self._printed_at >= _PLAIN_SECONDS:
             counted = f"{_label(event, self._images)} {event.step}/{event.steps}"
             self._print(", ".join(filter(None, (counted, _left(event.eta)))))
 
@@ -154,21 +154,21 @@ class PlainDisplay:
     def say(self, line: str) -> None:
         self._print(line)
 
-    def _is_new_end(self, event: Progress) -> bool:
-        """Whether the event ends a stage, and does not only repeat the newest one, as servers do in a long silence."""
+    def _ends_stage(self, event: Progress) -> bool:
+        """Return whether the event ends a stage and is not a heartbeat that repeats the newest event."""
         newest, self._newest = self._newest, (event.choice_index, event.stage, event.step)
         return event.step == event.steps and self._newest != newest
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
 
 
 def _label(event: Progress, images: int | None) -> str:
     if images == 1 or event.stage is Stage.ENCODE:  # the prompts are encoded once, whatever the number of images
         return event.stage.value
-    of_all = f" of {images}" if images else ""
-    return f"image {event.choice_index + 1}{of_all} {event.stage}"
+    total = f" of {images}" if images else ""
+    return f"image {event.choice_index + 1}{total} {event.stage}"
 
 
 def _ahead(event: Queued) -> str:

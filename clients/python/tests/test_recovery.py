@@ -26,7 +26,7 @@ from text_to_image_client import (
     ServerError,
     TextToImage,
     Unavailable,
-    _course,
+    _recovery,
 )
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
@@ -287,7 +287,7 @@ class TestResume:
             await connect(service.target, retries=0).stream(timeout=1, **DETACHED)
 
     async def test_without_a_deadline_it_gives_up_in_the_end(self, service, connect, monkeypatch):
-        monkeypatch.setattr(_course, "RESUME_SECONDS", 0.5)
+        monkeypatch.setattr(_recovery, "RESUME_SECONDS", 0.5)
         service.answer([step(1), BROKEN[0]], *[BROKEN[0]] * 99)
         with pytest.raises(Unavailable, match="Socket closed"):
             await connect(service.target, retries=0).stream(**DETACHED)

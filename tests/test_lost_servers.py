@@ -1,7 +1,7 @@
 """A lost server costs the Python client's callers nothing, and a request that ends its servers ends two at most.
 
 The servers and proxies are real, around a model of fixed times whose images say by their colour which seed they are of.
-What the client decides, case by case, is in clients/python/tests/test_lost.py.
+What the client decides, case by case, is in clients/python/tests/test_recovery.py.
 """
 
 import asyncio

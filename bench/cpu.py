@@ -8,7 +8,7 @@ by each way's, with its quartiles. Beside it how far the pictures are from those
 On a machine with other work GNU's default makes stock diffusers' threads spin for most of an image. GOMP_SPINCOUNT=4000
 in the environment, as the service has it for itself, is for all ways alike.
 
-Run: make bench-cpu; ARGS="--ways stock off full" leaves others out.
+Run: make bench-cpu; ARGS="--ways stock off" leaves others out.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-WAYS = ("stock", "stock-compiled", "off", "blocks", "full")
+WAYS = ("stock", "stock-compiled", "off", "blocks")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PROMPT = "cat napping"  # and the seed, for a text that was just encoded is not encoded again
 

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=1, help="images that share a network call (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 or fp8 (default: auto)")
-    parser.add_argument("--compile", default="off", help="off, blocks or full (default: off)")
+    parser.add_argument("--compile", default="off", help="off or blocks (default: off)")
     parser.add_argument("--compile-cache", type=Path, help="folder for what is compiled")
     parser.add_argument("--base", type=Path, help="folder of the base (default: embedded)")
     parser.add_argument("--refiner", type=Path, help="folder of the refiner (default: embedded, or none with --base)")

@@ -2,8 +2,8 @@
 
 The floor is the operations of the networks over the rate at which this device was just seen to multiply bf16 matrices.
 Told are a base step with guidance, a refiner step, a decoding, a whole image, and one of 8 steps of the base without
-guidance as few-step checkpoints make it, for every way that is asked for: networks as they are, made fast by blocks or
-compiled in full, in bf16 or in fp8. Beside them how far its first step and its final latents are from those of the
+guidance as few-step checkpoints make it, for every way that is asked for: diffusers' own layers (off) or fused
+ones (blocks), in bf16 or in fp8. Beside them how far its first step and its final latents are from those of the
 first way, and its image, in decibels.
 
 Run: python -m bench.full_size FOLDER, then
@@ -35,7 +35,7 @@ from server import model
 from server.domain import ImageRequest, Stage, default_request
 from server.ensemble import checkpoint
 
-WAYS = ("off", "blocks", "blocks-fp8", "full", "offload", "offload-fp8", "stock", "stock-compiled")
+WAYS = ("off", "blocks", "blocks-fp8", "offload", "offload-fp8", "stock", "stock-compiled")
 FEW = 8  # steps of a checkpoint that needs no more
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -224,6 +224,8 @@ def load(
     if preview_decoder is not None:
         checkpoint.inspect_preview_decoder(preview_decoder)
     device = _device(device)
+    if compile_while_serving:
+        _check_compiles_while_serving(device)
     precision = _precision(precision, device, max_batch)
     shared = experts.share("text_encoder_2")
     _check_memory(experts, shared, device, precision, offload)
@@ -245,15 +247,15 @@ def load(
         if compile_cache is not None and _keeps(compile_cache, compile, device):
             compilation.keep_in(compile_cache)
         turns = offload or precision == "fp8"
-        # Where layers are made over for compiled calls alone, others with the same weights serve until there are any.
-        twins = compile_while_serving and device == "cuda" and precision != "fp8"
+        # The eager networks serve until the compiled ones are ready, which are copies that share their weights.
+        twins = compile_while_serving and precision != "fp8"
         ensemble = Ensemble(
             base_pipeline, refiner_pipeline, info, max_batch, preview_decoder, overlaps, compile, sizes, turns, twins
         )
         if precision == "fp8":
             ensemble.quantise(compile_cache)
         ensemble.make_place_irrelevant()
-        ensemble.lessen_products()
+        ensemble.multiply_by_cpu_kernels()
         if not offload:
             ensemble.end_turns()
         if ensemble.compiles and not compile_while_serving:
@@ -301,16 +303,15 @@ class Ensemble:
         self._twins = twins
         self.max_batch = max_batch
         self._made_over: list[torch.nn.Module] = []
-        if on_cpu or info.precision == "fp8" or (compile == "blocks" and self._device.type == "cuda" and not twins):
-            for network in (*self._unets.values(), self._vae.decoder):
-                try:
-                    self._make_over(network)
-                    self._made_over.append(network)
-                except CannotCompile:
-                    if not on_cpu or info.precision == "fp8":  # else diffusers' own layers serve, if slower
-                        raise
         if compile == "auto":
-            compile = "blocks" if self._has_cpu_kernels(turns) else "off"
+            compile = "blocks" if on_cpu and self._finds_cpu_kernels(turns) else "off"
+        # On a CPU without the kernels diffusers' own layers are compiled, or run as they are.
+        self._runs_cpu_kernels = on_cpu and compile == "blocks" and self._suits_cpu_kernels()
+        fuses = self._runs_cpu_kernels or (compile == "blocks" and self._device.type == "cuda")
+        if (fuses and not twins) or info.precision == "fp8":
+            for network in (*self._unets.values(), self._vae.decoder):
+                self._make_over(network)
+                self._made_over.append(network)
         records = compile != "off" and self._device.type == "cuda"
         self._text_encoders: dict[torch.nn.Module, TextEncoder] = {}  # the experts share some
         for pipeline, name in itertools.product(self._pipelines.values(), ("text_encoder", "text_encoder_2")):
@@ -337,14 +338,22 @@ class Ensemble:
         self._decoders: dict[torch.dtype, Ways] = {}
         self._finish()
 
-    def _has_cpu_kernels(self, turns: bool) -> bool:
-        """Whether all networks can be drawn by `cpu_kernels`, which are found or built; if not, a line says why."""
-        networks = (*self._unets.values(), self._vae.decoder)
-        if self._device.type != "cpu":
+    def _suits_cpu_kernels(self) -> bool:
+        """Whether this CPU has the kernels' instructions and the networks have layers that the kernels compute."""
+        if not cpu_kernels.suit() or self._dtype != torch.float32:
             return False
+        try:
+            for network in (*self._unets.values(), self._vae.decoder):
+                layers.check(network)
+        except layers.CannotFuse:
+            return False
+        return True
+
+    def _finds_cpu_kernels(self, turns: bool) -> bool:
+        """Whether `cpu_kernels` can run all networks, and are found or built; if not, a line of the log says why."""
         if not cpu_kernels.suit():
             why = "they are for x86-64 CPUs with AVX2 and FMA, which torch may use"
-        elif turns or not all(layers.run_cpu_kernels(network) for network in networks):
+        elif turns or not self._suits_cpu_kernels():
             why = "they are for SDXL's own layers in fp32 without --offload"
         else:
             try:
@@ -397,13 +406,11 @@ class Ensemble:
             self._by_image += _take_by_image(unet, self._device.type)
             self.limit_batch(self.max_batch)
 
-    def lessen_products(self) -> None:
-        """Let a CPU convolve by fewer products. From now on no network changes its device or precision."""
-        if self._device.type == "cpu":
+    def multiply_by_cpu_kernels(self) -> None:
+        """Let a CPU run the kernels, if that was chosen. From now on no network changes its device or precision."""
+        if self._runs_cpu_kernels:
             for network in self._made_over:
-                layers.convolve_by_winograd(network)
-                if self._compile == "blocks" and layers.run_cpu_kernels(network):
-                    layers.multiply_by_cpu_kernels(network)
+                layers.multiply_by_cpu_kernels(network)
 
     def _observed(self, every: Mapping[str, layers.Quantisable]) -> dict[str, torch.Tensor]:
         """The scales of layers by name, on the CPU, of images of several prompts through both experts."""
@@ -435,21 +442,24 @@ class Ensemble:
         if self._compile == "off":
             return Ways(plain)
         if self._twins:
-            return Ways(plain, made=partial(self._compiled_twin, call, network, self._compile))
+            return Ways(plain, made=partial(self._compiled_twin, call, network))
         with _compiling():
-            return Ways(plain, Compiled(_working(network), plain, self._compile, self._device))
+            return Ways(plain, Compiled(_working(network), plain, self._device))
 
     @torch.inference_mode(mode=False)
-    def _compiled_twin(
-        self, call: compilation.Call, network: torch.nn.Module, mode: Literal["blocks", "full"]
-    ) -> Compiled:
-        twin = layers.twin(network)
+    def _compiled_twin(self, call: compilation.Call, network: torch.nn.Module) -> Compiled:
+        twin = layers.share_weights(network)
         _undo_by_image(twin)
-        if mode == "blocks":
-            self._make_over(_working(twin))
+        self._make_over(_working(twin))
         if isinstance(twin, UNet2DConditionModel):
             self._make_place_irrelevant(twin)
-        return Compiled(_working(twin), partial(call, twin), mode, self._device)
+        return Compiled(_working(twin), partial(call, twin), self._device)
+
+    def _compiled_for(self) -> str:
+        """Say how the networks are compiled, and for images of which sizes, as Environment.compiled does."""
+        if self._compile == "off":
+            return "off"
+        return f"blocks for {'all sizes' if self._runs_cpu_kernels else _told(self._sizes)}"
 
     def warm_up(self) -> ModelInfo:
         """Compile the calls for images of the sizes that it was loaded for, by making one of each.
@@ -457,7 +467,7 @@ class Ensemble:
         Returns the `info` with which images are made by them. Raises CannotCompile.
         """
         began = time.monotonic()
-        environment = replace(self.info.environment, compiled=_compiled(self._compile, self._sizes))
+        environment = replace(self.info.environment, compiled=self._compiled_for())
         with _compiling(), compilation.warming():
             for width, height in self._sizes:
                 request = replace(default_request(self.info, "warm-up", seed=0), width=width, height=height)
@@ -1016,11 +1026,6 @@ def _check_sides(sizes: Sequence[tuple[int, int]], multiple: int) -> None:
         raise CannotCompile(f"sides must be multiples of {multiple}: --compile-sizes cannot have {_told(wrong)}")
 
 
-def _compiled(mode: str, sizes: Sequence[tuple[int, int]]) -> str:
-    """What is compiled, as it is told."""
-    return "off" if mode == "off" else f"{mode} for {_told(sizes)}"
-
-
 def _told(sizes: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{width}x{height}" for width, height in sizes)
 
@@ -1036,6 +1041,11 @@ def _compiling() -> Iterator[None]:
         ) from error
 
 
+def _check_compiles_while_serving(device: str) -> None:
+    if device != "cuda":
+        raise CannotCompile(f"--compile-while-serving is for CUDA, and the device is {device}; leave it out")
+
+
 def _keeps(cache: Path, compile: compilation.Mode, device: str) -> bool:  # noqa: A002
     """Whether the cache can be written to, which inductor and Triton have to. Raises CannotCompile.
 
@@ -1046,7 +1056,7 @@ def _keeps(cache: Path, compile: compilation.Mode, device: str) -> bool:  # noqa
     try:
         compilation.check_writable(cache)
     except compilation.CannotKeep as error:
-        if compile in ("blocks", "full"):
+        if compile == "blocks":
             raise CannotCompile(f"{error}; let --compile-cache name another folder, or leave it out") from error
         log.warning("%s; what is compiled is not kept there", error)
         return False

@@ -164,25 +164,26 @@ class Settings(BaseSettings):
         description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
         "default: on CUDA",
     )
-    compile: Literal["auto", "off", "blocks", "full"] = Field(
+    compile: Literal["auto", "off", "blocks"] = Field(
         "auto",
-        description="make the networks fast before serving: blocks, the layers that they repeat, on CUDA and on an "
-        "x86-64 CPU with AVX2 and FMA by kernels of our own, or full, each compiled as a whole, for minutes; on CUDA "
-        "every call is then one graph; auto: blocks on such a CPU in fp32, if its kernels are there or can be built, "
-        "which takes a second and a C++ compiler, else off",
+        description="how networks run: off: diffusers' own layers; blocks: fused layers, by Triton kernels and CUDA "
+        "graphs on CUDA, by C++ kernels on an x86-64 CPU with AVX2 and FMA in fp32, else by torch.compile; auto: "
+        "blocks on such a CPU if its kernels are there or can be built, which takes a second and a C++ compiler, else "
+        "off",
     )
     compile_cache: _Path | None = Field(
         None, description="folder that keeps what is compiled, so that a later start takes it from there"
     )
     compile_while_serving: bool = Field(
         False,
-        description="serve as soon as the weights are loaded and compile meanwhile, which needs memory for both; until "
-        "then images are slower and can differ in their last bits, each made in one way from beginning to end",
+        description="CUDA only: serve as soon as the weights are loaded and compile at the same time, which needs "
+        "memory for both; until then images are slower and can differ in their last bits, each made in one way from "
+        "beginning to end",
     )
     compile_sizes: Annotated[str, AfterValidator(_sizes)] | None = Field(
         None,
-        description="WIDTHxHEIGHT,...: sizes that are compiled, others are served as with --compile off; default: the "
-        "size the model was trained on",
+        description="WIDTHxHEIGHT,...: sizes that are compiled; other sizes run eagerly, but for the C++ kernels of a "
+        "CPU, which are for all sizes; default: the size the model was trained on",
     )
     device_timeout_seconds: float = Field(
         300,
@@ -255,7 +256,7 @@ class Settings(BaseSettings):
             yield "--refiner was given without --base; give both folders, or neither"
         asked = self.compile_while_serving or self.compile_sizes is not None
         if (asked and self.compile == "auto") or (self.compile == "off" and (asked or self.compile_cache is not None)):
-            yield "--compile-cache, --compile-while-serving and --compile-sizes are for --compile blocks or full"
+            yield "--compile-cache, --compile-while-serving and --compile-sizes are for --compile blocks"
         if self.offload and (self.compile not in ("auto", "off") or self.overlap):
             yield "--offload moves networks about, so leave --compile off, and --overlap too"
         if (self.tls_certificate is None) != (self.tls_key is None):

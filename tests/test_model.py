@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from server import model
 from server.domain import ImageRequest, Notice, Stage, default_request
@@ -177,6 +182,32 @@ def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_d
             vae.register_to_config(latents_mean=None, latents_std=None)
     assert np.array_equal(mine, np.asarray(theirs.images[0]))
     assert not np.array_equal(mine, plain)
+
+
+@pytest.fixture(scope="module")
+def embedded_off() -> model.Ensemble:
+    return model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu", compile="off")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"guidance_scale": 1.0}, {"width": 200, "height": 264}], ids=["guided", "unguided", "another size"]
+)
+@pytest.mark.parametrize("stage", [Stage.BASE, Stage.REFINER])
+@torch.inference_mode()
+def test_compile_off_on_a_cpu_has_the_bits_of_stock_diffusers_networks(embedded_off, stage: Stage, changes: dict):
+    options = {"variant": "fp16", "dtype": torch.float32}
+    unet = UNet2DConditionModel.from_pretrained(EMBEDDED / stage.name.lower() / "unet", **options)
+    vae = AutoencoderKL.from_pretrained(EMBEDDED / "base" / "vae", **options)
+    request = replace(default_request(embedded_off.info, "cat napping", seed=1), steps=5, **changes)
+    trajectory = embedded_off.plan(request, embedded_off.encode(request), 1)
+    trajectory.position = trajectory.stages.index(stage)
+    added, hidden = trajectory.conditioning.added[stage], trajectory.conditioning.hidden[stage]
+    rows, timestep = trajectory.network_input(), trajectory.timesteps[trajectory.position]
+    (mine,) = embedded_off._predicted([trajectory], [rows])
+    theirs = unet(rows, timestep, encoder_hidden_states=hidden, added_cond_kwargs=dict(added)).sample
+    assert torch.equal(mine, theirs)
+    scaled = trajectory.denoised / vae.config.scaling_factor
+    assert torch.equal(embedded_off._decoded(trajectory.denoised, torch.float32), vae.decode(scaled).sample)
 
 
 def test_ddim_draws_what_euler_draws():

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="that draws: auto, cuda, mps or cpu")
     parser.add_argument("--precision", default="auto", help="of the networks: auto, fp32, bf16, fp16 or fp8")
     parser.add_argument("--beside", metavar="PRECISION", help="draw things in this one too, for the row of that name")
-    parser.add_argument("--compile", default="off", help="off, blocks or full; on a GPU blocks is ten times faster")
+    parser.add_argument("--compile", default="off", help="off or blocks; on a GPU blocks is ten times faster")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"fewer are quicker (default: {PROMPTS})")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=[], metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--sheet", type=Path, help="PNG to write: samples, each beside the nearest training picture")

@@ -1,10 +1,9 @@
-"""Networks at the speed of their device: layers are compiled or made over, and on CUDA a whole call is one graph.
+"""Run network calls in their fast form: by C++ kernels on a CPU, as one graph on CUDA.
 
-What is compiled are the layers that a network repeats, or the whole of it, which takes far longer. On CUDA, and on a
-CPU that `cpu_kernels` suit, the layers that repeat are not compiled but those of layers.py, by kernels of their own,
-which is faster both ways. On CUDA a call of the shapes seen while `warming` is recorded once and replayed from then on,
-since Python is slower at launching kernels than such a device at running them. Calls of other shapes are made as if
-nothing had been compiled, and so is every call where that is wanted.
+On CUDA, and on a CPU that can run `cpu_kernels`, a network has the fused layers of layers.py. On such a CPU a call of
+any shape runs the kernels. On CUDA a call of the shapes seen while `warming` is captured once and replayed from then
+on, because Python launches kernels more slowly than the device runs them. Elsewhere torch.compile compiles the layers
+that a network repeats, for the shapes seen while `warming`. Calls of other shapes run eagerly.
 """
 
 import contextlib
@@ -25,14 +24,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from server.acceleration import cpu_kernels, kernels, layers
 from server.acceleration.cpu_library import CannotBuild
 
-Mode = Literal["auto", "off", "blocks", "full"]
+Mode = Literal["auto", "off", "blocks"]
 Call = Callable[..., Any]
 
 _BLOCKS = (
@@ -134,7 +132,7 @@ class Compiled:
     time, and on CUDA for one stream; a tensor that was passed before must not have been written into since.
     """
 
-    def __init__(self, network: nn.Module, call: Call, mode: Literal["blocks", "full"], device: torch.device) -> None:
+    def __init__(self, network: nn.Module, call: Call, device: torch.device) -> None:
         self._call = call
         self._made: dict[Hashable, Call] = {}
         self._pool: Any = None
@@ -145,9 +143,8 @@ class Compiled:
             # Graphs recorded on one stream share a workspace of cuBLAS, and those of two networks may run at one time.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._compiled = call
-        if mode == "full":
-            self._compiled = torch.compile(call, fullgraph=True, dynamic=False)
-        elif layers.run_cpu_kernels(network):
+        self._takes_any_shape = layers.run_cpu_kernels(network)
+        if self._takes_any_shape:
             self._compiled = _by_cpu_kernels(call)
         elif device.type != "cuda":
             _compile_blocks(network)
@@ -163,6 +160,8 @@ class Compiled:
             self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
         if key in self._made:
             return self._made[key](*inputs)
+        if self._takes_any_shape:
+            return self._compiled(*inputs)
         with running(compiled=False):
             return self._call(*inputs)
 
@@ -240,25 +239,6 @@ def beside_others() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
-
-
-class _Patcher(_symbolic_trace._Patcher):
-    """What torch.fx changes in the calls of modules while it traces, changed for the thread that traces alone.
-
-    It does so for all (pytorch/pytorch#126024), and a network that another thread runs meanwhile would fail.
-    """
-
-    def patch_method(self, cls: type, name: str, new_fn: Call, deduplicate: bool = True) -> None:
-        thread, usual = threading.get_ident(), getattr(cls, name)
-
-        @functools.wraps(new_fn)
-        def by_thread(*inputs: Any, **named: Any) -> Any:
-            return (new_fn if threading.get_ident() == thread else usual)(*inputs, **named)
-
-        super().patch_method(cls, name, by_thread, deduplicate)
-
-
-_symbolic_trace._Patcher = _Patcher  # type: ignore[misc]
 
 
 class _Attention(contextlib.AbstractContextManager[None]):

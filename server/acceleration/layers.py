@@ -37,8 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from server.acceleration import cpu_kernels, kernels, winograd
-from server.acceleration.winograd import Winograd
+from server.acceleration import cpu_kernels, kernels
 
 
 class CannotFuse(Exception):
@@ -50,9 +49,8 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
 
     Raises CannotFuse, with the network as it was.
     """
+    check(network)
     layers = list(network.modules())
-    if odd := sorted({type(layer).__name__ for layer in layers if not _is_usual(layer)}):
-        raise CannotFuse(f"{type(network).__name__} has an unusual {' and '.join(odd)}")
     resnets = [layer for layer in layers if isinstance(layer, ResnetBlock2D)]
     transformers = [layer for layer in layers if isinstance(layer, Transformer2DModel)]
     made: dict[Any, nn.Module] = {}
@@ -89,22 +87,18 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
     network.to(memory_format=torch.channels_last)
 
 
-def twin(network: nn.Module) -> nn.Module:
+def check(network: nn.Module) -> None:
+    """Raise CannotFuse unless `fuse` computes all layers of a U-Net or a decoder."""
+    if odd := sorted({type(layer).__name__ for layer in network.modules() if not _is_usual(layer)}):
+        raise CannotFuse(f"{type(network).__name__} has an unusual {' and '.join(odd)}")
+
+
+def share_weights(network: nn.Module) -> nn.Module:
     """Another network of the same weights, which share their memory until the layers of either are made over."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     shared = {id(each): each.detach() if not isinstance(each, nn.Parameter) else nn.Parameter(each.detach(), False)
               for each in tensors}  # fmt: skip
     return copy.deepcopy(network, shared)
-
-
-def convolve_by_winograd(network: nn.Module) -> None:
-    """Let the residual networks of a network that was made over for a CPU convolve by fewer products where that gains.
-
-    From now on it must not change its device or precision.
-    """
-    for each in network.modules():
-        if isinstance(each, ResnetConvolution):
-            each.become_winograd()
 
 
 def run_cpu_kernels(network: nn.Module) -> bool:
@@ -320,20 +314,18 @@ class Convolving(Quantisable):
 class ResnetConvolution(Convolving, OfImages):
     """A 3 x 3 convolution of a residual network, without a bias of its own.
 
-    It is by a kernel where that is faster, for images of some sizes. It can be one of fewer products, but for whoever
-    compiles: by a kernel of `cpu_kernels` while these run, or by PyTorch's products, which read images with a border
-    too.
+    A kernel computes it where that is faster, for images of some sizes. On a CPU it is a Winograd convolution of
+    `cpu_kernels` while these run.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
-        self._winograd: Winograd | None = None
         self._cpu_kernel: cpu_kernels.Winograd | None = None
 
     def reads_border(self, images: torch.Tensor) -> bool:
         """Whether it reads images of this shape, (batch, channels, height, width), with a border of zeros."""
-        if self.has_fewer_products:
-            return not self._runs_cpu_kernel
+        if self.uses_winograd:
+            return False
         return self.is_kernel or self._is_faster_by_kernel(images)
 
     def _is_faster_by_kernel(self, images: torch.Tensor) -> bool:
@@ -343,12 +335,8 @@ class ResnetConvolution(Convolving, OfImages):
         return kernels.is_one_round(batch * height * width, self.layer.in_channels, self.layer.out_channels)
 
     @property
-    def has_fewer_products(self) -> bool:
-        by_products = self._winograd is not None and not torch.compiler.is_dynamo_compiling()
-        return by_products or self._runs_cpu_kernel
-
-    @property
-    def _runs_cpu_kernel(self) -> bool:
+    def uses_winograd(self) -> bool:
+        """Whether this thread runs it as a Winograd convolution."""
         return self._cpu_kernel is not None and cpu_kernels.run()
 
     def forward(
@@ -360,10 +348,8 @@ class ResnetConvolution(Convolving, OfImages):
     ) -> torch.Tensor:
         """Of images with a border where it reads one, plus a bias and what is `kept` where there are any."""
         self._observe(images)
-        if self._cpu_kernel is not None and self._runs_cpu_kernel:
+        if self._cpu_kernel is not None and self.uses_winograd:
             return self._cpu_kernel(images, bias, kept)
-        if self._winograd is not None and self.has_fewer_products:
-            return self._winograd(images, bias, kept, self.images)
         if self.layer is None:
             return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
         if border:
@@ -374,13 +360,8 @@ class ResnetConvolution(Convolving, OfImages):
         changed = self.layer(images)
         return changed if bias is None else kernels.add(changed, bias, kept)
 
-    def become_winograd(self) -> None:
-        """From now on convolve by fewer products where that gains."""
-        if isinstance(self.layer, nn.Conv2d) and winograd.gains(self.layer):
-            self._winograd = Winograd(self.layer)
-
     def become_cpu_kernel(self) -> None:
-        """From now on convolve by fewer products where that gains and `cpu_kernels` run."""
+        """Run as a Winograd convolution from now on, where that is faster and while `cpu_kernels` run."""
         if isinstance(self.layer, nn.Conv2d) and cpu_kernels.Winograd.computes(self.layer):
             self._cpu_kernel = cpu_kernels.Winograd(self.layer)
 
@@ -474,7 +455,7 @@ class Resnet(nn.Module):
         if more is not None and not self._joins:
             input_tensor, more = torch.cat([input_tensor, more], dim=1), None
         shift = self.shift.expand(len(input_tensor), -1) if temb is None else temb[:, self._columns]
-        if self.conv1.has_fewer_products:  # to which a shift is next to nothing
+        if self.conv1.uses_winograd:  # to which a shift is next to nothing
             changed, shift = _convolved(input_tensor, self.norm1, None, self.conv1, shift, more=more), None
         else:
             changed = _convolved(input_tensor, self.norm1, None, self.conv1, more=more)

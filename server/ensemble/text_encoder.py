@@ -39,7 +39,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = encoder.config, encoder.dtype, device
         self._hidden = (encoder,)
-        self._call = Ways(self._states, Compiled(encoder, self._states, "blocks", device) if records else None)
+        self._call = Ways(self._states, Compiled(encoder, self._states, device) if records else None)
         self._kept: OrderedDict[Hashable, Encoded] = OrderedDict()
 
     @property

@@ -1,5 +1,6 @@
 """Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were, meanwhile too."""
 
+import asyncio
 import gc
 import os
 import re
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,14 @@ from torch._inductor.utils import clear_caches
 
 from server import model
 from server.acceleration import cpu_kernels, cpu_library, layers
-from server.domain import OutOfMemory, default_request
+from server.domain import Environment, ImageRequest, OutOfMemory, default_request
+from server.engine.events import Failed, Finished
+from server.engine.interface import Submission
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CannotCompile
-from server.model import Ensemble
 from server.observability.metrics import Metrics
+from server.runtime import Runtime
+from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -65,10 +69,12 @@ def plain(folders) -> model.Ensemble:
     return model.load(checkpoint.inspect(*folders), device="cpu")
 
 
-@pytest.fixture(scope="module", params=["blocks", "blocks where no kernels suit", "full"])
+@pytest.fixture(scope="module", params=["blocks", "blocks where no kernels suit"])
 def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> model.Ensemble:
     cache = tmp_path_factory.mktemp("cache")
-    mode, _, without_kernels = request.param.partition(" ")
+    without_kernels = request.param != "blocks"
+    if not without_kernels and not cpu_kernels.suit():
+        pytest.skip("no kernels suit this CPU")
     if without_kernels and not cpu_kernels.suit():
         pytest.skip("no kernels suit this CPU, so this is how blocks are compiled in any case")
     # Each begins as a process of its own would: what inductor holds in memory is not written into another cache.
@@ -83,7 +89,7 @@ def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.T
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which loading sets, for this process: it is put back
         patch.setenv("TRITON_CACHE_DIR", "")
         experts = checkpoint.inspect(*folders)
-        loaded = model.load(experts, device="cpu", compile=mode, compile_cache=cache, warm_up=[(SIDE, SIDE)])
+        loaded = model.load(experts, device="cpu", compile="blocks", compile_cache=cache, warm_up=[(SIDE, SIDE)])
         assert any(cache.rglob("*.so")), "what is compiled is kept"
     return loaded
 
@@ -94,8 +100,13 @@ def test_a_compiled_ensemble_draws_the_same_but_for_rounding_and_always_the_same
     assert np.array_equal(image, drawn(compiled))
 
 
-def test_sizes_that_were_not_warmed_up_have_the_bytes_of_an_ensemble_that_is_not_compiled(plain, compiled):
-    assert np.array_equal(drawn(compiled, 2 * SIDE), drawn(plain, 2 * SIDE))
+def test_other_sizes_run_the_cpu_kernels_too_or_have_the_bytes_of_an_ensemble_that_is_not_compiled(plain, compiled):
+    image, expected = drawn(compiled, 2 * SIDE), drawn(plain, 2 * SIDE)
+    if compiled.info.environment.compiled == "blocks for all sizes":
+        assert 0 < (begun(compiled, 2 * SIDE).latents - begun(plain, 2 * SIDE).latents).abs().max() < 1e-4
+        assert np.abs(image.astype(int) - expected).max() <= 2
+    else:
+        assert np.array_equal(image, expected)
 
 
 def test_without_guidance_the_steps_are_not_compiled_but_the_decoding_is(plain, compiled):
@@ -105,7 +116,7 @@ def test_without_guidance_the_steps_are_not_compiled_but_the_decoding_is(plain, 
 
 def test_the_environment_tells_what_is_compiled(plain, compiled):
     assert plain.info.environment.compiled == "off"
-    assert compiled.info.environment.compiled in ("blocks for 64x64", "full for 64x64")
+    assert compiled.info.environment.compiled in ("blocks for all sizes", "blocks for 64x64")
     assert plain.info.environment.fingerprint != compiled.info.environment.fingerprint
 
 
@@ -151,7 +162,7 @@ def as_installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("suit", "compiler", "told"),
     [
-        (True, None, "blocks for 32x32"),
+        (True, None, "blocks for all sizes"),
         (False, None, "off"),
         (True, NO_COMPILER, "off"),
         (True, "false", "off"),  # a program that is there, and fails
@@ -187,7 +198,7 @@ def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(f
     patch_cache(monkeypatch)
     experts = checkpoint.inspect(*folders)
     ensemble = model.load(experts, device="cpu", compile="auto", compile_cache=cache)
-    assert ensemble.info.environment.compiled == "blocks for 32x32"
+    assert ensemble.info.environment.compiled == "blocks for all sizes"
     assert caplog.messages == [
         f"nothing can be written to {cache}: Not a directory; let --compile-cache name a folder that can be written "
         "to, has room, and is not mounted noexec; what is built is not kept"
@@ -197,8 +208,6 @@ def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(f
         CannotCompile, match=f"nothing can be written to {cache}: Not a directory.; let --compile-cache"
     ):
         model.load(experts, device="cpu", compile="blocks", compile_cache=cache)
-    with pytest.raises(CannotCompile, match=f"nothing can be written to {cache}: Not a directory; let --compile-cache"):
-        model.load(experts, device="cpu", compile="full", compile_cache=cache)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -253,102 +262,186 @@ def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, as_instal
     assert "Traceback" not in server.stderr
 
 
-def test_what_is_begun_while_another_thread_compiles_is_drawn_to_its_end_as_if_nothing_were(plain, folders, tmp_path):
-    usual = sys.getswitchinterval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-        patch.setenv("TRITON_CACHE_DIR", "")
-        experts = checkpoint.inspect(*folders)
-        ensemble = model.load(experts, device="cpu", compile="full", compile_cache=tmp_path, compile_while_serving=True)
-        compile_beside(ensemble, drawn(plain))
-    assert sys.getswitchinterval() == usual
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_compile_while_serving_is_refused_on_a_device_other_than_cuda(folders, device: str):
+    if device == "auto" and torch.cuda.is_available():
+        pytest.skip("auto is CUDA here")
+    with pytest.raises(CannotCompile, match="--compile-while-serving is for CUDA"):
+        model.load(checkpoint.inspect(*folders), device=device, compile="blocks", compile_while_serving=True)
 
 
 @pytest.fixture
-def load_with_twins(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., model.Ensemble]:
-    """Loads what compiles others of the same weights while it serves, which it does on a GPU alone."""
+def load_with_copies(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., model.Ensemble]:
+    """Load an ensemble that compiles shared-weight copies while it serves, on a CPU instead of CUDA."""
+    if not cpu_kernels.suit():
+        pytest.skip("no kernels suit this CPU")
 
     def load(**options) -> model.Ensemble:
-        monkeypatch.setattr(model, "Ensemble", lambda *given: Ensemble(*given[:-1], True))
-        return model.load(checkpoint.inspect(*folders), device="cpu", compile_while_serving=True, **options)
+        monkeypatch.setattr(model, "_check_compiles_while_serving", lambda device: None)
+        return model.load(
+            checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_while_serving=True, **options
+        )
 
     return load
 
 
-def test_where_others_of_the_same_weights_are_compiled_the_networks_serve_as_they_are_until_then(
-    folders, load_with_twins, monkeypatch
-):
-    """As on a GPU, with networks that are made over to be compiled, and images that share calls."""
-    made_over, fuse = [], layers.fuse
-
-    def fuse_twins(network: nn.Module, device: str) -> None:
-        made_over.append(network)
-        if len(made_over) <= 3:  # the base's, the refiner's and the autoencoder's own
-            raise layers.CannotFuse("for now it is left as it is")
-        fuse(network, device)
-
-    monkeypatch.setattr(layers, "fuse", fuse_twins)
-    as_they_are = drawn(model.load(checkpoint.inspect(*folders), device="cpu", max_batch=2))
-    made_over.clear()
-    ensemble = load_with_twins(compile="blocks", max_batch=2)
-    assert len(made_over) == 3
-    compile_beside(ensemble, as_they_are)
-    assert len({id(each) for each in made_over}) == 6
-    compiled = drawn(ensemble)
-    assert np.abs(compiled.astype(int) - as_they_are).max() <= 2
-    assert np.array_equal(compiled, drawn(ensemble))
-
-
-def compile_beside(ensemble: model.Ensemble, expected: np.ndarray) -> None:
-    """Compile in another thread, while what is drawn, and what was begun before, comes out as expected."""
-    assert np.array_equal(drawn(ensemble), expected), "nothing is compiled at first"
+def test_the_eager_networks_serve_until_their_shared_weight_copies_are_compiled(folders, load_with_copies, monkeypatch):
+    eager = drawn(model.load(checkpoint.inspect(*folders), device="cpu", max_batch=2))
+    fused: list[nn.Module] = []
+    fuse = layers.fuse
+    monkeypatch.setattr(layers, "fuse", lambda network, device: fused.append(network) or fuse(network, device))
+    usual = sys.getswitchinterval()
+    ensemble = load_with_copies(max_batch=2)
+    assert not fused
+    assert np.array_equal(drawn(ensemble), eager), "nothing is compiled at first"
     begun_before = begun(ensemble)
     with ThreadPoolExecutor(1) as thread:
         compiling = thread.submit(ensemble.compile, default_request(ensemble.info, "a photo of a cat"))
         while not compiling.done():
-            assert np.array_equal(drawn(ensemble), expected)
+            assert np.array_equal(drawn(ensemble), eager)
+    assert sys.getswitchinterval() == usual
     ensemble.info, _ = compiling.result()
+    assert len({id(each) for each in fused}) == 3, "the base, the refiner and the decoder"
     begun_after = begun(ensemble)
     assert begun_before.batch_key != begun_after.batch_key
-    assert np.array_equal(finished(ensemble, begun_before), expected)
+    assert np.array_equal(finished(ensemble, begun_before), eager)
     assert (begun_before.conditioning.compiled, begun_after.conditioning.compiled) == (False, True)
+    compiled = drawn(ensemble)
+    assert np.abs(compiled.astype(int) - eager).max() <= 2
+    assert np.array_equal(compiled, drawn(ensemble))
 
 
-def test_what_fails_to_compile_is_forgotten_and_gives_its_memory_back(load_with_twins, monkeypatch):
-    ensemble = load_with_twins(compile="full")
+def test_a_failed_compilation_gives_its_memory_back_and_the_eager_networks_go_on(load_with_copies, monkeypatch):
+    ensemble = load_with_copies()
     expected = drawn(ensemble)
-    twins: list[weakref.ref[nn.Module]] = []
-    twin = layers.twin
+    copies: list[weakref.ref[nn.Module]] = []
+    copy = layers.share_weights
 
-    def twin_or_nothing(network: nn.Module) -> nn.Module:
-        if len(twins) == 1:
+    def copy_or_nothing(network: nn.Module) -> nn.Module:
+        if len(copies) == 1:
             raise torch.OutOfMemoryError("no room for another")
-        made = twin(network)
-        twins.append(weakref.ref(made))
+        made = copy(network)
+        copies.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(layers, "twin", twin_or_nothing)
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    monkeypatch.setattr(layers, "share_weights", copy_or_nothing)
     with pytest.raises(OutOfMemory):
         ensemble.compile(default_request(ensemble.info, "a photo of a cat"))
     gc.collect()
-    assert [each() for each in twins] == [None]
+    assert [each() for each in copies] == [None]
     assert np.array_equal(drawn(ensemble), expected)
 
 
+class TestService:
+    """A service that compiles while it serves, in this process: on a CPU instead of CUDA."""
+
+    @pytest.fixture
+    async def opened(self, load_with_copies) -> AsyncIterator[Runtime]:
+        settings = Settings(compile="blocks", compile_while_serving=True)
+        service = Runtime(settings, load_with_copies)
+        await service.open()
+        yield service
+        service.engine.stop()
+        assert await service.close(PATIENCE)
+
+    async def test_it_compiles_after_it_is_open_and_tells_metrics_and_the_log(self, opened: Runtime, caplog):
+        caplog.set_level("INFO", "server.runtime")
+        eager = await environment_of_an_image(opened)
+        assert eager.compiled in ("off", "blocks for all sizes")  # it may have compiled by now
+        await until(lambda: state(opened, "compiled") == 1)
+        compiled = await environment_of_an_image(opened)
+        assert compiled.compiled == "blocks for all sizes"
+        assert opened.metrics.registry.get_sample_value("t2i_compiled_calls") == 3
+        assert opened.metrics.registry.get_sample_value("t2i_compile_seconds") > 0
+        assert any(each.startswith("compiled 3 calls in ") for each in caplog.messages)
+
+    @pytest.mark.usefixtures("nothing_prebuilt")
+    async def test_a_service_that_cannot_compile_goes_on_without_and_says_what_to_do(
+        self, load_with_copies, monkeypatch, caplog
+    ):
+        monkeypatch.setenv("CXX", NO_COMPILER)
+        service = Runtime(Settings(compile="blocks", compile_while_serving=True), load_with_copies)
+        await service.open()
+        await until(lambda: state(service, "failed") == 1)
+        (told,) = [each for each in caplog.messages if "cannot be compiled here" in each]
+        assert "install a C++ compiler, or leave --compile off; images are still made by calls" in told
+        assert not any(record.exc_info for record in caplog.records)
+        assert (await environment_of_an_image(service)).compiled == "off"
+        service.engine.stop()
+        assert await service.close(PATIENCE)
+
+
+def state(service: Runtime, name: str) -> float | None:
+    return service.metrics.registry.get_sample_value("t2i_compilation", {"t2i_compilation": name})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def environment_of_an_image(service: Runtime) -> Environment:
+    ended: asyncio.Queue[Finished | Failed] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def deliver(event: object) -> None:
+        if isinstance(event, Finished | Failed):
+            loop.call_soon_threadsafe(ended.put_nowait, event)
+
+    request = ImageRequest("cat", "", (1,), 5, 5.0, 0.8, "euler", 32, 32)
+    service.engine.submit(Submission("one", request), deliver)
+    event = await ended.get()
+    assert isinstance(event, Finished)
+    return event.environment
+
+
+@pytest.fixture
+def start(start_server, folders, as_installed) -> Callable[..., ServerProcess]:
+    """Start a server from a folder in which nothing is built."""
+
+    def start(*flags: object, **environment: str) -> ServerProcess:
+        base, refiner = folders
+        given = ("--device", "cpu", "--base", base, "--refiner", refiner, *flags)
+        return start_server(*map(str, given), cwd=as_installed, **environment)
+
+    return start
+
+
+def test_a_server_builds_the_kernels_where_it_can_and_needs_no_compiler(start, tmp_path):
+    server = start(CXX=NO_COMPILER).wait_until_ready()
+    assert drawn_by(server).metadata.environment.compiled == "off"
+    server = start("--compile-cache", tmp_path).wait_until_ready()
+    built = cpu_kernels.suit() and shutil.which("g++") is not None
+    assert drawn_by(server).metadata.environment.compiled == ("blocks for all sizes" if built else "off")
+    assert any(tmp_path.rglob("*.so")) == built
+
+
+@NEEDS_KERNELS
+def test_where_no_built_library_can_be_loaded_auto_warns_and_serves_and_blocks_says_why_it_does_not(start, mounted):
+    folder = mounted("noexec")
+    server = start(TMPDIR=str(folder)).wait_until_ready()
+    told = f"{folder}/\\S+ is on a file system that is mounted noexec; let TMPDIR name a folder that can be written to"
+    assert len(re.findall(told, server.log)) == 1
+    assert drawn_by(server).metadata.environment.compiled == "off"
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+    server = start("--compile", "blocks", TMPDIR=str(folder))
+    assert server.wait() == CannotCompile.exit_code
+    assert re.search(f"cannot be compiled here .{told}".replace("noexec;", "noexec.;"), server.log)
+    assert "Traceback" not in server.log
+    assert "install a C" not in server.log
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="--compile-while-serving is for CUDA")
 class TestWhileServing:
-    """--compile-while-serving, on a tiny ensemble."""
+    """--compile-while-serving, on CUDA with the embedded ensemble."""
 
     FLAGS = ("--compile", "blocks", "--compile-while-serving", "--metrics-listen", "127.0.0.1:0")
 
     @pytest.fixture
-    def start(self, start_server, folders, as_installed):
-        def start(*flags: object, **environment: str) -> ServerProcess:
-            base, refiner = folders
-            given = ("--device", "cpu", "--base", base, "--refiner", refiner, *flags)
-            return start_server(*map(str, given), cwd=as_installed, **environment)
-
-        return start
+    def start(self, start_server) -> Callable[..., ServerProcess]:
+        return lambda *flags: start_server(*map(str, ("--device", "cuda", *flags)))
 
     def test_it_serves_at_once_and_compiled_later_and_each_answer_tells_how_it_was_made(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path).wait_until_ready()
@@ -356,64 +449,24 @@ class TestWhileServing:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
             assert health.status == health_pb2.HealthCheckResponse.SERVING
         early = drawn_by(server)
-        assert model_of(server).environment == early.metadata.environment, "it still compiles"
-        assert scrape(server)("t2i_compilation", t2i_compilation="compiling") == 1
-        assert same(early, drawn_by(start("--compile", "off").wait_until_ready())), (
-            "as a server that compiles nothing makes it"
-        )
+        if early.metadata.environment.compiled == "off":
+            before = start("--compile", "off").wait_until_ready()
+            assert same(early, drawn_by(before)), "as a server that compiles nothing makes it"
 
         server.patience = 1200
-        server.wait_for_log(r"compiled 3 calls in \d")
+        server.wait_for_log(r"compiled \d+ calls in \d")
         late = drawn_by(server)
-        assert late.metadata.environment.compiled == "blocks for 32x32"
+        assert late.metadata.environment.compiled == "blocks for 256x256"
         assert model_of(server).environment == late.metadata.environment
         assert scrape(server)("t2i_compilation", t2i_compilation="compiled") == 1
-        assert scrape(server)("t2i_compiled_calls") == 3
         assert scrape(server)("t2i_compile_seconds") > 0
         before = start("--compile", "blocks", "--compile-cache", tmp_path).wait_until_ready()
         assert same(late, drawn_by(before)), "as a server that compiles before it serves makes it"
-
-    def test_where_it_cannot_compile_it_goes_on_without_and_says_what_to_do(self, start, tmp_path):
-        server = start(*self.FLAGS, "--compile-cache", tmp_path, PATH=str(tmp_path), CXX="no-such-compiler")
-        told = server.wait_for_log(r"the networks cannot be compiled here .*")[0]
-        assert "install a C++ compiler, or leave --compile off; images are still made by calls" in told
-        assert drawn_by(server).metadata.environment.compiled == "off"
-        assert scrape(server)("t2i_compilation", t2i_compilation="failed") == 1
-        assert server.stop() == 0
-        assert "Traceback" not in server.log
-
-    def test_a_server_that_is_told_nothing_builds_what_it_can_and_needs_no_compiler(self, start, tmp_path):
-        server = start(CXX=NO_COMPILER).wait_until_ready()
-        assert drawn_by(server).metadata.environment.compiled == "off"
-        server = start("--compile-cache", tmp_path).wait_until_ready()
-        built = cpu_kernels.suit() and shutil.which("g++") is not None
-        assert drawn_by(server).metadata.environment.compiled == ("blocks for 32x32" if built else "off")
-        assert any(tmp_path.rglob("*.so")) == built
-
-    @NEEDS_KERNELS
-    def test_where_nothing_that_was_built_can_be_loaded_it_warns_and_serves_or_says_why_it_does_not(
-        self, start, mounted
-    ):
-        folder = mounted("noexec")
-        server = start(TMPDIR=str(folder)).wait_until_ready()
-        told = (
-            f"{folder}/\\S+ is on a file system that is mounted noexec; let TMPDIR name a folder that can be written to"
-        )
-        assert len(re.findall(told, server.log)) == 1
-        assert drawn_by(server).metadata.environment.compiled == "off"
-        assert server.stop() == 0
-        assert "Traceback" not in server.log
-        server = start("--compile", "blocks", TMPDIR=str(folder))
-        assert server.wait() == CannotCompile.exit_code
-        assert re.search(f"cannot be compiled here .{told}".replace("noexec;", "noexec.;"), server.log)
-        assert "Traceback" not in server.log
-        assert "install a C" not in server.log
 
     def test_a_signal_ends_it_in_the_middle(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path)
         server.wait_for_log("compiling; meanwhile")
         assert server.stop() == 0
-        assert "compiled 3 calls" not in server.log
         assert "Traceback" not in server.log
 
 

@@ -838,9 +838,9 @@ class Environment(google.protobuf.message.Message):
     it. Smaller than it was once memory has run out.
     """
     compiled: builtins.str
-    """How networks are compiled, and for images of which sizes: "blocks for 1024x1024, 1152x896"; "off" if they are not.
-    On the CPU images of other sizes have the bytes of "off". With `--compile-while-serving` it is "off" until all is
-    compiled.
+    """How networks run, and for images of which sizes: "blocks for 1024x1024, 1152x896" for fused layers, "blocks for all
+    sizes" where a CPU runs them; "off" for the layers of diffusers. With `--compile-while-serving` it is "off" until all
+    is compiled.
     """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

@@ -32,8 +32,9 @@ from serving import PATIENCE, ServerProcess
 from bench.scheduling import UNBOUNDED
 from bench.serving import LOCAL
 from server.domain import Stage
-from server.engine.call_times import CallTimes, Kind
-from server.engine.scheduling import ImageTask, Schedule
+from server.engine.call_times import CallKind, CallTimes
+from server.engine.scheduling import Schedule
+from server.engine.task import ImageTask
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -312,7 +313,7 @@ def simulate(count: int, router: str, load: float, jobs: int, seed: int) -> dict
     """
     rng = random.Random(seed)
     fleet = [Replica() for _ in range(count)]
-    encode, base, refiner, decode = (Kind(stage, 1024, 1024, 2) for stage in SECONDS)
+    encode, base, refiner, decode = (CallKind(stage, 1024, 1024, 2) for stage in SECONDS)
     image = sum(SECONDS[stage] * CALLS[stage] for stage in SECONDS if stage is not Stage.ENCODE)
     rate = load * count / (SECONDS[Stage.ENCODE] + 2.5 * image)
     images = [rng.randint(1, 4) for _ in range(jobs)]

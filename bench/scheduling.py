@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.domain import Stage
-from server.engine.call_times import CallTimes, Kind
-from server.engine.scheduling import ImageTask, Order, QueueLimits, Schedule
+from server.engine.call_times import CallKind, CallTimes
+from server.engine.scheduling import Order, QueueLimits, Schedule
+from server.engine.task import ImageTask
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
@@ -43,7 +44,7 @@ class Trace:
 
     arrivals: list[float] = field(default_factory=list)
     callers: list[str] = field(default_factory=list)
-    calls: list[list[tuple[Kind, int]]] = field(default_factory=list)
+    calls: list[list[tuple[CallKind, int]]] = field(default_factory=list)
     paces: list[float] = field(default_factory=list)
     sizes: list[float] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
@@ -52,7 +53,7 @@ class Trace:
         return ImageTask(self.callers[number], self.calls[number].copy(), self.deadlines[number])
 
 
-def usual(kind: Kind) -> float:
+def usual(kind: CallKind) -> float:
     return SECONDS[kind.stage] * kind.width * kind.height / 1024**2
 
 
@@ -63,7 +64,7 @@ def make_trace(jobs: int, load: float, bursty: bool, seed: int, callers: int = 2
     names, weights = [f"caller {k}" for k in range(1, callers + 1)], [1 / k for k in range(1, callers + 1)]
     for _ in range(jobs):
         side, images, steps = rng.choice(SIDES), rng.randint(1, 4), rng.randint(8, 50)
-        encode, base, refiner, decode = (Kind(stage, side, side, 2) for stage in SECONDS)
+        encode, base, refiner, decode = (CallKind(stage, side, side, 2) for stage in SECONDS)
         image = [(base, round(0.8 * steps)), (refiner, steps - round(0.8 * steps)), (decode, 1)]
         trace.calls.append([(encode, 1), *(image * images)])
         trace.paces.append(math.exp(rng.gauss(0, 0.03)))

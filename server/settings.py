@@ -277,7 +277,7 @@ class Settings(BaseSettings):
         """What may be admitted at once."""
         return QueueLimits(
             jobs=self.max_queue,
-            jobs_of_caller=self.max_queue_per_caller or self.max_queue,
+            jobs_per_caller=self.max_queue_per_caller or self.max_queue,
             pixels=self.max_queue_pixels,
             bytes=self.max_queue_bytes,
         )

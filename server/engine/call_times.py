@@ -1,4 +1,4 @@
-"""What a call of the model costs: measured while it runs, extrapolated for what never ran."""
+"""The time of a model call: measured at run time, and extrapolated for kinds that have not been measured."""
 
 import math
 from collections import deque
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from server.domain import Stage
 
-_EXPERTS = (Stage.BASE, Stage.REFINER)  # of one make: the cost of one is a fair guess at that of the other
-_KEPT = 9  # measurements of which the median counts: four outliers do not move it
-_NOTABLE = 0.1  # a change by more than this share makes a new `version`
-_COMPARED = 300  # calls over which their deviation is taken
+_EXPERTS = (Stage.BASE, Stage.REFINER)  # similar U-Nets: the time of one estimates the time of the other
+_MEASUREMENTS = 9  # of which the median counts, so that four outliers have no effect
+_NOTABLE_CHANGE = 0.1  # a relative change above this increments `version`
+_COMPARED_CALLS = 300  # over which the deviation is averaged
 
 
-class Kind(NamedTuple):
-    """Calls of one cost: an expert, a shape in pixels, and the rows that one job brings (two with guidance)."""
+class CallKind(NamedTuple):
+    """Calls of one cost: their stage, size in pixels, and rows per job (two with guidance)."""
 
     stage: Stage
     width: int
@@ -23,52 +23,51 @@ class Kind(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether several jobs' calls of this kind can be made as one."""
+        """Whether several jobs can share one call of this kind."""
         return self.stage in _EXPERTS
 
 
 class CallTimes:
-    """Seconds per call, by expert, shape and rows.
+    """Expected seconds per call, by kind.
 
-    The lower median of the last few measurements is taken: neither a first call that compiles nor a stall counts once
-    there are others.
-    `version` changes whenever an expectation has changed by more than a tenth. `deviation` is how far calls were lately
-    from what was expected of them, the mean as a share of that, of each at most 1.
+    The expectation is the lower median of the last few measurements: neither a first call that compiles nor a stall
+    counts once there are others. `version` changes whenever an expectation has changed by more than a tenth.
+    `deviation` is the mean relative deviation of recent calls from their expectation, each at most 1.
     """
 
     def __init__(self) -> None:
         self.version = 0
         self.deviation = 0.0
         self._compared = 0
-        self._measured: dict[Kind, deque[float]] = {}
-        self._seconds: dict[Kind, float] = {}
-        self._told: dict[Kind, float] = {}
+        self._measured: dict[CallKind, deque[float]] = {}
+        self._seconds: dict[CallKind, float] = {}
+        self._seconds_of_version: dict[CallKind, float] = {}
 
-    def record(self, kind: Kind, seconds: float, jobs: int = 1) -> None:
-        """One call for so many jobs of a kind took so long."""
-        call = _together(kind, jobs)
+    def record(self, kind: CallKind, seconds: float, jobs: int = 1) -> None:
+        """Record the time of one call that so many jobs of this kind shared."""
+        call = _batched(kind, jobs)
         if expected := self._seconds.get(call):
-            self._compared = min(self._compared + 1, _COMPARED)
+            self._compared = min(self._compared + 1, _COMPARED_CALLS)
             self.deviation += (min(1.0, abs(seconds / expected - 1)) - self.deviation) / self._compared
-        measured = self._measured.setdefault(call, deque(maxlen=_KEPT))
+        measured = self._measured.setdefault(call, deque(maxlen=_MEASUREMENTS))
         measured.append(seconds)
         now = self._seconds[call] = median_low(measured)
-        told = self._told.get(call)
-        if told is None or abs(now - told) > _NOTABLE * told:
-            self._told[call] = now
+        before = self._seconds_of_version.get(call)
+        if before is None or abs(now - before) > _NOTABLE_CHANGE * before:
+            self._seconds_of_version[call] = now
             self.version += 1
 
-    def expect(self, kind: Kind, jobs: int = 1) -> float:
-        """Expected seconds of one call for so many jobs of a kind.
+    def expect(self, kind: CallKind, jobs: int = 1) -> float:
+        """Return the expected seconds of one call that so many jobs of this kind share.
 
-        What was never measured is taken from the nearest measured size, by pixels and rows, of the same stage, or else
-        of the other expert, and scaled. 0 before there is any.
+        A kind that was never measured is scaled, by pixels and rows, from the nearest measured size of the same stage,
+        or else of the other expert. The result is 0 before there is a measurement.
         """
-        call = _together(kind, jobs)
+        call = _batched(kind, jobs)
         seconds = self._seconds.get(call)
-        return self._nearest(call) if seconds is None else seconds
+        return self._scaled_from_nearest(call) if seconds is None else seconds
 
-    def _nearest(self, call: Kind) -> float:
+    def _scaled_from_nearest(self, call: CallKind) -> float:
         size = _size(call)
         for stages in ((call.stage,), _EXPERTS if call.stage in _EXPERTS else ()):
             known = [(abs(math.log(_size(each) / size)), each) for each in self._seconds if each.stage in stages]
@@ -78,9 +77,9 @@ class CallTimes:
         return 0.0
 
 
-def _together(kind: Kind, jobs: int) -> Kind:
+def _batched(kind: CallKind, jobs: int) -> CallKind:
     return kind if jobs == 1 else kind._replace(rows=kind.rows * jobs)
 
 
-def _size(call: Kind) -> int:
+def _size(call: CallKind) -> int:
     return call.width * call.height * call.rows

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from server.domain import Environment, ImageRequest, Notice, OutOfMemory, Stage, StepFailed, Warning
-from server.engine.call_times import CallTimes, Kind
+from server.engine.call_times import CallKind, CallTimes
 from server.engine.events import (
     Cancelled,
     DeadlineExceeded,
@@ -52,7 +52,8 @@ from server.engine.events import (
     no_observer,
 )
 from server.engine.interface import AnyModel, Conditioning, Submission, Trajectory
-from server.engine.scheduling import Forecast, ImageTask, Order, QueueLimits, Reason, Refusal, Schedule
+from server.engine.scheduling import Forecast, Order, QueueLimits, Reason, Refusal, Schedule
+from server.engine.task import ImageTask
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class Engine:
                 priority=submission.priority,
                 pixels=request.width * request.height * len(request.seeds),
                 bytes=_memory(request),
-                jobs_of_caller=submission.caller.jobs,
+                jobs_per_caller=submission.caller.jobs,
             )
             self._check(task, request, now)
             job = Job(submission, deliver, task)
@@ -307,8 +308,8 @@ class Engine:
         match refusal.reason:
             case Reason.JOBS:
                 return f"{limits.jobs} requests are waiting already, for {work}"
-            case Reason.JOBS_OF_CALLER:
-                return f"{self._schedule.jobs_of_caller(task):.0f} requests of this caller are waiting already"
+            case Reason.JOBS_PER_CALLER:
+                return f"{self._schedule.jobs_per_caller(task):.0f} requests of this caller are waiting already"
             case Reason.PIXELS:
                 return f"the images that wait would have more than {limits.pixels:.0f} pixels with these"
             case Reason.BYTES:
@@ -319,7 +320,7 @@ class Engine:
                 count = len(refusal.late)
                 return f"{count} admitted request{'s' * (count > 1)} would miss a deadline for this one"
 
-    def _expected_calls(self, request: ImageRequest) -> list[tuple[Kind, int]]:
+    def _expected_calls(self, request: ImageRequest) -> list[tuple[CallKind, int]]:
         """The calls of a job after the first, as far as known before it is planned."""
         per_step = self._calls_per_step.get(request.scheduler, 1.0)
         base = round(request.steps * request.high_noise_frac * per_step)
@@ -782,7 +783,7 @@ def _stretch(job: Job, began: float, ended: float, device: float) -> None:
     last.device += device
 
 
-def _calls(request: ImageRequest, calls: Mapping[Stage, int], images: int, batch: int) -> list[tuple[Kind, int]]:
+def _calls(request: ImageRequest, calls: Mapping[Stage, int], images: int, batch: int) -> list[tuple[CallKind, int]]:
     """All calls that so many images need after the prompt's, if `batch` of them share the calls of the experts."""
     planned = []
     for group in [batch] * (images // batch) + [images % batch]:
@@ -791,8 +792,8 @@ def _calls(request: ImageRequest, calls: Mapping[Stage, int], images: int, batch
     return planned
 
 
-def _kind(request: ImageRequest, stage: Stage) -> Kind:
-    return Kind(stage, request.width, request.height, _rows(request) if stage in _EXPERTS else 1)
+def _kind(request: ImageRequest, stage: Stage) -> CallKind:
+    return CallKind(stage, request.width, request.height, _rows(request) if stage in _EXPERTS else 1)
 
 
 def _rows(request: ImageRequest) -> int:

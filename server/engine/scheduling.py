@@ -1,61 +1,59 @@
-"""Who runs next: the scheduling core. Jobs in, "whose call comes next" out; no threads, no torch, no clock of its own.
+"""The scheduling core: which task's call runs next, and when each task will end. No threads, no torch, no clock.
 
-Short jobs first, yet nobody waits for ever. A job's rank is its time of arrival plus a handicap that grows with the
-work it has left, `patience * ln(1 + remaining / grain)`; the least rank runs. So it goes before a job that needs ten
-times as long and came up to 2.3 patiences earlier, but not before one that came earlier than that. No handicap would be
-first come, first served, a boundless one shortest remaining time first (Schrage, 1968). The logarithm is what hurts
-the longest jobs least (Yu and Scully, "Strongly Tail-Optimal Scheduling in the Light-Tailed M/G/1", 2024). Patience is
-a multiple of what jobs would take first come, first served, and so follows the load and the speed of the device.
+Short jobs first, with bounded waiting. The rank of a job is its time of admission plus a handicap that grows with its
+remaining work, `patience * ln(1 + remaining / grain)`. The job with the lowest rank runs. A job therefore runs before
+one that needs ten times as long and was admitted up to 2.3 patiences earlier, but not before one admitted even earlier.
+Without a handicap the order is first come, first served; with an unbounded one it is shortest remaining processing time
+(Schrage, 1968). The logarithm slows the longest jobs least (Yu and Scully, "Strongly Tail-Optimal Scheduling in the
+Light-Tailed M/G/1", 2024). Patience is a multiple of the latency under first come, first served, and so follows the
+load and the speed of the device.
 
-The bound. A job's handicap is never more than at its admission, and nothing that comes more than that many seconds
-later goes before it, except by right of a deadline. So it ends no later than if it had come so much later and all were
-served first come, first served.
+The bound. The handicap of a job never exceeds its value at admission. No job that is admitted later than that many
+seconds after it runs before it, except to meet a deadline. The job ends no later than if it had arrived that much later
+and all jobs were served first come, first served.
 
-Callers take turns. When a job leaves and its caller still has 16 or more, all that are left rank between callers as if
-they came only now: the start tags of start-time fair queueing (Goyal, Vin and Cheng, 1996), for those alone who fill
-the queue. A thousand jobs of one caller do not hold up the one of another. For the caller who sent them, the bound then
-holds among its own jobs, and against others for the next of them, from the time at which the last one left.
+Fairness between callers. When a job leaves and its caller has 16 or more jobs left, all of these rank against other
+callers as if they had been admitted then: the start tags of start-time fair queueing (Goyal, Vin and Cheng, 1996), for
+callers with long queues only. A thousand jobs of one caller do not delay the single job of another. For a caller with
+a long queue the bound holds between its own jobs; against other callers it holds for its next job, from the time that
+its last one left.
 
-Deadlines come first, but no sooner than they must. A job with a deadline runs by its rank as all others do, until one
-call of another would make some deadline late; then the earliest deadline first, which meets them all if any order does
-(Liu and Layland, 1973). If they cannot all be met, the longest job of those concerned loses its claim, until the others
-can (Moore, 1968); it stays, as a job without a deadline. How much longer than expected work is taken to need follows
-how far calls lately were from what was expected of them.
+Deadlines. A job with a deadline runs by its rank like all others, until one call of another job would make some
+deadline late. Then the earliest deadline runs first, which meets all deadlines if any order does (Liu and Layland,
+1973). If not all can be met, the longest of the jobs concerned loses its deadline, until the others can be met (Moore,
+1968); it stays admitted as a job without a deadline. The safety margin follows the recent deviation of calls from their
+expected times.
 """
 
 import enum
 import heapq
 import itertools
 import math
-from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-
 from server.domain import Stage
-from server.engine.call_times import CallTimes, Kind
+from server.engine.arrivals import Arrivals, handicap
+from server.engine.call_times import CallKind, CallTimes
+from server.engine.deadlines import DeadlineSet
+from server.engine.task import ImageTask
 
-_PATIENCE = 1.25  # times the average time that a job would take first come, first served
-_MANY = 16  # jobs of one caller: with so many left, the next counts as come when the one before has left
-_GRAIN = 1 / 50  # of an average job: below it, being shorter counts for little
-_MEMORY = 3000  # jobs, over which averages are taken
-_NOTABLE = 0.1  # a change by more than this share makes all be ranked anew
-_PRIORITY = 4.0  # a step of priority counts as being so many times shorter
-# The time that a deadline's work is taken to need, for one that is expected: so much and, for each unit by which calls
-# lately deviated from what was expected, so much more. Simulated, that meets nearly all that can be met.
-_SAFETY_FACTOR, _SAFETY_PER_DEVIATION = 1.02, 1.3
-_NOTABLE_FACTOR = 0.01  # a change of safety_factor that is worth to reckon anew
-_LOOK = 32  # jobs, in order, that are looked at for one that can share a call
-_FEW = 20  # arrivals: fewer say nothing of those to come
-_RECENT = 300  # arrivals from which those to come are foretold
+_PATIENCE = 1.25  # times the average latency of jobs under first come, first served
+_LONG_QUEUE = 16  # jobs of one caller; with so many left, the others rank as admitted when the last one left
+_GRAIN = 1 / 50  # of the average job; differences in length below it count little
+_AVERAGED_JOBS = 3000
+_NOTABLE_CHANGE = 0.1  # a relative change of patience above this ranks all tasks again
+_PRIORITY_FACTOR = 4.0  # a job of the next higher priority counts as shorter by this factor
+_MAX_LOOKED_AT = 32  # tasks, by rank, that are considered for one batch
 
 
 class Order(enum.StrEnum):
-    """FIRST_COME runs every job to its end, in the order of arrival, whatever its size, deadline or caller."""
+    """The scheduling policy.
+
+    FIRST_COME runs every job to its end, in the order of arrival, whatever its size, deadline or caller.
+    """
 
     SHORTEST = "shortest"
     FIRST_COME = "first-come"
@@ -63,57 +61,19 @@ class Order(enum.StrEnum):
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """What may be admitted at once: jobs, of all callers and of each, pixels of all their images, bytes of memory."""
+    """Limits on the admitted jobs: their number, in total and per caller, pixels of all images, bytes of memory."""
 
     jobs: int
-    jobs_of_caller: float = math.inf
+    jobs_per_caller: float = math.inf
     pixels: float = math.inf
     bytes: float = math.inf
 
 
-@dataclass(eq=False)
-class ImageTask:
-    """What the order needs to know of a job. All times are seconds, on the clock of whoever calls the schedule.
-
-    `calls` are those still to be made, in order, as runs of one kind: [(encode, 1), (base, 32), (refiner, 8), ...].
-    `priority` is 0 for most jobs, negative for those that can wait. `jobs_of_caller` stands, if given, in place of that
-    of the limits. The schedule fills in the rest: `remaining` is device time expected, `used` device time spent, and
-    `handicap` the time by which the rank is behind the arrival.
-    """
-
-    caller: str
-    calls: list[tuple[Kind, int]]
-    deadline: float = math.inf
-    priority: int = 0
-    pixels: int = 0
-    bytes: int = 0
-    jobs_of_caller: float | None = None
-    admitted: float = 0.0
-    remaining: float = 0.0
-    used: float = 0.0
-    handicap: float = 0.0
-    _number: int = field(default=0, repr=False)
-    _ceiling: float = field(default=math.inf, repr=False)
-    _free_handicap: float = field(default=0.0, repr=False)
-    _held: bool = field(default=False, repr=False)
-    _ahead: bool = field(default=False, repr=False)
-    _put_off: int = field(default=0, repr=False)  # calls made in its stead since its calls are of this kind
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of the next call."""
-        return self.calls[0][0]
-
-    def follows_with(self, kind: Kind) -> bool:
-        """Whether the call after the next is of this kind, and the next is not."""
-        return len(self.calls) > 1 and self.calls[0][1] == 1 and self.calls[1][0] == kind != self.kind
-
-
 class Reason(enum.StrEnum):
-    """Why a task is refused: which limit it exceeds, or whose deadline would be missed."""
+    """Why a task is refused: the limit that it exceeds, or the deadlines that would be missed."""
 
     JOBS = "jobs"
-    JOBS_OF_CALLER = "jobs of one caller"
+    JOBS_PER_CALLER = "jobs per caller"
     PIXELS = "pixels"
     BYTES = "bytes"
     DEADLINE = "its own deadline"
@@ -122,11 +82,10 @@ class Reason(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A task that should not be admitted now.
+    """Why and until when a task should not be admitted.
 
-    `finish` is the soonest that it could end, in seconds from now. After `retry_after` seconds there should be room for
-    it; infinite if never, because it is too large in itself. `late` are the admitted tasks that would miss their
-    deadlines for it.
+    `finish` is the earliest end of the task, in seconds from now. After `retry_after` seconds there should be room for
+    it; infinity means that it is too large in itself. `late` are the admitted tasks that it would make late.
     """
 
     reason: Reason
@@ -136,7 +95,7 @@ class Refusal:
 
 
 class Forecast(NamedTuple):
-    """`position` tasks go before this one, whose last call ends in `eta` seconds."""
+    """The predicted end of a task: `position` tasks go first, and its last call ends in `eta` seconds."""
 
     task: ImageTask
     position: int
@@ -148,7 +107,7 @@ class Schedule:
 
     A task is added once and removed once, whatever its end. In between, `choose` returns the tasks whose call is next,
     and `record_call` takes the call that was made. Each costs O(log n) for n tasks, amortised; tasks with deadlines add
-    O(n) of numpy, 3 ns each.
+    O(n) in numpy, 3 ns each.
     """
 
     def __init__(self, limits: QueueLimits, times: CallTimes, order: Order = Order.SHORTEST) -> None:
@@ -156,18 +115,18 @@ class Schedule:
         self.pixels = 0
         self.bytes = 0
         self._times = times
-        self._version = times.version
+        self._times_version = times.version
         self._first_come = order is Order.FIRST_COME
-        self._tasks: dict[ImageTask, _Caller] = {}
-        self._callers: dict[str, _Caller] = {}
-        self._turns: _Queue[_Caller] = _Queue()
+        self._tasks: dict[ImageTask, _CallerQueue] = {}
+        self._callers: dict[str, _CallerQueue] = {}
+        self._by_rank: _RankedQueue[_CallerQueue] = _RankedQueue()
         self._deadlines = DeadlineSet()
-        self._arrivals = _Arrivals()
+        self._arrivals = Arrivals()
         self._numbers = itertools.count()
         self._work = 0.0
-        self._counted = 0
-        self._mean_size = _Mean()
-        self._mean_latency = _Mean()
+        self._counted_jobs = 0
+        self._mean_size = _RunningMean()
+        self._mean_latency = _RunningMean()
         self._patience = 0.0
         self._grain = 1.0
 
@@ -182,16 +141,16 @@ class Schedule:
         """Device seconds that all admitted tasks still need."""
         return self._work
 
-    # In and out.
+    # Admission.
 
-    def jobs_of_caller(self, task: ImageTask) -> float:
-        """How many jobs the task's caller may have admitted at once."""
-        return self.limits.jobs_of_caller if task.jobs_of_caller is None else task.jobs_of_caller
+    def jobs_per_caller(self, task: ImageTask) -> float:
+        """Return how many jobs the task's caller may have admitted at once."""
+        return self.limits.jobs_per_caller if task.jobs_per_caller is None else task.jobs_per_caller
 
     def refusal(self, task: ImageTask, now: float) -> Refusal | None:
-        """Why the task should not be added now, if there is a reason. Changes nothing."""
-        self._follow_times()
-        size = self._seconds(task)
+        """Return why the task should not be added now, if there is a reason. Changes nothing."""
+        self._adopt_call_times()
+        size = self._expected_seconds(task)
         late: tuple[ImageTask, ...] = ()
         if self._first_come:
             finish = self._work + size
@@ -200,13 +159,13 @@ class Schedule:
             finish = ahead + size
         caller = self._callers.get(task.caller)
         for reason, taken, limit in (
-            (Reason.JOBS_OF_CALLER, (caller.tasks if caller else 0) + 1, self.jobs_of_caller(task)),
+            (Reason.JOBS_PER_CALLER, (caller.jobs if caller else 0) + 1, self.jobs_per_caller(task)),
             (Reason.JOBS, len(self) + 1, self.limits.jobs),
             (Reason.PIXELS, self.pixels + task.pixels, self.limits.pixels),
             (Reason.BYTES, self.bytes + task.bytes, self.limits.bytes),
         ):
             if taken > limit:
-                return Refusal(reason, finish, self._until_free(reason, task.caller, taken - limit, now))
+                return Refusal(reason, finish, self._seconds_until_free(reason, task.caller, taken - limit, now))
         over = now + self._deadlines.safety_factor * finish - task.deadline
         if over > 0:
             alone = now + self._deadlines.safety_factor * size > task.deadline
@@ -214,18 +173,18 @@ class Schedule:
         return Refusal(Reason.OTHERS, finish, size, late) if late else None
 
     def add(self, task: ImageTask, now: float) -> None:
-        """Admit a task, whatever `refusal` says of it."""
-        self._follow_times()
-        caller = self._callers.setdefault(task.caller, _Caller(turn=now))
-        caller.tasks += 1
+        """Admit a task, even one that `refusal` advises against."""
+        self._adopt_call_times()
+        caller = self._callers.setdefault(task.caller, _CallerQueue(turn=now))
+        caller.jobs += 1
         self._tasks[task] = caller
         task.admitted = now
-        task._number = next(self._numbers)
-        self._expect(task)
-        self._counted += caller.tasks <= _MANY
-        self._follow_load(task)
-        self._rank(task)
-        task._ceiling = task.handicap
+        task.number = next(self._numbers)
+        self._update_remaining(task)
+        self._counted_jobs += caller.jobs <= _LONG_QUEUE
+        self._adapt_patience(task)
+        self._update_rank(task)
+        task.max_handicap = task.handicap
         self.pixels += task.pixels
         self.bytes += task.bytes
         if task.deadline < math.inf and not self._first_come:
@@ -233,170 +192,149 @@ class Schedule:
         self._arrivals.add(now, task.remaining, _length(task))
 
     def remove(self, task: ImageTask, now: float) -> None:
-        """The task has ended: finished, failed, expired or cancelled. Raises KeyError if it is not here."""
+        """Remove a task that has ended, whatever its end. Raises KeyError if it is not in the schedule."""
         caller = self._tasks.pop(task)
-        caller.queue.drop(task)
-        self._deadlines.drop(task)
+        caller.queue.discard(task)
+        self._deadlines.discard(task)
         self._work = self._work - task.remaining if self._tasks else 0.0
         self.pixels -= task.pixels
         self.bytes -= task.bytes
-        self._counted -= caller.tasks <= _MANY
-        caller.tasks -= 1
-        if task.used > 0 and self._takes_turns(caller.tasks):
+        self._counted_jobs -= caller.jobs <= _LONG_QUEUE
+        caller.jobs -= 1
+        if task.used > 0 and self._takes_turns(caller.jobs):
             caller.turn = now
-        if caller.tasks == 0:
+        if caller.jobs == 0:
             del self._callers[task.caller]
-        self._place(caller)
+        self._update_caller_rank(caller)
 
-    # What runs.
+    # The next call.
 
-    def choose(self, now: float, most: int = 1, join: bool = True) -> list[ImageTask]:
-        """The tasks whose next call is to be made now, in one call together; none if there are none.
+    def choose(self, now: float, max_batch: int = 1, join: bool = True) -> list[ImageTask]:
+        """Return the tasks whose next call is to be made now, in one call together; an empty list if there are none.
 
-        The first is the one whose turn it is, up to `most` - 1 others of its kind follow in the order of the schedule,
-        as far as the longer call makes no deadline late. Calls that more share go before: whoever has finished its part
-        of one expert waits for others to come to the next. It is put off so for at most `most` - 1 calls for each that
-        it needs, the places in its own that would be empty, and never past a deadline. One that could follow after a
-        single call of another kind, as of the text encoders, gets that call first where they `join`, even if it came
-        last: that call has to be made at some time, and an empty place in all calls until then costs more.
+        The first task has the lowest rank. Up to `max_batch` - 1 others of its kind follow by rank, as far as the
+        longer call makes no deadline late. A call that more tasks share goes first: a task that has finished its part
+        of one expert waits for others to reach the next expert. A task is postponed for at most `max_batch` - 1 calls
+        for each of its own, as many as its own would have empty places, and never past a deadline. With `join`, a task
+        that reaches the batch's kind after one call of another kind, such as a prompt's encoding, gets that call first,
+        even if it was admitted last: the call is needed anyway, and an empty place in all calls until then costs more.
         """
-        first = self._first(now)
-        if first is None or most == 1 or not first.kind.shared:
+        first = self._next_task(now)
+        if first is None or max_batch == 1 or not first.kind.shared:
             return [first] if first else []
-        alike: dict[Kind, list[ImageTask]] = {first.kind: [first]}
-        looked: list[ImageTask] = []
+        same_kind: dict[CallKind, list[ImageTask]] = {first.kind: [first]}
+        considered: list[ImageTask] = []
         with closing(self._in_order()) as tasks:
             for task in tasks:
-                looked.append(task)
+                considered.append(task)
                 if task is not first:
-                    alike.setdefault(task.kind, []).append(task)
-                if len(alike[first.kind]) == most:
+                    same_kind.setdefault(task.kind, []).append(task)
+                if len(same_kind[first.kind]) == max_batch:
                     break
 
-        batch = self._in_time(alike[first.kind][:most], now)
-        if not self._first_come and first._put_off < (most - 1) * first.calls[0][1]:
-            fullest = max((each[:most] for kind, each in alike.items() if kind.shared), key=len)
+        batch = self._within_deadlines(same_kind[first.kind][:max_batch], now)
+        if not self._first_come and first.postponements < (max_batch - 1) * first.calls[0][1]:
+            fullest = max((each[:max_batch] for kind, each in same_kind.items() if kind.shared), key=len)
             if len(fullest) > len(batch) and not self._deadlines.most_urgent(
                 now, self._times.expect(fullest[0].kind, len(fullest))
             ):
-                first._put_off += 1
+                first.postponements += 1
                 batch = fullest
-        if join and len(batch) < most and not self._first_come:
-            for task in looked:
+        if join and len(batch) < max_batch and not self._first_come:
+            for task in considered:
                 if task.follows_with(batch[0].kind):
                     longer = self._times.expect(task.kind) + self._times.expect(batch[0].kind, len(batch) + 1)
                     return batch if self._deadlines.most_urgent(now, longer) else [task]
         return batch
 
-    def _in_time(self, batch: list[ImageTask], now: float) -> list[ImageTask]:
-        """As many of these as can share a call without making a deadline late, at least the first."""
-        while len(batch) > 1 and self._deadlines.most_urgent(now, self._times.expect(batch[0].kind, len(batch))):
-            batch = batch[:-1]
-        return batch
-
     def choose_ahead(self, stage: Stage) -> list[ImageTask]:
-        """The first task in order whose next call is of this stage, though it is not its turn; none if that is far."""
+        """Return the first task by rank whose next call is of this stage, or an empty list if it ranks too low."""
         with closing(self._in_order()) as tasks:
             return next(([task] for task in tasks if task.kind.stage is stage), [])
 
-    def _in_order(self) -> Generator[ImageTask]:
-        """The first tasks that can run. Each is taken out for the next to come to light, until this is closed."""
-        looked: list[ImageTask] = []
-        try:
-            while len(looked) < _LOOK and (caller := self._turns.first()):
-                task = caller.queue.first()
-                assert task is not None
-                looked.append(task)
-                yield task
-                caller.queue.drop(task)
-                self._place(caller)
-        finally:
-            for task in looked:
-                self._rank(task)
-
     def holds_until(self, now: float) -> float:
-        """Until when calls of the task chosen now may begin before the choice may change, if nothing comes or goes."""
-        first = self._first(now)
+        """Return until when calls of the chosen task may begin before the choice changes, if no task comes or goes."""
+        first = self._next_task(now)
         if first is None:
             return math.inf
         step = self._times.expect(first.kind)
         return now if self._deadlines.most_urgent(now, step) else self._deadlines.latest_start - step
 
     def record_call(self, tasks: Sequence[ImageTask], seconds: float, calls: int = 1) -> None:
-        """The next call of these tasks has been made, in one call together that took so many seconds of the device.
+        """Record the next call of these tasks, made in one call together that took `seconds` of the device.
 
-        `calls` counts such calls if more than one of the same kind was made in a row, `seconds` is their sum then. A
-        task that has been removed meanwhile is passed over.
+        `calls` is the number of such calls in a row, if more than one of the same kind was made; `seconds` is their
+        sum. Tasks that have been removed since are ignored.
         """
         self._times.record(tasks[0].kind, seconds / calls, len(tasks))
         for task in tasks:
             kind, count = task.calls[0]
             task.calls[:1] = [(kind, count - calls)] if count > calls else []
-            task._put_off *= count > calls
+            task.postponements *= count > calls
             task.used += seconds / len(tasks)
-            self._changed(task)
+            self._refresh(task)
 
-    def replan(self, task: ImageTask, calls: list[tuple[Kind, int]]) -> None:
-        """The calls that the task has still to make are others than was thought."""
+    def replan(self, task: ImageTask, calls: list[tuple[CallKind, int]]) -> None:
+        """Replace the calls that the task still needs."""
         task.calls = calls
-        self._changed(task)
+        self._refresh(task)
 
     def hold(self, task: ImageTask, ahead: bool = False) -> None:
-        """The task's next call is made beside those of others, or waits for that: it is not to be chosen.
+        """Do not choose the task until `resume`, because its next call is made elsewhere.
 
-        With `ahead` its turn has not come.
+        `ahead` means that its turn has not come yet.
         """
-        task._held, task._ahead = True, ahead
-        self._changed(task)
+        task.held, task.held_ahead = True, ahead
+        self._refresh(task)
 
     def resume(self, task: ImageTask) -> None:
-        """The task can be chosen again."""
-        task._held = task._ahead = False
-        self._changed(task)
+        """Let the task be chosen again."""
+        task.held = task.held_ahead = False
+        self._refresh(task)
 
-    # When it ends.
+    # Forecasts.
 
     def forecasts(self, now: float) -> Iterator[Forecast]:
-        """All tasks in the order in which they will end, by what is known now.
+        """Yield a forecast of all tasks, in the predicted order of their ends.
 
-        The order is played to its end, which costs O(n log n) for n tasks. Each time is then put off by the work that
-        will still come and go first, if as much of each handicap comes as did lately.
+        The order is simulated to its end, which costs O(n log n) for n tasks. Each end is then delayed by the work that
+        will arrive and go first, if arrivals continue at the recent rate.
         """
         for position, (task, wait) in enumerate(self._simulated_order(now)):
             yield Forecast(task, position, self._eta(task, wait, now))
 
     def forecast(self, task: ImageTask, now: float) -> Forecast:
-        """When one task will end. Cheap for one that runs. Raises KeyError if the task is not here."""
+        """Return the forecast of one task. Cheap for one that runs. Raises KeyError if it is not in the schedule."""
         if task not in self._tasks:
             raise KeyError(task)
-        if (task._held and not task._ahead) or task is self._first(now):
+        if (task.held and not task.held_ahead) or task is self._next_task(now):
             return Forecast(task, 0, self._eta(task, 0.0, now))
         return next(forecast for forecast in self.forecasts(now) if forecast.task is task)
 
     def _eta(self, task: ImageTask, wait: float, now: float) -> float:
-        """Seconds until the end of a task that would have `wait` seconds to wait if nothing came any more."""
-        if not task.calls:  # whatever comes, nothing can go before it any more
+        """Return the seconds until the end of a task that would wait `wait` seconds without further arrivals."""
+        if not task.calls:  # no arrival can go first any more
             return 0.0
         arrivals = self._arrivals.rates(now, self._patience, self._grain)
         rank = task.admitted + task.handicap
         start = arrivals.finish_with_arrivals(now, wait, rank)
-        # As it runs its handicap falls to nothing, by one patience on average.
+        # While it runs, its handicap falls to nothing, by one patience on average.
         end = arrivals.finish_with_arrivals(start, task.remaining, rank - self._patience)
-        if self._deadlines.holds(task):
+        if task in self._deadlines:
             end = min(end, max(now + wait + task.remaining, task.deadline))
         return end - now
 
     def _simulated_order(self, now: float) -> Iterator[tuple[ImageTask, float]]:
-        """Each task in order, with the seconds that it would wait if nothing came any more."""
-        own: dict[_Caller, list[tuple[float, int, ImageTask]]] = {}
+        """Yield each task in order, with the seconds that it would wait without further arrivals."""
+        own: dict[_CallerQueue, list[tuple[float, int, ImageTask]]] = {}
         for task, caller in self._tasks.items():
-            own.setdefault(caller, []).append((task.admitted + task.handicap, task._number, task))
-        turns: list[tuple[float, int, ImageTask, float, _Caller]] = []
+            own.setdefault(caller, []).append((task.admitted + task.handicap, task.number, task))
+        turns: list[tuple[float, int, ImageTask, float, _CallerQueue]] = []
 
-        def next_turn(caller: _Caller, turn: float) -> None:
+        def next_turn(caller: _CallerQueue, turn: float) -> None:
             if own[caller]:
                 _, number, task = own[caller].pop()
-                heapq.heappush(turns, (_turn_rank(task, turn), number, task, turn, caller))
+                heapq.heappush(turns, (_rank_between_callers(task, turn), number, task, turn, caller))
 
         for caller, tasks in own.items():
             tasks.sort(reverse=True)
@@ -409,90 +347,113 @@ class Schedule:
             if task not in done:
                 while (urgent := deadlines.most_urgent(end, task.remaining)) not in (None, task):
                     assert urgent is not None
-                    deadlines.drop(urgent)
+                    deadlines.discard(urgent)
                     done.add(urgent)
                     yield urgent, end - now
                     end += urgent.remaining
-                deadlines.drop(task)
+                deadlines.discard(task)
                 yield task, end - now
                 end += task.remaining
             next_turn(caller, end if self._takes_turns(len(own[caller])) else turn)
 
-    # Inside.
+    # Internals.
 
-    def _first(self, now: float) -> ImageTask | None:
-        self._follow_times()
-        if (caller := self._turns.first()) is None:
+    def _next_task(self, now: float) -> ImageTask | None:
+        """Return the task whose call is next: the most urgent one, or else the one with the lowest rank."""
+        self._adopt_call_times()
+        if (caller := self._by_rank.first()) is None:
             return None
         task = caller.queue.first()
         assert task is not None
         return self._deadlines.most_urgent(now, self._times.expect(task.kind)) or task
 
-    def _changed(self, task: ImageTask) -> None:
-        """Its calls have become others, or it can or cannot run."""
-        if task in self._tasks:
-            self._expect(task)
-            self._deadlines.update(task)
-            self._rank(task)
+    def _in_order(self) -> Generator[ImageTask]:
+        """Yield the first runnable tasks by rank. Each leaves its queue for the next one, until this is closed."""
+        taken: list[ImageTask] = []
+        try:
+            while len(taken) < _MAX_LOOKED_AT and (caller := self._by_rank.first()):
+                task = caller.queue.first()
+                assert task is not None
+                taken.append(task)
+                yield task
+                caller.queue.discard(task)
+                self._update_caller_rank(caller)
+        finally:
+            for task in taken:
+                self._update_rank(task)
 
-    def _expect(self, task: ImageTask) -> None:
+    def _within_deadlines(self, batch: list[ImageTask], now: float) -> list[ImageTask]:
+        """Return as many of these as can share a call without making a deadline late, at least the first."""
+        while len(batch) > 1 and self._deadlines.most_urgent(now, self._times.expect(batch[0].kind, len(batch))):
+            batch = batch[:-1]
+        return batch
+
+    def _refresh(self, task: ImageTask) -> None:
+        """Update all that follows from a task's calls and from whether it is held."""
+        if task in self._tasks:
+            self._update_remaining(task)
+            self._deadlines.update(task)
+            self._update_rank(task)
+
+    def _update_remaining(self, task: ImageTask) -> None:
         before = task.remaining
-        task.remaining = self._seconds(task)
+        task.remaining = self._expected_seconds(task)
         self._work = max(0.0, self._work + task.remaining - before)
 
-    def _seconds(self, task: ImageTask) -> float:
+    def _expected_seconds(self, task: ImageTask) -> float:
         return sum(count * self._times.expect(kind) for kind, count in task.calls)
 
-    def _rank(self, task: ImageTask) -> None:
-        """Put the task into its caller's order, and the caller into that of the callers."""
+    def _update_rank(self, task: ImageTask) -> None:
+        """Put the task in its place among its caller's, and the caller in its place among the callers."""
         caller = self._tasks[task]
-        if task._held or not task.calls:
-            caller.queue.drop(task)
+        if not task.runnable:
+            caller.queue.discard(task)
         else:
-            task._free_handicap = _handicap(_length(task), self._patience, self._grain)
-            task.handicap = min(task._free_handicap, task._ceiling)
-            caller.queue.put(task, task.admitted + task.handicap, task._number)
-        self._place(caller)
+            task.uncapped_handicap = handicap(_length(task), self._patience, self._grain)
+            task.handicap = min(task.uncapped_handicap, task.max_handicap)
+            caller.queue.put(task, task.admitted + task.handicap, task.number)
+        self._update_caller_rank(caller)
 
-    def _place(self, caller: "_Caller") -> None:
+    def _update_caller_rank(self, caller: "_CallerQueue") -> None:
         if (task := caller.queue.first()) is None:
-            self._turns.drop(caller)
+            self._by_rank.discard(caller)
         else:
-            self._turns.put(caller, _turn_rank(task, caller.turn), task._number)
+            self._by_rank.put(caller, _rank_between_callers(task, caller.turn), task.number)
 
-    def _takes_turns(self, tasks: int) -> bool:
-        """Whether a caller with so many tasks left has to wait for its turn after one has left."""
-        return tasks >= _MANY and not self._first_come
+    def _takes_turns(self, jobs: int) -> bool:
+        """Return whether a caller with so many jobs left has to wait for its turn after one has left."""
+        return jobs >= _LONG_QUEUE and not self._first_come
 
-    def _follow_times(self) -> None:
-        """Reckon anew when calls have turned out to cost notably more or less: rare, and O(n)."""
-        if self._version != self._times.version:
-            self._version = self._times.version
+    def _adopt_call_times(self) -> None:
+        """Update all tasks if the expected times of calls have changed notably: rare, and O(n)."""
+        if self._times_version != self._times.version:
+            self._times_version = self._times.version
             for task in self._tasks:
-                self._changed(task)
-        self._deadlines.set_safety_factor(_SAFETY_FACTOR + _SAFETY_PER_DEVIATION * self._times.deviation)
+                self._refresh(task)
+        self._deadlines.set_safety_factor(self._times.deviation)
 
-    def _follow_load(self, task: ImageTask) -> None:
-        """Let patience follow the load with each arrival; rank all anew when it has changed notably: rare, and O(n).
+    def _adapt_patience(self, task: ImageTask) -> None:
+        """Let patience follow the load with each arrival; rank all tasks again if it changes notably: rare, and O(n).
 
-        Of a caller with many jobs only so many are thought to be ahead, lest they alone make everybody patient.
+        Only the first jobs of a caller's long queue count as load, so that one caller does not change the patience
+        of all.
         """
         if self._first_come:
             return
-        latency = self._mean_latency.add(self._work * self._counted / len(self._tasks))
+        latency = self._mean_latency.add(self._work * self._counted_jobs / len(self._tasks))
         size = self._mean_size.add(task.remaining)
-        if abs(_PATIENCE * latency - self._patience) > _NOTABLE * self._patience:
+        if abs(_PATIENCE * latency - self._patience) > _NOTABLE_CHANGE * self._patience:
             self._patience = _PATIENCE * latency
             self._grain = max(_GRAIN * size, 1e-9)
             for each in self._tasks:
-                self._rank(each)
+                self._update_rank(each)
 
-    def _until_free(self, reason: Reason, caller: str, excess: float, now: float) -> float:
-        """Seconds until so many jobs, pixels or bytes are free."""
+    def _seconds_until_free(self, reason: Reason, caller: str, excess: float, now: float) -> float:
+        """Return the seconds until so many jobs, pixels or bytes are free; infinity if they never are."""
         for task, _, eta in self.forecasts(now):
             excess -= {
                 Reason.JOBS: 1,
-                Reason.JOBS_OF_CALLER: task.caller == caller,
+                Reason.JOBS_PER_CALLER: task.caller == caller,
                 Reason.PIXELS: task.pixels,
                 Reason.BYTES: task.bytes,
             }[reason]
@@ -502,33 +463,32 @@ class Schedule:
 
 
 def _length(task: ImageTask) -> float:
-    """What is left of the task in seconds, as its priority has it."""
-    return task.remaining * _PRIORITY**-task.priority
+    """Return the task's remaining seconds, scaled by its priority."""
+    return task.remaining * _PRIORITY_FACTOR**-task.priority
 
 
-def _handicap(length: float, patience: float, grain: float) -> float:
-    return patience * math.log1p(length / grain)
-
-
-def _turn_rank(task: ImageTask, turn: float) -> float:
-    """The rank of a task between callers. The bound on its handicap holds from its arrival, not from a later turn."""
-    return turn + task._free_handicap if turn > task.admitted else task.admitted + task.handicap
+def _rank_between_callers(task: ImageTask, turn: float) -> float:
+    """Return the rank against tasks of other callers. The cap on the handicap holds from admission, not from a turn."""
+    return turn + task.uncapped_handicap if turn > task.admitted else task.admitted + task.handicap
 
 
 @dataclass(eq=False)
-class _Caller:
-    """One who asks. Its jobs count as come at `turn` at the earliest; `queue` has those of its `tasks` that can run."""
+class _CallerQueue:
+    """The tasks of one caller. They rank as admitted at `turn` or later; `queue` has the runnable ones of `jobs`."""
 
     turn: float
-    tasks: int = 0
-    queue: "_Queue[ImageTask]" = field(default_factory=lambda: _Queue())
+    jobs: int = 0
+    queue: "_RankedQueue[ImageTask]" = field(default_factory=lambda: _RankedQueue())
 
 
 _Item = TypeVar("_Item", bound=Hashable)
 
 
-class _Queue(Generic[_Item]):
-    """Items by key, least first. A changed item leaves its old entry in the heap until it surfaces or most are old."""
+class _RankedQueue(Generic[_Item]):
+    """Items by rank, lowest first.
+
+    A changed item leaves its old entry in the heap until that reaches the top or most entries are old.
+    """
 
     __slots__ = ("_changes", "_heap", "_live")
 
@@ -537,185 +497,41 @@ class _Queue(Generic[_Item]):
         self._heap: list[tuple[float, int, int, _Item]] = []
         self._live: dict[_Item, tuple[float, int, int, _Item]] = {}
 
-    def put(self, item: _Item, key: float, number: int) -> None:
-        """Add an item, or give it another key. Equal keys go by number."""
+    def put(self, item: _Item, rank: float, number: int) -> None:
+        """Add an item, or change its rank. Items of equal rank go by number."""
         before = self._live.get(item)
         self._changes += 1
-        entry = self._live[item] = (key, number, self._changes, item)
+        entry = self._live[item] = (rank, number, self._changes, item)
         heap = self._heap
         if before is not None and heap[0] is before and entry[:2] <= before[:2]:
-            heap[0] = entry  # as at nearly every call: the task that runs was first already, and has less left
+            heap[0] = entry  # the common case: the running task is first, and its rank has decreased
             return
         heapq.heappush(heap, entry)
         if len(heap) > 2 * len(self._live) + 8:
             self._heap = list(self._live.values())
             heapq.heapify(self._heap)
 
-    def drop(self, item: _Item) -> None:
-        """Take an item out, if it is in."""
+    def discard(self, item: _Item) -> None:
+        """Remove an item, if it is in the queue."""
         self._live.pop(item, None)
 
     def first(self) -> _Item | None:
-        """The item with the least key."""
+        """Return the item with the lowest rank."""
         heap, live = self._heap, self._live
         while heap and live.get(heap[0][3]) is not heap[0]:
             heapq.heappop(heap)
         return heap[0][3] if heap else None
 
 
-class DeadlineSet:
-    """The tasks with deadlines that can still all be met, earliest first.
-
-    `latest_start` is when the first of them must run lest one be late, or an earlier time. It is reckoned exactly only
-    when it may have come, since running tasks can only put it off.
-    """
-
-    def __init__(self) -> None:
-        self._tasks: list[ImageTask] = []
-        self._keys: list[tuple[float, int]] = []
-        self._deadlines = np.empty(0)
-        self._remaining = np.empty(0)
-        self._exact = True
-        self.latest_start = math.inf
-        self.safety_factor = _SAFETY_FACTOR
-
-    def copy(self) -> "DeadlineSet":
-        other = DeadlineSet()
-        other._tasks, other._keys = self._tasks.copy(), self._keys.copy()
-        other._deadlines, other._remaining = self._deadlines.copy(), self._remaining.copy()
-        other._exact, other.latest_start, other.safety_factor = self._exact, self.latest_start, self.safety_factor
-        return other
-
-    def holds(self, task: ImageTask) -> bool:
-        return self._find(task) is not None
-
-    def add(self, task: ImageTask) -> None:
-        key = (task.deadline, task._number)
-        place = bisect_left(self._keys, key)
-        self._keys.insert(place, key)
-        self._tasks.insert(place, task)
-        self._deadlines = np.insert(self._deadlines, place, task.deadline)
-        self._remaining = np.insert(self._remaining, place, task.remaining)
-        self._exact, self.latest_start = False, -math.inf
-
-    def drop(self, task: ImageTask) -> None:
-        """The task has no claim (any more)."""
-        if (place := self._find(task)) is not None:
-            del self._keys[place], self._tasks[place]
-            self._deadlines = np.delete(self._deadlines, place)
-            self._remaining = np.delete(self._remaining, place)
-            self._exact = False
-            if not self._tasks:
-                self._exact, self.latest_start = True, math.inf
-
-    def update(self, task: ImageTask) -> None:
-        """Its remaining time has changed."""
-        if (place := self._find(task)) is not None:
-            if task.remaining > self._remaining[place]:
-                self.latest_start = -math.inf
-            self._remaining[place] = task.remaining
-            self._exact = False
-
-    def set_safety_factor(self, safety_factor: float) -> None:
-        """From now on take the work to need so many times what is expected; small changes wait for larger ones."""
-        if abs(safety_factor - self.safety_factor) > _NOTABLE_FACTOR:
-            self.safety_factor = safety_factor
-            if self._tasks:
-                self._exact, self.latest_start = False, -math.inf
-
-    def most_urgent(self, now: float, step: float) -> ImageTask | None:
-        """The task with the earliest deadline, if another's call of `step` seconds would make any late.
-
-        Tasks lose their deadlines here if not all can be met.
-        """
-        while now + step > self.latest_start:
-            needed = self._remaining.cumsum()
-            if not self._exact:
-                self._exact, self.latest_start = True, float((self._deadlines - self.safety_factor * needed).min())
-                if now + step <= self.latest_start:
-                    break
-            late = self._deadlines < now + needed
-            if not late.any():
-                return next((task for task in self._tasks if task.calls and not task._held), None)
-            self.drop(self._tasks[int(self._remaining[: int(late.argmax()) + 1].argmax())])
-        return None
-
-    def impact(self, deadline: float, seconds: float, now: float) -> tuple[float, tuple[ImageTask, ...]]:
-        """Seconds of work with earlier deadlines, and the tasks with later ones that so much more would make late."""
-        place = bisect_right(self._keys, (deadline, math.inf))
-        needed = now + np.cumsum(self._remaining)
-        ahead = float(needed[place - 1]) - now if place else 0.0
-        slack = self._deadlines[place:] - needed[place:]
-        late = np.flatnonzero((slack >= 0) & (slack < seconds))
-        return ahead, tuple(self._tasks[place + int(each)] for each in late)
-
-    def _find(self, task: ImageTask) -> int | None:
-        place = bisect_left(self._keys, (task.deadline, task._number))
-        return place if place < len(self._tasks) and self._tasks[place] is task else None
-
-
-class _Arrivals:
-    """What came lately: how much work, of which lengths."""
-
-    def __init__(self) -> None:
-        self._recent: deque[tuple[float, float, float]] = deque(maxlen=_RECENT)
-        self._fresh = 0
-        self._ranked = (0.0, 1.0)
-        self._rates = _Rates([], 1.0)
-
-    def add(self, now: float, seconds: float, length: float) -> None:
-        self._recent.append((now, seconds, length))
-        self._fresh += 1
-
-    def rates(self, now: float, patience: float, grain: float) -> "_Rates":
-        """With the handicaps that the like of what came would get now, not those of a time with another load."""
-        stale = self._fresh >= len(self._recent) // 50 or self._ranked != (patience, grain)
-        if len(self._recent) >= _FEW and stale and now > self._recent[0][0]:
-            self._fresh, self._ranked = 0, (patience, grain)
-            came = sorted((_handicap(length, patience, grain), seconds) for _, seconds, length in self._recent)
-            self._rates = _Rates(came, now - self._recent[0][0])
-        return self._rates
-
-
-class _Rates:
-    """The work that arrives each second, by handicap, from the (handicap, size) of all that arrived in a time span."""
-
-    def __init__(self, arrivals: list[tuple[float, float]], span: float) -> None:
-        self._handicaps = [handicap for handicap, _ in arrivals]
-        self._rate = [0.0, *itertools.accumulate(size / span for _, size in arrivals)]
-        self._moment = [0.0, *itertools.accumulate(size / span * handicap for handicap, size in arrivals)]
-
-    def finish_with_arrivals(self, begin: float, seconds: float, rank: float) -> float:
-        """When something ends that would take so many seconds from `begin` if nothing came any more.
-
-        What comes at t with a handicap h goes first while t + h < rank, until the end. The end solves
-        end = begin + seconds + (work that came until then), a concave function of it: Newton's method from above.
-        """
-        if rank <= begin:
-            return begin + seconds
-        room = rank - begin
-        before_rank = bisect_left(self._handicaps, room)
-        longest = seconds + self._rate[before_rank] * room - self._moment[before_rank]
-        for _ in range(20):
-            flowing = bisect_left(self._handicaps, room - longest)  # those that still come at the end
-            rate = self._rate[flowing]
-            if rate >= 1:
-                break
-            ebbed = (self._rate[before_rank] - rate) * room - (self._moment[before_rank] - self._moment[flowing])
-            previous, longest = longest, (seconds + ebbed) / (1 - rate)
-            if previous - longest <= 1e-3 * previous:
-                break
-        return begin + longest
-
-
-class _Mean:
-    """The mean of the last values, each of which counts the less the longer ago."""
+class _RunningMean:
+    """The mean of recent values; older values count less."""
 
     def __init__(self) -> None:
         self._count = 0
         self._value = 0.0
 
     def add(self, value: float) -> float:
-        self._count = min(self._count + 1, _MEMORY)
+        """Add a value and return the mean."""
+        self._count = min(self._count + 1, _AVERAGED_JOBS)
         self._value += (value - self._value) / self._count
         return self._value

@@ -31,7 +31,7 @@ from server.engine.events import (
     Queued,
 )
 from server.engine.interface import Submission
-from server.engine.scheduling import ImageTask
+from server.engine.task import ImageTask
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}

@@ -195,7 +195,7 @@ def test_the_service_is_headless_so_that_clients_see_every_replica(resources: li
 @pytest.fixture(scope="module")
 def metrics() -> Iterator[dict[str, set[tuple[str, str]]]]:
     """The names of what the server tells on its metrics port, each with its labels."""
-    engine = Engine(QueueLimits(jobs=1, jobs_of_caller=1, pixels=1, bytes=1))
+    engine = Engine(QueueLimits(jobs=1, jobs_per_caller=1, pixels=1, bytes=1))
     registry: CollectorRegistry = Metrics(1).registry
     registry.register(LiveCollector(engine, lambda: (0, 0, 0)))
     yield {

@@ -3,12 +3,12 @@
 import pytest
 
 from server.domain import Stage
-from server.engine.call_times import CallTimes, Kind
+from server.engine.call_times import CallKind, CallTimes
 
-BASE = Kind(Stage.BASE, 1024, 1024, 2)
+BASE = CallKind(Stage.BASE, 1024, 1024, 2)
 
 
-def measured(*seconds: float, kind: Kind = BASE, jobs: int = 1) -> CallTimes:
+def measured(*seconds: float, kind: CallKind = BASE, jobs: int = 1) -> CallTimes:
     times = CallTimes()
     for each in seconds:
         times.record(kind, each, jobs)
@@ -45,7 +45,7 @@ def test_a_lasting_change_counts():
         (BASE._replace(stage=Stage.REFINER), 1, 0.5),
     ],
 )
-def test_what_was_never_measured_is_scaled_from_the_nearest(kind: Kind, jobs: int, seconds: float):
+def test_what_was_never_measured_is_scaled_from_the_nearest(kind: CallKind, jobs: int, seconds: float):
     assert measured(0.5).expect(kind, jobs) == pytest.approx(seconds)
 
 

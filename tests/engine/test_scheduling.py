@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.domain import Stage
-from server.engine.call_times import CallTimes, Kind
-from server.engine.scheduling import ImageTask, Order, QueueLimits, Reason, Schedule
+from server.engine.call_times import CallKind, CallTimes
+from server.engine.scheduling import Order, QueueLimits, Reason, Schedule
+from server.engine.task import ImageTask
 
-STEP = Kind(Stage.BASE, 1024, 1024)  # takes a second
-SMALL = Kind(Stage.BASE, 512, 512)  # takes a quarter
+STEP = CallKind(Stage.BASE, 1024, 1024)  # takes a second
+SMALL = CallKind(Stage.BASE, 512, 512)  # takes a quarter
 ROOM = QueueLimits(jobs=10_000)
 
 
@@ -154,7 +155,7 @@ def test_a_job_is_held_while_it_waits_for_something_else():
 
 def test_what_may_be_made_ahead_is_the_first_in_order_and_changes_no_order():
     schedule = schedule_of()
-    prompt = Kind(Stage.ENCODE, 1024, 1024)
+    prompt = CallKind(Stage.ENCODE, 1024, 1024)
     running, first, second = added(schedule, steps(2), *(ImageTask("b", [(prompt, 1), (STEP, n)]) for n in (5, 9)))
     assert schedule.choose_ahead(Stage.ENCODE) == [first]
     schedule.hold(first, ahead=True)
@@ -325,7 +326,7 @@ def test_a_job_is_refused_that_would_make_admitted_ones_late():
 def test_a_batch_makes_no_deadline_late():
     schedule = schedule_of()
     tight, *_ = added(schedule, steps(10, deadline=10.8), steps(10), steps(10))
-    assert schedule.choose(0.0, most=3) == [tight]
+    assert schedule.choose(0.0, max_batch=3) == [tight]
 
 
 # Batches, limits, forecasts.
@@ -335,16 +336,16 @@ def test_a_batch_takes_jobs_of_the_same_kind_in_order():
     schedule = schedule_of()
     first, third, second = added(schedule, steps(3), steps(8), steps(5))
     added(schedule, ImageTask("", [(SMALL, 4), (STEP, 3)]))
-    assert schedule.choose(0.0, most=2) == [first, second]
-    assert schedule.choose(0.0, most=8) == [first, second, third]
+    assert schedule.choose(0.0, max_batch=2) == [first, second]
+    assert schedule.choose(0.0, max_batch=8) == [first, second, third]
 
 
 def test_a_job_joins_others_when_its_next_call_is_of_their_kind():
     schedule = schedule_of()
     mixed, plain = added(schedule, ImageTask("", [(SMALL, 1), (STEP, 3)]), steps(9))
-    assert schedule.choose(0.0, most=2) == [mixed]
+    assert schedule.choose(0.0, max_batch=2) == [mixed]
     schedule.record_call([mixed], 0.25)
-    assert schedule.choose(0.25, most=2) == [mixed, plain]
+    assert schedule.choose(0.25, max_batch=2) == [mixed, plain]
 
 
 def put_off(schedule, most, **size):
@@ -373,18 +374,18 @@ def test_nobody_is_put_off_past_a_deadline():
 def test_who_came_last_joins_too_unless_its_next_call_is_made_elsewhere():
     schedule = schedule_of()
     (plain,) = added(schedule, steps(9))
-    schedule.record_call(schedule.choose(0.0, most=2), 1.0)
+    schedule.record_call(schedule.choose(0.0, max_batch=2), 1.0)
     late = ImageTask("", [(SMALL, 1), (STEP, 9)])
     schedule.add(late, 1.0)
     assert schedule.choose(1.0) == [plain]
-    assert schedule.choose(1.0, most=2, join=False) == [plain]
-    assert schedule.choose(1.0, most=2) == [late]
+    assert schedule.choose(1.0, max_batch=2, join=False) == [plain]
+    assert schedule.choose(1.0, max_batch=2) == [late]
 
 
 def test_a_batched_call_is_made_for_each_and_its_time_shared():
     schedule = schedule_of()
     tasks = added(schedule, steps(3), steps(5))
-    schedule.record_call(schedule.choose(0.0, most=2), 1.5)
+    schedule.record_call(schedule.choose(0.0, max_batch=2), 1.5)
     assert [task.calls for task in tasks] == [[(STEP, 2)], [(STEP, 4)]]
     assert [task.used for task in tasks] == [0.75, 0.75]
 
@@ -393,7 +394,7 @@ def test_a_batched_call_is_made_for_each_and_its_time_shared():
     ("limits", "reason"),
     [
         (QueueLimits(jobs=2), Reason.JOBS),
-        (QueueLimits(jobs=9, jobs_of_caller=2), Reason.JOBS_OF_CALLER),
+        (QueueLimits(jobs=9, jobs_per_caller=2), Reason.JOBS_PER_CALLER),
         (QueueLimits(jobs=9, pixels=29), Reason.PIXELS),
         (QueueLimits(jobs=9, bytes=299), Reason.BYTES),
     ],
@@ -410,7 +411,7 @@ def test_what_does_not_fit_is_refused_until_something_has_left(limits: QueueLimi
 
 
 def test_one_caller_at_its_limit_leaves_room_for_others():
-    schedule = schedule_of(limits=QueueLimits(jobs=9, jobs_of_caller=1))
+    schedule = schedule_of(limits=QueueLimits(jobs=9, jobs_per_caller=1))
     added(schedule, steps(4, "many"))
     assert schedule.refusal(steps(4, "many"), 0.0) is not None
     assert schedule.refusal(steps(4, "other"), 0.0) is None

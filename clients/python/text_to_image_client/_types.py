@@ -245,8 +245,8 @@ class Environment:
     max_batch: int
     """The largest number of images in a U-Net call, which determines the shape of the call."""
     compiled: str
-    """How the networks are compiled, and for which image sizes: "off", or "blocks for 1024x1024". A service that
-    compiles while it serves changes it once."""
+    """How the networks run, and for which image sizes: "off", "blocks for 1024x1024" or "blocks for all sizes". A
+    service that compiles while it serves changes it once."""
     reference: str
     """SHA-256 in hex of the pixels of a reference image. The server draws it before it serves, and again after it
     compiled. So it also shows differences that the other fields do not list."""

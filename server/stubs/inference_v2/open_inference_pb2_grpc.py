@@ -70,43 +70,43 @@ class GRPCInferenceServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ServerLive(self, request, context):
-        """Whether the process answers. Needs no token.
+        """Returns true as long as the process runs. Needs no token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ServerReady(self, request, context):
-        """Whether images would be made: not while the model is loading nor while the server drains. Needs no token.
+        """Returns whether requests are accepted: not while the model is loading or the server drains. Needs no token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelReady(self, request, context):
-        """The same, of the model by its name.
+        """Returns the same as ServerReady, for the model of the given name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ServerMetadata(self, request, context):
-        """What this server is.
+        """Returns the name, version and extensions of the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelMetadata(self, request, context):
-        """The tensors that ModelInfer takes and gives. NOT_FOUND for a model that is not served.
+        """Returns the input and output tensors of ModelInfer. NOT_FOUND for a model that is not served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelInfer(self, request, context):
-        """Images for one prompt or several. Errors are those of text_to_image.v1's Generate, and NOT_FOUND for a model that is
-        not served; google.rpc.BadRequest names bad tensors and parameters.
+        """Draws images for one prompt or several. Errors are those of text_to_image.v1's Generate, and NOT_FOUND for a model
+        that is not served. google.rpc.BadRequest names bad tensors and parameters.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,29 +60,29 @@ class ModelPublicServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Liveness(self, request, context):
-        """SERVING as long as the process answers.
+        """Returns SERVING as long as the process runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Readiness(self, request, context):
-        """NOT_SERVING while the model loads and while the service drains.
+        """Returns NOT_SERVING while the model is loading or the server drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TriggerNamespaceModel(self, request, context):
-        """Images for one task input or several. Errors are those of text_to_image.v1's Generate, and NOT_FOUND for a model
-        that is not the one served here; google.rpc.BadRequest names bad fields, "task_inputs[0].data.prompt".
+        """Draws images for one task input or several. Errors are those of text_to_image.v1's Generate, and NOT_FOUND for a
+        model that is not served. google.rpc.BadRequest names bad fields: "task_inputs[0].data.prompt".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TriggerNamespaceLatestModel(self, request, context):
-        """The same.
+        """Does the same as TriggerNamespaceModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,8 +45,8 @@ class UserDefinedServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def __call__(self, request, context):
-        """Images for one task input or several. Ray calls the method of a deployment by its Python name. Errors are those of
-        text_to_image.v1's Generate; google.rpc.BadRequest names bad fields, "task_inputs[0].data.prompt".
+        """Draws images for one task input or several. The name is the Python method of a Ray Serve deployment. Errors are
+        those of text_to_image.v1's Generate. google.rpc.BadRequest names bad fields: "task_inputs[0].data.prompt".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -3,9 +3,9 @@
 isort:skip_file
 Text to image with the Stable Diffusion XL ensemble of experts.
 
-`data` and `parameter` of a request, and `data` of an answer, are Instill AI's TASK_TEXT_TO_IMAGE to the letter,
-kebab-case JSON names included. Everything else in a request is optional; `GetModel` tells the defaults and limits
-that hold for the model being served.
+`data` and `parameter` of a request, and `data` of an answer, are Instill AI's TASK_TEXT_TO_IMAGE, with its
+kebab-case JSON names. All other fields of a request are optional. `GetModel` returns the defaults and limits of the
+served model.
 """
 
 import builtins
@@ -32,46 +32,44 @@ class _OnDisconnect:
 class _OnDisconnectEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OnDisconnect.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     ON_DISCONNECT_UNSPECIFIED: _OnDisconnect.ValueType  # 0
-    """CANCEL."""
+    """Same as ON_DISCONNECT_CANCEL."""
     ON_DISCONNECT_CANCEL: _OnDisconnect.ValueType  # 1
-    """The job ends, and the device is free within one step."""
+    """End the job; the device is free within one step."""
     ON_DISCONNECT_DETACH: _OnDisconnect.ValueType  # 2
-    """The job goes on to its end, and is kept for some time after it, finished or failed: whoever knows the `request_id`,
-    which is required, can `Attach` to it and `Cancel` it. So the name should be one that nobody guesses, where that
-    matters.
+    """Run the job to its end, and keep it for `GetModelResponse.limits.retention` after it, finished or failed. This
+    needs a `request_id`. Any caller that knows the name can `Attach` to the job and `Cancel` it, so choose a name that
+    is hard to guess where that matters.
 
-    The name stands for the job. The same request under it, equal field by field, begins nothing new but joins: a
-    StreamGenerate hears all events from the first, a Generate waits for the whole answer. Another request is
-    ALREADY_EXISTS. So a call whose connection broke can simply be made again. A job that failed leaves its name to
-    whichever request comes next; until then Attach tells the error. Requests that are not to be detached are no part of
-    this: they neither join nor collide.
+    The name identifies the job. A request with the same name and equal fields joins the job: StreamGenerate returns
+    all events from the first, Generate waits for the answer. A different request is ALREADY_EXISTS. So a caller can
+    repeat a call whose connection broke. The next request with the name of a failed job starts a new job; until then
+    Attach returns the error. Requests that are not detached neither join nor conflict.
 
-    A deadline of the call that began the job holds for the job; those of calls that join are their own alone. Images
-    are coded once, for the call that began it: a Generate that joins a StreamGenerate may find that they do not fit
-    into one message, which is INVALID_ARGUMENT. Jobs live in one server process; they end with it, after its grace
+    The deadline of the call that starts the job limits the job; the deadline of a call that joins limits only that
+    call. Images are encoded once, for the call that starts the job. If a Generate joins a StreamGenerate and the
+    images do not fit into one message, it is INVALID_ARGUMENT. Jobs end with their server process, after its grace
     period.
     """
 
 class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper): ...
 
 ON_DISCONNECT_UNSPECIFIED: OnDisconnect.ValueType  # 0
-"""CANCEL."""
+"""Same as ON_DISCONNECT_CANCEL."""
 ON_DISCONNECT_CANCEL: OnDisconnect.ValueType  # 1
-"""The job ends, and the device is free within one step."""
+"""End the job; the device is free within one step."""
 ON_DISCONNECT_DETACH: OnDisconnect.ValueType  # 2
-"""The job goes on to its end, and is kept for some time after it, finished or failed: whoever knows the `request_id`,
-which is required, can `Attach` to it and `Cancel` it. So the name should be one that nobody guesses, where that
-matters.
+"""Run the job to its end, and keep it for `GetModelResponse.limits.retention` after it, finished or failed. This
+needs a `request_id`. Any caller that knows the name can `Attach` to the job and `Cancel` it, so choose a name that
+is hard to guess where that matters.
 
-The name stands for the job. The same request under it, equal field by field, begins nothing new but joins: a
-StreamGenerate hears all events from the first, a Generate waits for the whole answer. Another request is
-ALREADY_EXISTS. So a call whose connection broke can simply be made again. A job that failed leaves its name to
-whichever request comes next; until then Attach tells the error. Requests that are not to be detached are no part of
-this: they neither join nor collide.
+The name identifies the job. A request with the same name and equal fields joins the job: StreamGenerate returns
+all events from the first, Generate waits for the answer. A different request is ALREADY_EXISTS. So a caller can
+repeat a call whose connection broke. The next request with the name of a failed job starts a new job; until then
+Attach returns the error. Requests that are not detached neither join nor conflict.
 
-A deadline of the call that began the job holds for the job; those of calls that join are their own alone. Images
-are coded once, for the call that began it: a Generate that joins a StreamGenerate may find that they do not fit
-into one message, which is INVALID_ARGUMENT. Jobs live in one server process; they end with it, after its grace
+The deadline of the call that starts the job limits the job; the deadline of a call that joins limits only that
+call. Images are encoded once, for the call that starts the job. If a Generate joins a StreamGenerate and the
+images do not fit into one message, it is INVALID_ARGUMENT. Jobs end with their server process, after its grace
 period.
 """
 global___OnDisconnect = OnDisconnect
@@ -83,36 +81,40 @@ class _Format:
 class _FormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Format.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     FORMAT_UNSPECIFIED: _Format.ValueType  # 0
-    """FORMAT_JPEG."""
+    """Same as FORMAT_JPEG."""
     FORMAT_JPEG: _Format.ValueType  # 1
-    """YCbCr in a JFIF file, which every decoder shows in the right colours. Colour is not subsampled (4:4:4)."""
+    """YCbCr in a JFIF file without chroma subsampling (4:4:4). Every decoder shows it in the right colours."""
     FORMAT_PNG: _Format.ValueType  # 2
     FORMAT_WEBP: _Format.ValueType  # 3
     FORMAT_JPEG_SUBSAMPLED: _Format.ValueType  # 4
-    """YCbCr, colour at half the resolution (4:2:0): smaller than FORMAT_JPEG, and what a JPEG that does not fit becomes."""
+    """YCbCr with chroma subsampling (4:2:0), smaller than FORMAT_JPEG. A JPEG that does not fit into a message becomes
+    this.
+    """
     FORMAT_WEBP_LOSSLESS: _Format.ValueType  # 5
-    """Smaller than PNG, every pixel kept, and what a PNG that does not fit becomes first."""
+    """Lossless and smaller than PNG. A PNG that does not fit becomes this first."""
     FORMAT_JPEG_RGB: _Format.ValueType  # 6
-    """RGB with the Adobe marker, as Instill's answers are. Decoders that ignore the marker's transform, such as jpeg-js,
-    show it in wrong colours. If it does not fit, it becomes FORMAT_JPEG first.
+    """RGB with the Adobe marker, as in Instill's answers. Decoders that ignore the marker's transform, jpeg-js for one,
+    show it in wrong colours. An image that does not fit becomes FORMAT_JPEG first.
     """
 
 class Format(_Format, metaclass=_FormatEnumTypeWrapper):
-    """A format and a quality are all that decides how pixels are coded."""
+    """The format of an image file. Format and quality together determine the encoding of the pixels."""
 
 FORMAT_UNSPECIFIED: Format.ValueType  # 0
-"""FORMAT_JPEG."""
+"""Same as FORMAT_JPEG."""
 FORMAT_JPEG: Format.ValueType  # 1
-"""YCbCr in a JFIF file, which every decoder shows in the right colours. Colour is not subsampled (4:4:4)."""
+"""YCbCr in a JFIF file without chroma subsampling (4:4:4). Every decoder shows it in the right colours."""
 FORMAT_PNG: Format.ValueType  # 2
 FORMAT_WEBP: Format.ValueType  # 3
 FORMAT_JPEG_SUBSAMPLED: Format.ValueType  # 4
-"""YCbCr, colour at half the resolution (4:2:0): smaller than FORMAT_JPEG, and what a JPEG that does not fit becomes."""
+"""YCbCr with chroma subsampling (4:2:0), smaller than FORMAT_JPEG. A JPEG that does not fit into a message becomes
+this.
+"""
 FORMAT_WEBP_LOSSLESS: Format.ValueType  # 5
-"""Smaller than PNG, every pixel kept, and what a PNG that does not fit becomes first."""
+"""Lossless and smaller than PNG. A PNG that does not fit becomes this first."""
 FORMAT_JPEG_RGB: Format.ValueType  # 6
-"""RGB with the Adobe marker, as Instill's answers are. Decoders that ignore the marker's transform, such as jpeg-js,
-show it in wrong colours. If it does not fit, it becomes FORMAT_JPEG first.
+"""RGB with the Adobe marker, as in Instill's answers. Decoders that ignore the marker's transform, jpeg-js for one,
+show it in wrong colours. An image that does not fit becomes FORMAT_JPEG first.
 """
 global___Format = Format
 
@@ -124,23 +126,24 @@ class _StageEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     STAGE_UNSPECIFIED: _Stage.ValueType  # 0
     STAGE_ENCODE: _Stage.ValueType  # 1
-    """The text encoders of both experts; once per request, so `choice_index` is 0."""
+    """The text encoders of both experts, once per request, with `choice_index` 0."""
     STAGE_BASE: _Stage.ValueType  # 2
-    """The base expert: from noise to noisy latents."""
+    """The base expert: from noise to partly denoised latents."""
     STAGE_REFINER: _Stage.ValueType  # 3
-    """The refiner: from noisy latents to clean ones, on the same schedule."""
+    """The refiner: from partly denoised latents to clean ones, on the same schedule."""
     STAGE_DECODE: _Stage.ValueType  # 4
     """The autoencoder: from latents to pixels."""
 
-class Stage(_Stage, metaclass=_StageEnumTypeWrapper): ...
+class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
+    """The network that works on an image."""
 
 STAGE_UNSPECIFIED: Stage.ValueType  # 0
 STAGE_ENCODE: Stage.ValueType  # 1
-"""The text encoders of both experts; once per request, so `choice_index` is 0."""
+"""The text encoders of both experts, once per request, with `choice_index` 0."""
 STAGE_BASE: Stage.ValueType  # 2
-"""The base expert: from noise to noisy latents."""
+"""The base expert: from noise to partly denoised latents."""
 STAGE_REFINER: Stage.ValueType  # 3
-"""The refiner: from noisy latents to clean ones, on the same schedule."""
+"""The refiner: from partly denoised latents to clean ones, on the same schedule."""
 STAGE_DECODE: Stage.ValueType  # 4
 """The autoencoder: from latents to pixels."""
 global___Stage = Stage
@@ -157,31 +160,30 @@ class GenerateRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     ON_DISCONNECT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """The caller's own name for this request, at most 128 characters of A-Z a-z 0-9 . _ : / -. It comes back in the
-    metadata and stands in the server's log. Several requests may bear one name, as long as none is to be detached.
-    Default: a random UUID.
+    """The caller's name for this request, at most 128 characters of A-Z a-z 0-9 . _ : / -. The metadata and the server's
+    log contain it. Several requests may have the same name unless they are detached. Default: a random UUID.
     """
     priority: builtins.int
-    """Where the job stands among those that wait, -2 to 2: each step up counts as if it were four times shorter.
-    Default 0. Above `GetModelResponse.limits.max_priority` it is lowered to that, with a warning.
+    """The priority in the queue, -2 to 2. Each step up counts as if the job were four times shorter. Default 0. A value
+    above `GetModelResponse.limits.max_priority` is lowered to it, with a warning.
     """
     on_disconnect: global___OnDisconnect.ValueType
-    """What becomes of the job when its caller goes, or leaves the stream unread for too long."""
+    """What the server does with the job when the caller disconnects, or does not read the stream for too long."""
     @property
     def data(self) -> global___TaskData:
-        """What to draw. Required."""
+        """The prompt. Required."""
 
     @property
     def parameter(self) -> global___TaskParameter:
-        """How to draw it, in Instill's words."""
+        """Instill's parameters."""
 
     @property
     def sampling(self) -> global___Sampling:
-        """How to draw it, in the words of diffusion models."""
+        """The parameters of the diffusion process."""
 
     @property
     def output(self) -> global___Output:
-        """How the images come back."""
+        """The format of the images and the size of messages."""
 
     def __init__(
         self,
@@ -208,11 +210,13 @@ class TaskData(google.protobuf.message.Message):
     PROMPT_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     prompt: builtins.str
-    """What to draw. Required, not blank, at most `GetModelResponse.limits.max_prompt_characters`. The text encoders
-    read 77 tokens, two of them their own; what lies beyond is dropped, and a warning names it.
+    """The text to draw. Required, not blank, at most `GetModelResponse.limits.max_prompt_characters`. The text encoders
+    read 77 tokens, start and end token included. Later tokens are dropped, and a warning names them.
     """
     model: builtins.str
-    """The served model's name, as GetModel gives it. Default: whichever is served."""
+    """The expected name of the served model, as in `GetModelResponse.name`. Another name is INVALID_ARGUMENT. Default:
+    not checked.
+    """
     def __init__(
         self,
         *,
@@ -236,18 +240,18 @@ class TaskParameter(google.protobuf.message.Message):
     N_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     aspect_ratio: builtins.str
-    """Width to height: 16:9, 1:1, 21:9, 2:3, 3:2, 4:5, 5:4, 9:16 or 9:21. Default 1:1. GetModel gives the pixels of
-    each. Not together with `sampling.width` and `sampling.height`.
+    """Width to height: 16:9, 1:1, 21:9, 2:3, 3:2, 4:5, 5:4, 9:16 or 9:21. Default 1:1. `GetModelResponse.sizes` has the
+    pixels of each. Not together with `sampling.width` and `sampling.height`.
     """
     negative_prompt: builtins.str
-    """What to steer away from, by classifier-free guidance (Ho and Salimans, 2022). Default "", no steering; then the
-    unconditional embedding is the one that each expert was trained with.
+    """The text to steer away from by classifier-free guidance (Ho and Salimans, 2022). Default "": guidance uses the
+    unconditional embedding with which each expert was trained.
     """
     n: builtins.int
     """Number of images, 1 to `GetModelResponse.limits.max_images`. Default 1."""
     seed: builtins.int
-    """Image k of n, counted from 0, is drawn from the seed (seed + k) mod 2^32, so that any one can be made again alone.
-    0 is a seed like any other. Default: random, and told in the metadata.
+    """0 to 2^32 - 1. Image k of n, counted from 0, has the seed (seed + k) mod 2^32, so that each image can be reproduced
+    alone. Default: random; `ImageMetadata.seed` reports it.
     """
     def __init__(
         self,
@@ -285,20 +289,21 @@ class Sampling(google.protobuf.message.Message):
     (40 for Stable Diffusion XL). A second-order scheduler calls the network twice in a step.
     """
     guidance_scale: builtins.float
-    """Weight of classifier-free guidance, 0 to 50. At 1 or less there is none, and each step costs half. Default: the
-    model's own (5 for Stable Diffusion XL).
+    """Weight of classifier-free guidance, 0 to 50. 1 or less turns guidance off, which halves the cost of a step.
+    Default: the model's own (5 for Stable Diffusion XL).
     """
     high_noise_frac: builtins.float
-    """The share of the noise schedule that the base expert owns, above 0 and at most 1; the refiner finishes the rest.
-    1 leaves the refiner out. Default 0.8 (SDXL, Podell et al., 2023), or 1 where no refiner is served.
+    """The base expert's share of the noise schedule, above 0 and at most 1. The refiner runs the rest; 1 turns it off.
+    Default 0.8 (SDXL, Podell et al., 2023), or 1 if no refiner is served.
     """
     scheduler: builtins.str
-    """One of `GetModelResponse.schedulers`, named as in k-diffusion. Default "euler"."""
+    """One of `GetModelResponse.schedulers`, with k-diffusion's names. Default "euler"."""
     width: builtins.int
-    """Pixels. Both or neither. Snapped to the nearest size that the autoencoder can make, with a warning.
-    Range: `GetModelResponse.limits.min_side` to `.max_side`, and at most `.max_pixels` in all.
+    """Pixels, `GetModelResponse.limits.min_side` to `.max_side`, and at most `.max_pixels` in all. Needs `height`.
+    Snapped to the nearest size that the autoencoder can decode, with a warning.
     """
     height: builtins.int
+    """Pixels, as for `width`."""
     def __init__(
         self,
         *,
@@ -336,18 +341,18 @@ class Output(google.protobuf.message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     PREVIEW_INTERVAL_FIELD_NUMBER: builtins.int
     format: global___Format.ValueType
-    """Default JPEG."""
+    """The format of the image files. Default JPEG."""
     quality: builtins.int
-    """Quality of the formats that lose something, 1 to 100. Default 95."""
+    """Quality of lossy formats, 1 to 100. Default 95."""
     raw: builtins.bool
-    """Give each image as bytes in `Choice.raw` instead of a data URI in `Choice.image`, a quarter smaller."""
+    """Return each image as bytes in `Choice.raw` instead of a data URI in `Choice.image`, which is a quarter smaller."""
     max_message_bytes: builtins.int
-    """The largest message that the caller can take, in bytes, 16384 to 67108864. An image that would not fit is coded
-    smaller, with a warning. Default 4194304, which is what a gRPC client takes unless told otherwise.
+    """The largest message that the caller can receive, in bytes, 16384 to 67108864. An image that does not fit is encoded
+    smaller, with a warning. Default 4194304, the default limit of gRPC clients.
     """
     preview_interval: builtins.int
-    """A `preview` event for every so many network calls of an image. 0: none. Previews never slow an image down, and are
-    left out rather than late. Default 0; no effect in Generate, which has no events, nor where a content filter is on.
+    """U-Net calls of an image between its `preview` events. Default 0: no previews. The server skips a preview that would
+    delay an image. No effect in Generate, which has no events, or with a content filter.
     """
     def __init__(
         self,
@@ -418,13 +423,13 @@ class Choice(google.protobuf.message.Message):
     IMAGE_FIELD_NUMBER: builtins.int
     RAW_FIELD_NUMBER: builtins.int
     finish_reason: builtins.str
-    """"success", or "content_filtered": the server's content filter objected to the image, and this is plain grey, of the
-    same size and coding. `GetModelResponse.content_filter` tells whether there is one.
+    """"success", or "content_filtered": the content filter replaced the image by plain grey of the same size and format.
+    `GetModelResponse.content_filter` describes the filter.
     """
     image: builtins.str
-    """A data URI: "data:image/jpeg;base64,/9j/4AAQSkZJRg...". Empty if `output.raw` was asked for."""
+    """A data URI: "data:image/jpeg;base64,/9j/4AAQSkZJRg...". Empty if the request sets `output.raw`."""
     raw: builtins.bytes
-    """The coded image itself, if `output.raw` was asked for."""
+    """The bytes of the image file if the request sets `output.raw`."""
     def __init__(
         self,
         *,
@@ -447,13 +452,12 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     PREVIEW_FIELD_NUMBER: builtins.int
     NUMBER_FIELD_NUMBER: builtins.int
     number: builtins.int
-    """Events of a job are numbered from 1. A number is missing where a newer event has replaced one before it was sent:
-    only the newest `queued` is kept, and of each image only the newest `preview`, until its `choice`.
+    """The number of the event in its job, from 1. A number is missing if a newer event replaced an unsent one: the server
+    keeps only the newest `queued`, and for each image only the newest `preview`, until its `choice`.
 
-    A number that comes twice is no new event: after a silence (15 seconds, if the server is not set otherwise) a stream
-    repeats its newest `queued` or `progress`, its `eta` brought up to date, under the number of the newest event that
-    the stream has had, so that no proxy takes the stream for dead. A client that goes on by number
-    (`AttachRequest.after`) needs no case of its own for it.
+    A repeated number is a heartbeat and not a new event. After a silence (by default 15 seconds) a stream repeats its
+    newest `queued` or `progress` with a current `eta` and the number of the stream's newest event, so that no proxy
+    closes the stream as idle. A client that resumes by number (`AttachRequest.after`) needs no special case for it.
     """
     @property
     def queued(self) -> global___Queued: ...
@@ -483,17 +487,17 @@ global___StreamGenerateResponse = StreamGenerateResponse
 
 @typing.final
 class Queued(google.protobuf.message.Message):
-    """The request was admitted; told again when place or time have changed notably, until its first network call."""
+    """The request is admitted. Sent again when position or ETA change notably, until the request's first network call."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: builtins.int
     ETA_FIELD_NUMBER: builtins.int
     position: builtins.int
-    """Requests that are to end first, as far as is known. 0: this one is next, or running."""
+    """The predicted number of requests that finish first. 0: this request is next, or runs."""
     @property
     def eta(self) -> google.protobuf.duration_pb2.Duration:
-        """Estimated time until the last image, from measured step times and from what has lately come and gone first."""
+        """Estimated time until the last image, from measured step times and the recent arrivals of shorter requests."""
 
     def __init__(
         self,
@@ -508,7 +512,7 @@ global___Queued = Queued
 
 @typing.final
 class Progress(google.protobuf.message.Message):
-    """One call of a network has ended."""
+    """A network call ended."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -518,13 +522,14 @@ class Progress(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     ETA_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
-    """Which image, from 0."""
+    """The index of the image, from 0."""
     stage: global___Stage.ValueType
     step: builtins.int
-    """Calls made in this stage, from 1 to `steps`, in network calls: one per step for a first-order scheduler, nearly
-    two for a second-order one.
+    """Network calls made for the image in this stage, 1 to `steps`: one per step with a first-order scheduler, nearly two
+    with a second-order one.
     """
     steps: builtins.int
+    """Network calls of the image in this stage."""
     @property
     def eta(self) -> google.protobuf.duration_pb2.Duration:
         """Estimated time until the last image, from measured step times."""
@@ -545,7 +550,7 @@ global___Progress = Progress
 
 @typing.final
 class Preview(google.protobuf.message.Message):
-    """What an image is about to become: a small picture, made from the noisy latents without the autoencoder."""
+    """A small preview of an unfinished image, computed from its latents without the autoencoder."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -555,13 +560,15 @@ class Preview(google.protobuf.message.Message):
     IMAGE_FIELD_NUMBER: builtins.int
     RAW_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
-    """Which image, from 0."""
+    """The index of the image, from 0."""
     step: builtins.int
-    """Network calls made for this image, of `steps` of both experts together."""
+    """U-Net calls made for this image, 1 to `steps`."""
     steps: builtins.int
+    """U-Net calls of this image by both experts together."""
     image: builtins.str
-    """A JPEG, as a data URI or, if `output.raw` was asked for, as bytes."""
+    """A JPEG as a data URI. Empty if the request sets `output.raw`."""
     raw: builtins.bytes
+    """A JPEG as bytes if the request sets `output.raw`."""
     def __init__(
         self,
         *,
@@ -577,7 +584,7 @@ global___Preview = Preview
 
 @typing.final
 class ChoiceReady(google.protobuf.message.Message):
-    """One image is finished; others of the request may still be under way."""
+    """An image is finished. Other images of the request may still be running."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -585,7 +592,7 @@ class ChoiceReady(google.protobuf.message.Message):
     CHOICE_FIELD_NUMBER: builtins.int
     METADATA_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
-    """Which image, from 0."""
+    """The index of the image, from 0."""
     @property
     def choice(self) -> global___Choice: ...
     @property
@@ -604,7 +611,7 @@ global___ChoiceReady = ChoiceReady
 
 @typing.final
 class Done(google.protobuf.message.Message):
-    """The last event of every stream that succeeds."""
+    """The last event of a successful stream."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -628,9 +635,9 @@ class AttachRequest(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     AFTER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """The job's name, as its request gave it."""
+    """The `request_id` of the job's request."""
     after: builtins.int
-    """The number of the last event that the caller has. Default 0, all events."""
+    """The number of the last event that the caller received. Default 0: all events."""
     def __init__(
         self,
         *,
@@ -647,7 +654,7 @@ class CancelRequest(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """The job's name, as its request gave it."""
+    """The `request_id` of the job's request."""
     def __init__(
         self,
         *,
@@ -681,25 +688,28 @@ class Metadata(google.protobuf.message.Message):
     ENVIRONMENT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     model: builtins.str
-    """The served model's name and fingerprint, as in GetModelResponse."""
+    """The name of the served model, as in `GetModelResponse.name`."""
     fingerprint: builtins.str
+    """The fingerprint of the served model, as in `GetModelResponse.fingerprint`."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ImageMetadata]:
-        """In the order of the choices."""
+        """One element for each choice, in their order."""
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Warning]:
-        """What was changed or dropped. Empty when the request was followed to the letter."""
+        """Everything in the request that the server changed or dropped."""
 
     @property
     def waited(self) -> google.protobuf.duration_pb2.Duration:
-        """From admission to the first network call, and from there to the last."""
+        """Time from admission to the first network call."""
 
     @property
-    def ran(self) -> google.protobuf.duration_pb2.Duration: ...
+    def ran(self) -> google.protobuf.duration_pb2.Duration:
+        """Time from the first network call to the end of the last."""
+
     @property
     def environment(self) -> global___Environment:
-        """What the images were made by, as in GetModelResponse."""
+        """The environment in which the images were drawn, as in `GetModelResponse.environment`."""
 
     def __init__(
         self,
@@ -720,7 +730,9 @@ global___Metadata = Metadata
 
 @typing.final
 class ImageMetadata(google.protobuf.message.Message):
-    """All that is needed to make this image again, where `Metadata.fingerprint` and `.environment` are the same."""
+    """The properties of an image, with the request that reproduces it where `Metadata.fingerprint` and `.environment` are
+    equal.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -740,23 +752,25 @@ class ImageMetadata(google.protobuf.message.Message):
     width: builtins.int
     """Pixels."""
     height: builtins.int
+    """Pixels."""
     steps: builtins.int
-    """As used, defaults filled in."""
+    """The value used: the request's, or the default. So are the next three."""
     guidance_scale: builtins.float
     high_noise_frac: builtins.float
     scheduler: builtins.str
     base_calls: builtins.int
-    """Network calls of each expert."""
+    """U-Net calls of the base expert."""
     refiner_calls: builtins.int
+    """U-Net calls of the refiner."""
     media_type: builtins.str
     """"image/jpeg", "image/png" or "image/webp"."""
     sha256: builtins.str
-    """SHA-256 in hex of the image file's bytes (those behind the base64): whether it was made again, byte for byte."""
+    """SHA-256 in hex of the image file's bytes, before base64. Equal digests mean that the image was reproduced."""
     @property
     def request(self) -> global___GenerateRequest:
-        """The request for this image alone: `n` 1, its own seed, every default filled in, the size in pixels, and the format
-        and quality that were used in the end. What concerns one call and not its image is left out: `request_id`, the
-        model's name, how the answer travels.
+        """The request for this image alone: `n` 1, its own seed, all defaults filled in, the size in pixels, and the format
+        and quality of the file. Fields that concern the call and not the image are not set: `request_id`, `data.model`,
+        `output.raw` and the like.
         """
 
     def __init__(
@@ -782,9 +796,9 @@ global___ImageMetadata = ImageMetadata
 
 @typing.final
 class Environment(google.protobuf.message.Message):
-    """What decides an image's bytes beside its request and the weights, read off the process once the model is loaded. What
-    else the service is doing is no part of it. It is one for all images of an answer; with `--compile-while-serving` it
-    changes once, between two answers, when all is compiled.
+    """The properties of the server that determine an image's bytes, in addition to the request and the weights. Other
+    requests have no influence on the bytes. All images of an answer have the same environment. With
+    `--compile-while-serving` it changes once, between two answers, when compilation ends.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -815,39 +829,38 @@ class Environment(google.protobuf.message.Message):
     MAX_BATCH_FIELD_NUMBER: builtins.int
     COMPILED_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
-    """SHA-256 in hex over all other fields. Where it and the weights' fingerprint are equal, so are the bytes that a
-    request makes.
+    """SHA-256 in hex over all other fields. If it and the fingerprint of the weights are equal, a request gives equal
+    bytes.
     """
     hardware: builtins.str
-    """The GPU's name, or the processor's with the instruction set that torch uses of it: "Intel(R) Xeon(R), AVX512"."""
+    """The name of the GPU, or of the processor with the instruction set that torch uses: "Intel(R) Xeon(R), AVX512"."""
     precision: builtins.str
     """"fp32", "bf16", "fp16" or "fp8", as in GetModelResponse."""
     fp32_math: builtins.str
-    """How products of fp32 numbers are computed, which other precisions have too, where the autoencoder falls back to
-    fp32: "ieee", "tf32" or "bf16" for matrices, then for convolutions: "matmul ieee, convolution tf32".
+    """The arithmetic of fp32 products, "ieee", "tf32" or "bf16", for matrices and for convolutions: "matmul ieee,
+    convolution tf32". It matters in other precisions, too, when the autoencoder falls back to fp32.
     """
     threads: builtins.int
-    """Threads that share a computation on the CPU, and so decide the order of its sums. 0 on other devices."""
+    """Threads of a CPU operator, which determine the order of its sums. 0 on other devices."""
     reference: builtins.str
-    """SHA-256 in hex of the pixels that the served weights make of "a photo of a cat", seed 0 and all defaults, which
-    every server draws before it serves, and anew when it has compiled since. Measured, not told: it also differs by
-    what the fields above do not see, such as the instruction set that a library chose for itself.
+    """SHA-256 in hex of the pixels that the served weights give for "a photo of a cat" with seed 0 and all defaults. The
+    server draws this image before it serves, and again after it compiled. So it also shows differences that no other
+    field lists, for example the instruction set that a library selected.
     """
     max_batch: builtins.int
-    """Images that can share a network call, the server's `--max-batch`. It decides the shape of every call, whoever shares
-    it. Smaller than it was once memory has run out.
+    """The largest number of images in a network call: the server's `--max-batch`, or less after memory ran out. It
+    determines the shape of every call, even if fewer images share it.
     """
     compiled: builtins.str
-    """How networks run, and for images of which sizes: "blocks for 1024x1024, 1152x896" for fused layers, "blocks for all
-    sizes" where a CPU runs them; "off" for the layers of diffusers. With `--compile-while-serving` it is "off" until all
-    is compiled.
+    """How the networks run, and for which image sizes: "blocks for 1024x1024, 1152x896" for fused layers, "blocks for all
+    sizes" for those of a CPU; "off" for the layers of diffusers. With `--compile-while-serving` it is "off" until
+    compilation ends.
     """
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """By name: "server", this service; "torch", "diffusers", "transformers" and "tokenizers", which compute; "pillow" with
-        "libjpeg_turbo", "webp", "zlib" and "zlib_ng" as far as it has them, which code, and "coding", the version of what
-        each Format asks of them; on a GPU of NVIDIA's also "cuda" and "cudnn"; "content_filter", with the score from which
-        on it objects, if images are judged.
+        """Versions by name: "server" for this service; "torch", "diffusers", "transformers" and "tokenizers"; "pillow" with
+        its "libjpeg_turbo", "webp", "zlib" and "zlib_ng"; "coding" for the encoder options of each Format; "cuda" and
+        "cudnn" on an NVIDIA GPU; "content_filter", with its threshold, if there is one.
         """
 
     def __init__(
@@ -869,6 +882,8 @@ global___Environment = Environment
 
 @typing.final
 class Warning(google.protobuf.message.Message):
+    """A change that the server made to the request."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     class _Code:
@@ -879,43 +894,43 @@ class Warning(google.protobuf.message.Message):
         DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
         CODE_UNSPECIFIED: Warning._Code.ValueType  # 0
         CODE_PROMPT_TRUNCATED: Warning._Code.ValueType  # 1
-        """The tail of a prompt was beyond the text encoders' 77 tokens."""
+        """The end of a prompt exceeds the text encoders' 77 tokens and was dropped."""
         CODE_SIZE_SNAPPED: Warning._Code.ValueType  # 2
-        """Width or height was moved to the nearest that the autoencoder can make."""
+        """Width or height was moved to the nearest value that the autoencoder can decode."""
         CODE_IMAGE_RECODED: Warning._Code.ValueType  # 3
-        """An image was coded smaller to fit `output.max_message_bytes`."""
+        """An image was encoded smaller to fit `output.max_message_bytes`."""
         CODE_EXPERT_IDLE: Warning._Code.ValueType  # 4
         """The schedule is so short that the refiner, or the base, has no step in its share."""
         CODE_OPTION_UNUSED: Warning._Code.ValueType  # 5
-        """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
+        """An option has no effect with the other options: a negative prompt without guidance, the quality of a PNG."""
         CODE_PRIORITY_LOWERED: Warning._Code.ValueType  # 6
-        """The priority was above what the server allows."""
+        """The priority was above the server's limit and was lowered to it."""
         CODE_BATCH_REDUCED: Warning._Code.ValueType  # 7
-        """Memory ran out while the image was made, and later calls had fewer rows, which can change its last bits."""
+        """Memory ran out while the image was drawn, and later calls had smaller batches, which can change its last bits."""
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     CODE_UNSPECIFIED: Warning.Code.ValueType  # 0
     CODE_PROMPT_TRUNCATED: Warning.Code.ValueType  # 1
-    """The tail of a prompt was beyond the text encoders' 77 tokens."""
+    """The end of a prompt exceeds the text encoders' 77 tokens and was dropped."""
     CODE_SIZE_SNAPPED: Warning.Code.ValueType  # 2
-    """Width or height was moved to the nearest that the autoencoder can make."""
+    """Width or height was moved to the nearest value that the autoencoder can decode."""
     CODE_IMAGE_RECODED: Warning.Code.ValueType  # 3
-    """An image was coded smaller to fit `output.max_message_bytes`."""
+    """An image was encoded smaller to fit `output.max_message_bytes`."""
     CODE_EXPERT_IDLE: Warning.Code.ValueType  # 4
     """The schedule is so short that the refiner, or the base, has no step in its share."""
     CODE_OPTION_UNUSED: Warning.Code.ValueType  # 5
-    """An option has no effect beside the others that were given: a negative prompt without guidance, a PNG's quality."""
+    """An option has no effect with the other options: a negative prompt without guidance, the quality of a PNG."""
     CODE_PRIORITY_LOWERED: Warning.Code.ValueType  # 6
-    """The priority was above what the server allows."""
+    """The priority was above the server's limit and was lowered to it."""
     CODE_BATCH_REDUCED: Warning.Code.ValueType  # 7
-    """Memory ran out while the image was made, and later calls had fewer rows, which can change its last bits."""
+    """Memory ran out while the image was drawn, and later calls had smaller batches, which can change its last bits."""
 
     CODE_FIELD_NUMBER: builtins.int
     FIELD_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     code: global___Warning.Code.ValueType
     field: builtins.str
-    """The request's field, in JSON names: "data.prompt"."""
+    """The JSON path of the request's field: "data.prompt"."""
     message: builtins.str
     """One sentence for people."""
     def __init__(
@@ -950,9 +965,9 @@ class GetModelResponse(google.protobuf.message.Message):
         NAME_FIELD_NUMBER: builtins.int
         THRESHOLD_FIELD_NUMBER: builtins.int
         name: builtins.str
-        """Its name and version."""
+        """The filter's name and version."""
         threshold: builtins.float
-        """It scores an image 0 to 1; from this score on it is replaced by plain grey, "content_filtered"."""
+        """An image with this score or more, of 0 to 1, is replaced by plain grey and reported as "content_filtered"."""
         def __init__(
             self,
             *,
@@ -963,6 +978,8 @@ class GetModelResponse(google.protobuf.message.Message):
 
     @typing.final
     class Defaults(google.protobuf.message.Message):
+        """The values for options that a request leaves out."""
+
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
         STEPS_FIELD_NUMBER: builtins.int
@@ -988,6 +1005,8 @@ class GetModelResponse(google.protobuf.message.Message):
 
     @typing.final
     class Limits(google.protobuf.message.Message):
+        """The limits of a request and of the queue."""
+
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
         MAX_IMAGES_FIELD_NUMBER: builtins.int
@@ -1004,18 +1023,22 @@ class GetModelResponse(google.protobuf.message.Message):
         max_steps: builtins.int
         max_prompt_characters: builtins.int
         min_side: builtins.int
-        """Pixels."""
+        """Pixels of width and height, at least."""
         max_side: builtins.int
+        """Pixels of width and height, at most."""
         max_pixels: builtins.int
+        """Width times height in pixels, at most."""
         side_multiple: builtins.int
         """Width and height are multiples of this many pixels."""
         max_queue: builtins.int
-        """Requests admitted at once; beyond it RESOURCE_EXHAUSTED."""
+        """Requests that are admitted at the same time. More are RESOURCE_EXHAUSTED."""
         max_priority: builtins.int
-        """Priorities above it are lowered to it."""
+        """Higher priorities are lowered to this one."""
         @property
         def retention(self) -> google.protobuf.duration_pb2.Duration:
-            """How long a detached job is kept after its end. The oldest go earlier where they would take too much memory."""
+            """The time for which a detached job is kept after its end. The oldest jobs are deleted earlier if memory runs
+            short.
+            """
 
         def __init__(
             self,
@@ -1043,7 +1066,9 @@ class GetModelResponse(google.protobuf.message.Message):
         HEIGHT_FIELD_NUMBER: builtins.int
         aspect_ratio: builtins.str
         width: builtins.int
+        """Pixels."""
         height: builtins.int
+        """Pixels."""
         def __init__(
             self,
             *,
@@ -1066,16 +1091,16 @@ class GetModelResponse(google.protobuf.message.Message):
     CONTENT_FILTER_FIELD_NUMBER: builtins.int
     name: builtins.str
     fingerprint: builtins.str
-    """SHA-256 over all weights and configuration files served, in hex."""
+    """SHA-256 in hex over all served weights and configuration files."""
     has_refiner: builtins.bool
-    """False when the base is served alone."""
+    """False if the base is served alone."""
     device: builtins.str
     """"cuda", "mps" or "cpu"."""
     precision: builtins.str
     """"fp32", "bf16", "fp16" or "fp8": the networks' arithmetic. Latents are fp32 throughout."""
     @property
     def schedulers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Values accepted in `sampling.scheduler`."""
+        """The values of `sampling.scheduler`."""
 
     @property
     def defaults(self) -> global___GetModelResponse.Defaults: ...
@@ -1083,15 +1108,15 @@ class GetModelResponse(google.protobuf.message.Message):
     def limits(self) -> global___GetModelResponse.Limits: ...
     @property
     def sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GetModelResponse.Size]:
-        """Pixels of every aspect ratio accepted in `parameter.aspect-ratio`."""
+        """The values of `parameter.aspect-ratio`, with the pixels of each."""
 
     @property
     def environment(self) -> global___Environment:
-        """What decides an image's bytes beside its request and the weights."""
+        """The environment in which the server draws images now."""
 
     @property
     def content_filter(self) -> global___GetModelResponse.ContentFilter:
-        """What judges images before they are sent; absent if nothing does."""
+        """The filter that scores images before they are sent. Absent if there is none."""
 
     def __init__(
         self,

@@ -65,64 +65,64 @@ class TextToImageServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """The whole answer at once.
+        """Draws the images and returns them in one message.
 
-        Errors, here and in StreamGenerate:
-        INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request, as far as they fit into 4 kB of
-        trailers, with the message; that ends with "and 57 more" if there are others
-        ALREADY_EXISTS      the `request_id` is that of another detached job; see `on_disconnect`
-        RESOURCE_EXHAUSTED  no room for the request, or no time now: it, or one admitted before, would miss its deadline.
-        The message has the predicted time; google.rpc.RetryInfo, if there, says when to try again
-        DEADLINE_EXCEEDED   the call's deadline passed; the device stopped working on it within one step. Or it is too
-        early even were no other request there, which is said at once, with the predicted time
-        UNAVAILABLE         the model is loading, the server is draining, or its device is lost to another request; try
-        again, or another server
-        ABORTED             the device stopped answering during this request's own call; google.rpc.ErrorInfo has the
-        reason DEVICE_LOST of the domain text_to_image.v1. The request may be why, so try again at
-        most once
-        INTERNAL            the model failed on this request, and on this request alone
-        Generate sends its headers, "t2i-admitted: 1", once the request is admitted, so gRPC retries by itself only what was
-        refused before.
-        And of every method, where the server asks for tokens (metadata "authorization: Bearer TOKEN"):
-        UNAUTHENTICATED     there is no token, or one that is not known
+        Errors of Generate and StreamGenerate:
+        INVALID_ARGUMENT    google.rpc.BadRequest names every bad field of the request. Message and details together have
+        at most 4 kB; if fields are left out, the message ends with "and 57 more"
+        ALREADY_EXISTS      another detached job has this `request_id`; see `on_disconnect`
+        RESOURCE_EXHAUSTED  the queue is full, or this request or an admitted one would miss its deadline. The message
+        has the predicted time; google.rpc.RetryInfo, if present, the time after which to try again
+        DEADLINE_EXCEEDED   the deadline passed; the device stops within one step. Or an idle server could not meet the
+        deadline, which is reported at once, with the predicted time
+        UNAVAILABLE         the model is loading, the server is draining, or its device was lost during another request;
+        try again, or try another server
+        ABORTED             the device stopped answering during a call for this request; google.rpc.ErrorInfo has the
+        reason DEVICE_LOST and the domain text_to_image.v1. The request may be the cause, so try
+        again at most once
+        INTERNAL            the model failed on this request
+        Generate sends its headers, "t2i-admitted: 1", when it admits the request, so gRPC's own retries repeat only
+        requests that were rejected.
+        Error of every method of a server that requires tokens (metadata "authorization: Bearer TOKEN"):
+        UNAUTHENTICATED     there is no token, or the server does not know it
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """The same request, answered by events as they happen: `queued`, one `progress` for every call of a network, each
-        finished image as a `choice`, then `done`, always last. Closing the stream frees the device within one step, unless
-        the request is to be detached.
+        """Draws the images and streams events: `queued`, one `progress` for every network call, a `choice` for every finished
+        image, and `done` at the end. Closing the stream frees the device within one step, unless the request is detached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request, context):
-        """The events of a detached job after number `after`, those that have happened and then those that happen, as
-        StreamGenerate would have told them: none twice, none left out but those that newer ones have replaced (see
-        `StreamGenerateResponse.number`). Any number of streams may follow one job. It ends as the job does: after `done`,
-        or with the job's error. A deadline of this call is the stream's alone.
+        """Streams the events of a detached job after number `after`, first past and then new ones, as StreamGenerate does. No
+        event is repeated, and none is missing except those that newer ones replaced (see `StreamGenerateResponse.number`).
+        Any number of streams may follow one job. The stream ends with the job: after `done`, or with the job's error. The
+        deadline of this call limits the stream and not the job.
 
-        Errors of its own:
-        NOT_FOUND           no detached job has this name here, or it is no longer kept, or it is another token's
-        INVALID_ARGUMENT    `after` is beyond the newest event
+        Additional errors:
+        NOT_FOUND           this server knows no detached job of this name, no longer keeps it, or it belongs to another
+        token
+        INVALID_ARGUMENT    `after` is greater than the number of the newest event
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a detached job, if it still runs, within one step, and forgets it in either case: its images are gone, whoever
-        follows it while it runs hears CANCELLED, and its name is free again. NOT_FOUND as in Attach.
+        """Ends a detached job within one step if it still runs, deletes its images and frees its name. Streams that follow a
+        running job end with CANCELLED. NOT_FOUND as in Attach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What is served. Fails with UNAVAILABLE until the model is loaded.
+        """Returns the description of the served model. UNAVAILABLE until it is loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

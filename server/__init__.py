@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 # How long OpenMP's threads spin before they sleep when they wait for one another. With no spinning, each of an image's
 # thousands of parallel loops pays for a wake-up; with as much as GNU's default, an image takes twenty times as long
-# beside one busy neighbour. The figures are in bench/NOTES.md.
+# beside one busy neighbour. The figures are in docs/benchmarks/cpu.md.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 

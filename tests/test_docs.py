@@ -61,18 +61,7 @@ def test_every_metric_is_explained_and_no_other():
 
 
 # Flags of other programs that these pages show.
-OTHERS = {
-    "gpus",
-    "publish",
-    "read-only",
-    "tmpfs",
-    "stop-timeout",
-    "health-cmd",
-    "fingerprint",
-    "build-arg",
-    "device",
-    "sitting",
-}
+OTHERS = set("gpus publish read-only tmpfs stop-timeout health-cmd fingerprint build-arg device sitting".split())
 
 
 @pytest.mark.parametrize("page", [README, *(page for page in PAGES if "benchmarks" not in page.parts)], ids=name_of)
@@ -108,3 +97,29 @@ def test_files_of_tests_that_prose_names_exist(page: Path):
 def test_the_readme_and_every_page_are_short():
     assert len(read(README).splitlines()) <= 220
     assert [name_of(page) for page in PAGES if len(read(page).splitlines()) > 300] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub and MyST give to the headings of a page."""
+    prose = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_relative_links_lead_somewhere(page: Path):
+    prose = re.sub(r"^ *```.*?^ *```", "", read(page), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index_of_its_folder():
+    for index in (DOCS / "index.md", DOCS / "benchmarks/index.md"):
+        links = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.md)", read(index))}
+        assert {*index.parent.glob("*.md")} - {index} <= links

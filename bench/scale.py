@@ -38,8 +38,8 @@ from server.engine.task import ImageTask
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-# Seconds of one call at 1024 x 1024, with guidance, on an H200 with --compile blocks: docs/benchmarks/gpu.md. The first is what
-# an image took beyond the others.
+# Seconds of one call at 1024 x 1024 with guidance on an H200, --compile blocks (docs/benchmarks/gpu.md). The first is
+# the rest of an image's time.
 SECONDS = {Stage.ENCODE: 0.011, Stage.BASE: 0.027, Stage.REFINER: 0.0289, Stage.DECODE: 0.0209}
 CALLS = {Stage.ENCODE: 1, Stage.BASE: 32, Stage.REFINER: 8, Stage.DECODE: 1}
 REPLICAS = (1, 2, 4, 8, 16, 64, 256, 1000)

@@ -17,6 +17,7 @@ import flag_table  # scripts/ is no package
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+CLIENT = "".join(path.read_text("utf-8") for path in (ROOT / "clients/python/text_to_image_client").rglob("*.py"))
 PROSE = [README, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *PAGES]
 PROSE += [ROOT / folder / "README.md" for folder in ("clients/python", "deploy/instill", "training", "weights")]
 
@@ -68,7 +69,7 @@ OTHERS = set("gpus publish read-only tmpfs stop-timeout health-cmd fingerprint b
 def test_flags_in_prose_exist(page: Path):
     flags = set(re.findall(r"`--(?:no-)?([a-z][a-z-]*)", read(page)))
     servers = {name.replace("_", "-") for name in Settings.model_fields}
-    clients = set(re.findall(r'"--([a-z-]+)"', read(ROOT / "clients/python/text_to_image_client/cli.py")))
+    clients = set(re.findall(r'"--([a-z-]+)"', CLIENT))
     assert flags - servers - clients - OTHERS == set()
 
 
@@ -76,7 +77,7 @@ def test_flags_in_prose_exist(page: Path):
 def test_variables_in_prose_exist(page: Path):
     if page.name == "CHANGELOG.md":
         pytest.skip("names the old variables too")
-    clients = set(re.findall(r"T2I_[A-Z_]+", read(ROOT / "clients/python/text_to_image_client/cli.py")))
+    clients = set(re.findall(r"T2I_[A-Z_]+", CLIENT))
     servers = {f"T2I_{name.upper()}" for name in Settings.model_fields}
     assert set(re.findall(r"T2I_[A-Z]+(?:_[A-Z]+)*", read(page))) - servers - clients == set()
 

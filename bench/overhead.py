@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.serving import LOCAL
 from server import runtime
 from server.api import images
+from server.api.frontend import Frontend
 from server.domain import ImageRequest, default_request
 from server.engine.engine import Engine
 from server.engine.interface import LaunchedStep, Submission
@@ -46,8 +47,9 @@ async def main() -> None:
     engine = Engine(settings.queue, Order(settings.scheduling_policy))
     thread = Bare()
     info = (await asyncio.wrap_future(engine.start(lambda: thread.load(settings)))).info
-    servicer = TextToImageServicer(engine, settings)
-    servicer.open(info)
+    frontend = Frontend(engine, settings)
+    frontend.open(info)
+    servicer = TextToImageServicer(frontend, settings.slow_reader_seconds)
     server = grpc.aio.server()
     pb_grpc.add_TextToImageServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -1,17 +1,31 @@
 """The words that the rooms of the server share: what is asked for, what is served, what was changed on the way.
 
-Plain data. No gRPC, no torch, no queue: contract.py fills these in, engine.py carries them, model.py acts on them.
+Plain data. No gRPC, no torch, no queue: api/requests.py fills these in, the engine carries them, model.py uses them.
 """
 
 import enum
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 # Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
 _TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
 ASPECT_RATIOS = _TALL | {":".join(reversed(name.split(":"))): size[::-1] for name, size in _TALL.items()}
+
+
+_REQUEST_ID_CHARACTERS = "A-Za-z0-9._:/-"
+
+
+def is_request_id(text: str) -> bool:
+    """Return whether `text` is a request id: 1 to 128 characters that are safe in a log."""
+    return re.fullmatch(f"[{_REQUEST_ID_CHARACTERS}]{{1,128}}", text) is not None
+
+
+def sanitized_request_id(text: str) -> str:
+    """Return `text` as far as a request id can have it: "_" replaces other characters, the first 128 are kept."""
+    return re.sub(f"[^{_REQUEST_ID_CHARACTERS}]", "_", text)[:128]
 
 
 class Stage(enum.StrEnum):

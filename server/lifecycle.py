@@ -30,6 +30,7 @@ from server.api.standard_services import HEALTH, HealthServicer
 from server.engine.events import DeviceLost
 from server.engine.interface import AnyServedModel
 from server.runtime import Runtime
+from server.servicer import TextToImageServicer
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
 from server.stubs.model_model_v1alpha import model_public_pb2_grpc as public_grpc
@@ -55,7 +56,7 @@ class Lifecycle:
     def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
         self._settings = settings
         self._runtime = Runtime(settings, load)
-        self._servicer = self._runtime.servicer
+        self._frontend = self._runtime.frontend
         self._engine = self._runtime.engine
         self._metrics = self._runtime.metrics
         self._certificates = auth.certificates_of(settings)
@@ -122,12 +123,14 @@ class Lifecycle:
             each.reload()
 
     async def _open_port(self) -> str:
-        pb_grpc.add_TextToImageServiceServicer_to_server(self._servicer, self._grpc)
+        pb_grpc.add_TextToImageServiceServicer_to_server(
+            TextToImageServicer(self._frontend, self._settings.slow_reader_seconds), self._grpc
+        )
         if self._settings.kserve:
-            oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._servicer), self._grpc)
+            oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._frontend), self._grpc)
         if self._settings.instill:
-            user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(self._servicer), self._grpc)
-            public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(self._servicer), self._grpc)
+            user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(self._frontend), self._grpc)
+            public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(self._frontend), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
@@ -188,7 +191,7 @@ class Lifecycle:
         await self._health.enter_graceful_shutdown()
         self._engine.drain()
         idle, hurrying = (
-            asyncio.create_task(each) for each in (self._servicer.wait_until_idle(), self._hurrying.wait())
+            asyncio.create_task(each) for each in (self._frontend.wait_until_idle(), self._hurrying.wait())
         )
         await asyncio.wait((idle, hurrying), timeout=self._settings.grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         for waiting in (idle, hurrying):
@@ -199,7 +202,7 @@ class Lifecycle:
         await self._health.enter_graceful_shutdown()
         self._remove_ready_file()
         self._engine.stop()
-        await asyncio.wait((asyncio.create_task(self._servicer.wait_until_idle()),), timeout=_CALLS_SECONDS)
+        await asyncio.wait((asyncio.create_task(self._frontend.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await asyncio.gather(*(each.stop(_CONNECTIONS_SECONDS) for each in self._servers))
         await _let_calls_end()
         self.device_is_busy = not await self._runtime.close(0 if self._lost else _DEVICE_SECONDS)

@@ -1,4 +1,4 @@
-"""The engine with its model, and the servicer above it: what every way of serving has in common.
+"""The engine with its model, and the frontend above it: the part that every way of serving has in common.
 
 `python -m server` puts a port before it (lifecycle.py), Ray Serve its own ingress (deploy/ray).
 """
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from server.api import auth, content_filter
 from server.api.decoding import DecodeErrorInterceptor
+from server.api.frontend import Frontend
 from server.domain import ImageRequest, ModelInfo, default_request
 from server.engine.engine import Engine
 from server.engine.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
@@ -34,7 +35,6 @@ from server.ensemble.checkpoint import CheckpointError
 from server.observability.interceptor import TelemetryInterceptor
 from server.observability.metrics import LiveCollector, Metrics
 from server.observability.traces import traces_from_environment
-from server.servicer import TextToImageServicer
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Runtime:
         self._traces = traces_from_environment()
         self.engine = Engine(settings.queue, Order(settings.scheduling_policy), observe=self._observe)
         self._screening = content_filter.load(settings)
-        self.servicer = TextToImageServicer(self.engine, settings, self._observe, self._screening)
+        self.frontend = Frontend(self.engine, settings, self._observe, self._screening)
         gates = [] if settings.tokens is None else [auth.TokenAuthInterceptor(settings.tokens)]
         self.tokens = gates[0].files if gates else None
         """The file of tokens, None where calls need none."""
@@ -102,7 +102,7 @@ class Runtime:
         """Serve metrics to Prometheus, where the settings name an address for it. Raises CannotListen."""
         if self._settings.metrics_listen is None:
             return
-        self.metrics.registry.register(LiveCollector(self.engine, lambda: self.servicer.detached))
+        self.metrics.registry.register(LiveCollector(self.engine, lambda: self.frontend.detached))
         address = self.metrics.listen(self._settings.metrics_listen)
         log.info("metrics on http://%s/metrics", address)
 
@@ -128,7 +128,7 @@ class Runtime:
         info = replace(info, environment=replace(info.environment, reference=reference))
         info = await self._screened(info, first)
         model.info = info
-        self.servicer.open(info)
+        self.frontend.open(info)
         self.metrics.set_model(info)
         return info
 

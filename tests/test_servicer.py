@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from serving import request
 
+from server.api.frontend import Frontend
 from server.domain import Environment, ImageRequest, ModelInfo, Stage, Warning
 from server.engine.engine import Engine
 from server.engine.interface import LaunchedStep
@@ -60,10 +61,10 @@ async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_
     method: str, caplog: pytest.LogCaptureFixture
 ):
     engine = Engine(QueueLimits(jobs=1))
-    servicer = TextToImageServicer(engine, Settings())
-    servicer.open((await asyncio.wrap_future(engine.start(WrongPixels))).info)
+    frontend = Frontend(engine, Settings())
+    frontend.open((await asyncio.wrap_future(engine.start(WrongPixels))).info)
     server = grpc.aio.server()
-    pb_grpc.add_TextToImageServiceServicer_to_server(servicer, server)
+    pb_grpc.add_TextToImageServiceServicer_to_server(TextToImageServicer(frontend, 30), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -75,6 +76,6 @@ async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_
     assert caught.value.details() == "internal error; the server's log has the cause"
     assert "Traceback" in caplog.text
     await server.stop(None)
-    await servicer.wait_until_idle()
+    await frontend.wait_until_idle()
     engine.stop()
     assert await asyncio.to_thread(engine.join, 60)

@@ -15,8 +15,8 @@ from typing import Any
 
 import grpc
 
-from server.api.contract import ADMITTED
 from server.api.decoding import abort_if_undecodable, decoded_by
+from server.api.grpc_calls import ADMITTED
 from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 

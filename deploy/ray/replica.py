@@ -20,11 +20,12 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
 from deploy.ray.ingress import SECONDS_LEFT
-from server.api import contract
+from server.api.errors import InternalError, abort
 from server.api.instill import InstillServicer
 from server.observability.logs import log_to_stderr
 from server.runtime import Runtime, load
-from server.settings import read
+from server.servicer import TextToImageServicer
+from server.settings import Settings, read
 from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -35,11 +36,15 @@ _DEVICE_SECONDS = 10.0  # for the device to end its call, at the end
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
-def _faces(runtime: Runtime) -> list[tuple[Callable[[Any, Any], None], Any]]:
-    """What registers each service, and its servicer. The methods of each are below, and its line is in ingress.py."""
+def _services(runtime: Runtime, settings: Settings) -> list[tuple[Callable[[Any, Any], None], Any]]:
+    """Return the function that registers each service, and its servicer.
+
+    The methods of each are below, and its line is in ingress.py.
+    """
+    servicer = TextToImageServicer(runtime.frontend, settings.slow_reader_seconds)
     return [
-        (pb_grpc.add_TextToImageServiceServicer_to_server, runtime.servicer),
-        (user_defined_grpc.add_UserDefinedServiceServicer_to_server, InstillServicer(runtime.servicer)),
+        (pb_grpc.add_TextToImageServiceServicer_to_server, servicer),
+        (user_defined_grpc.add_UserDefinedServiceServicer_to_server, InstillServicer(runtime.frontend)),
     ]
 
 
@@ -96,7 +101,7 @@ class Replica:
         self._runtime = Runtime(settings, partial(load, settings))
         self._runtime.serve_metrics()
         self._handlers = _Handlers()
-        for add, servicer in _faces(self._runtime):
+        for add, servicer in _services(self._runtime, settings):
             add(servicer, self._handlers)
         info = await self._runtime.open()
         self._runtime.metrics.set_state("serving")
@@ -137,7 +142,7 @@ class Replica:
         except Exception:
             log.exception("%s failed", method)
             with contextlib.suppress(grpc.aio.AbortError):
-                await contract.abort(context, contract.InternalError())
+                await abort(context, InternalError())
         finally:
             context.end()
 

@@ -17,8 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from server.api import contract
-from server.api.contract import Unauthenticated
+from server.api.errors import Unauthenticated, abort
 from server.api.standard_services import OPEN_METHODS
 from server.domain import Caller
 from server.settings import Settings
@@ -205,7 +204,7 @@ class TokenAuthInterceptor(grpc.aio.ServerInterceptor):
 
 async def _refuse(error: Unauthenticated, _: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     log.info("a call from %s without a known token was turned away", context.peer())
-    await contract.abort(context, error)
+    await abort(context, error)
 
 
 def _tokens(path: Path, content: bytes) -> list[tuple[bytes, Caller]]:

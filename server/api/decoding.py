@@ -11,8 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from server.api import contract
-from server.api.contract import Undecodable, Unimplemented
+from server.api.errors import Undecodable, Unimplemented, abort
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -64,8 +63,8 @@ def _checked(behaviour: Callable[[Any, Context], Awaitable[Any]], path: str) -> 
         await abort_if_undecodable(request, context)
         try:
             return await behaviour(request, context)
-        except NotImplementedError:  # our own servicers end no call by it: see TextToImageServicer.statuses
-            return await contract.abort(context, Unimplemented(path))
+        except NotImplementedError:  # our own servicers end no call by it: see grpc_calls.answering
+            return await abort(context, Unimplemented(path))
 
     return checked
 
@@ -80,7 +79,7 @@ def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], Awaitable[A
         try:
             return await behaviour(decodable(requests, context), context)
         except NotImplementedError:
-            return await contract.abort(context, Unimplemented(path))
+            return await abort(context, Unimplemented(path))
 
     return checked
 
@@ -96,9 +95,9 @@ def _written(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
 
 
 async def _refuse(error: Exception, _: Any, context: Context) -> None:
-    await contract.abort(context, error)
+    await abort(context, error)
 
 
 async def abort_if_undecodable(request: Any, context: Context) -> None:
     if isinstance(request, Undecodable):
-        await contract.abort(context, request)
+        await abort(context, request)

@@ -32,6 +32,16 @@ PNG = Coding("image/png", lossless=True)
 WEBP = Coding("image/webp")
 WEBP_LOSSLESS = Coding("image/webp", lossless=True, options={"lossless": True})
 
+CODINGS = {
+    "JPEG": JPEG,
+    "JPEG_SUBSAMPLED": JPEG_SUBSAMPLED,
+    "JPEG_RGB": JPEG_RGB,
+    "PNG": PNG,
+    "WEBP": WEBP,
+    "WEBP_LOSSLESS": WEBP_LOSSLESS,
+}
+"""The codings by the names of the contract's Format, without the prefix."""
+
 # Qualities tried, best first, once an image has turned out too large.
 _SMALLER = (95, 90, 80, 70, 60, 50, 40, 30, 20, 10)
 

@@ -1,25 +1,28 @@
-"""The service's second face, for KServe: the Open Inference Protocol, version 2.
+"""The Open Inference Protocol, version 2, which KServe and Triton speak.
 
-Tensors and parameters become requests of our own contract, one for each prompt, and go the way of these: the same
-checks, jobs, statuses and limits. Their answers become tensors.
+Tensors and parameters become requests of our own contract, one for each prompt, with the same checks, jobs, statuses
+and limits. The answers become tensors.
 """
 
 import dataclasses
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from google.protobuf import json_format
 
 from server import __version__
-from server.api import auth, contract
-from server.api.contract import InvalidRequest, ParsedRequest, UnknownModel, Violation
+from server.api import auth, requests
+from server.api.errors import InvalidRequest, UnknownModel, Violation
+from server.api.frontend import Frontend
+from server.api.grpc_calls import Context, answering, send_admitted, timeout_of
 from server.api.images import ImageTooLarge
-from server.domain import ModelInfo, Notice
-from server.servicer import Context, TextToImageServicer
+from server.api.requests import ParsedRequest
+from server.domain import ModelInfo, Notice, sanitized_request_id
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -27,7 +30,7 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 _VERSION = "1"
 _PLATFORM = "pytorch_diffusers"
 
-# Inputs, each also a parameter of the request: where it stands in a GenerateRequest, and the datatype that is told.
+# The inputs, each also accepted as a parameter: the path of its field in a GenerateRequest, and its datatype.
 _INPUTS = {
     "prompt": ("data.prompt", "BYTES"),
     "negative_prompt": ("parameter.negative_prompt", "BYTES"),
@@ -45,16 +48,16 @@ _INPUTS = {
     "max_message_bytes": ("output.max_message_bytes", "UINT32"),
 }
 _PARAMETERS = ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output")
-"""Parameters of a request that are no inputs, with Triton's meanings (its schedule policy and sequence extensions)."""
-_OF_ALL = ("n", "max_message_bytes")  # which decide the shape of the one answer to all prompts
+"""Parameters that are not inputs. They mean what they do in Triton's schedule policy and sequence extensions."""
+_CALL_WIDE_INPUTS = ("n", "max_message_bytes")  # they decide the shape of the one answer to all prompts
 _OUTPUTS = {
     "image": ("BYTES", 2),
     "finish_reason": ("BYTES", 2),
     "seed": ("UINT32", 2),
     "metadata": ("BYTES", 1),
-}  # with the number of their dimensions: prompts, and images of each
+}  # datatype and rank; the dimensions are prompts, and images of each
 
-# Where the elements of a datatype stand when they are not raw, and what they are when they are.
+# By datatype: the field of InferTensorContents, and NumPy's dtype of raw contents.
 _DATATYPES = {
     "BOOL": ("bool_contents", "?"),
     "INT8": ("int_contents", "<i1"),
@@ -71,11 +74,11 @@ _DATATYPES = {
     "BYTES": ("bytes_contents", None),
 }
 
-# Kept free of images for the metadata, which as JSON is longer than our contract reckons with.
+# Reserved in a message for the metadata: as JSON it is longer than requests.max_image_bytes assumes.
 _JSON_BYTES, _JSON_BYTES_PER_IMAGE = 4096, 2048
 
-_LONGEST_ECHO = 64  # characters of what is not known here
-_LOWEST = 5  # of the protocol's priority levels; all below it are the same here
+_MAX_ECHO = 64  # characters of a caller's own text in an error
+_LOWEST_LEVEL = 5  # of the protocol's priorities; all lower ones are the same here
 
 _NO_SHARED_MEMORY = "must be in the message itself: shared memory is not used here"
 _NO_PARAMETERS = "must be without parameters of its own, of which none is known here"
@@ -84,25 +87,25 @@ _Value = str | int | float
 
 
 class _Malformed(Exception):
-    """A tensor does not hold what it says."""
+    """A tensor does not hold what it declares."""
 
 
 class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
-    """Serves what `first`, the face of our own contract, serves."""
+    """Serves the Frontend's model."""
 
-    def __init__(self, first: TextToImageServicer) -> None:
-        self._first = first
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
 
     async def ServerLive(self, request: oip.ServerLiveRequest, context: Context) -> oip.ServerLiveResponse:
         return oip.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: oip.ServerReadyRequest, context: Context) -> oip.ServerReadyResponse:
-        return oip.ServerReadyResponse(ready=self._first.ready)
+        return oip.ServerReadyResponse(ready=self._frontend.ready)
 
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Context) -> oip.ModelReadyResponse:
-        ready = self._first.ready
+        ready = self._frontend.ready
         if ready:
-            info, _ = self._first.model(auth.caller_of(context))
+            info, _ = self._frontend.model(auth.caller_of(context))
             ready = _is_served(info, request.name, request.version)
         return oip.ModelReadyResponse(ready=ready)
 
@@ -112,8 +115,8 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         )
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Context) -> oip.ModelMetadataResponse:
-        async with self._first.statuses("ModelMetadata", None, context):
-            info, _ = self._first.model(auth.caller_of(context))
+        async with answering(self._frontend, "ModelMetadata", None, context):
+            info, _ = self._frontend.model(auth.caller_of(context))
             _check_served(info, request.name, request.version)
             tensor = oip.ModelMetadataResponse.TensorMetadata
             return oip.ModelMetadataResponse(
@@ -128,41 +131,46 @@ class OpenInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             )
 
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Context) -> oip.ModelInferResponse:
-        request_id = contract.request_id_of(pb.GenerateRequest(request_id=contract.safe_name(request.id)))
-        async with self._first.statuses("ModelInfer", request_id, context):
+        request_id = requests.request_id_of(pb.GenerateRequest(request_id=sanitized_request_id(request.id)))
+        async with answering(self._frontend, "ModelInfer", request_id, context):
             caller = auth.caller_of(context)
-            info, limits = self._first.model(caller)
+            info, limits = self._frontend.model(caller)
             _check_served(info, request.model_name, request.model_version)
-            batch = read(request, limits.max_images)
-            tasks = self._first.parse_all(batch.requests, request_id, caller, batch.name_of, "n", batch.unreadable)
-            echoed = len(request.id.encode())
-            asked = [
-                (each, _with_level(_shared(task, len(tasks), echoed), each.priority))
-                for each, task in zip(batch.requests, tasks, strict=True)
-            ]
-            answers = await self._first.answer_all(asked, info, caller, context, batch.timeout)
-            return response(request, answers, batch.max_message_bytes)
+            call = read(request, limits.max_images)
+            batch = self._frontend.parse_batch(
+                call.messages,
+                request_id,
+                caller,
+                name_of=call.name_of,
+                count_field="n",
+                violations=call.violations,
+                timeout=timeout_of(context, call.timeout),
+            )
+            available = call.max_message_bytes - len(request.id.encode())  # the answer repeats the id
+            shares = [_with_level(_with_share(parsed, available // len(batch))) for parsed in batch]
+            answers = await self._frontend.answer(shares, partial(send_admitted, context))
+            return response(request, answers, call.max_message_bytes)
 
 
-def _shared(task: ParsedRequest, prompts: int, echoed: int) -> ParsedRequest:
-    """The task with its share of the room that one message has for so many prompts, and `echoed` bytes."""
-    room = (task.output.max_message_bytes - echoed) // prompts
-    share = room - _JSON_BYTES - _JSON_BYTES_PER_IMAGE * len(task.image.seeds)
-    return dataclasses.replace(task, output=dataclasses.replace(task.output, max_message_bytes=max(0, share)))
+def _with_share(parsed: ParsedRequest, max_bytes: int) -> ParsedRequest:
+    """Return the request with `max_bytes` of the one message for all prompts, its metadata in JSON included."""
+    metadata = _JSON_BYTES + _JSON_BYTES_PER_IMAGE * len(parsed.image.seeds)
+    return requests.with_message_bytes(parsed, max_bytes - metadata)
 
 
-def _with_level(task: ParsedRequest, priority: int) -> ParsedRequest:
-    """The task with its warning of a lowered `priority` in the protocol's levels."""
-    lowered = f"level {_level(priority)} became {_level(task.priority)}, the highest that is allowed here"
+def _with_level(parsed: ParsedRequest) -> ParsedRequest:
+    """Return the request with the warning of a lowered priority, if any, in the protocol's levels."""
+    asked, given = _level(parsed.message.priority), _level(parsed.priority)
+    lowered = f"level {asked} became {given}, the highest that is allowed here"
     warnings = (
         dataclasses.replace(each, message=lowered) if each.notice is Notice.PRIORITY_LOWERED else each
-        for each in task.warnings
+        for each in parsed.warnings
     )
-    return dataclasses.replace(task, warnings=tuple(warnings))
+    return dataclasses.replace(parsed, warnings=tuple(warnings))
 
 
 def _level(priority: int) -> int:
-    """The protocol's level for a priority of our own contract, -2 to 2, and the way back. 1 is the highest level."""
+    """Convert a priority of our own contract, -2 to 2, to the protocol's level, 1 being the highest, and back."""
     return 3 - priority
 
 
@@ -179,101 +187,138 @@ def _check_served(info: ModelInfo, name: str, version: str) -> None:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The requests of all prompts, which inputs had a value for each, and how many seconds all may take together.
+class InferCall:
+    """The requests of a call, one for each prompt, and the terms of all.
 
-    `unreadable` is what is wrong with the message itself.
+    `per_prompt` are the inputs that had a value for each prompt. All requests together may take `timeout` seconds.
+    `violations` are what is wrong with the tensors and parameters themselves.
     """
 
-    requests: Sequence[pb.GenerateRequest]
-    each: frozenset[str]
+    messages: Sequence[pb.GenerateRequest]
+    per_prompt: frozenset[str]
     timeout: float = math.inf
-    unreadable: Sequence[Violation] = ()
+    violations: Sequence[Violation] = ()
 
     @property
     def max_message_bytes(self) -> int:
-        output = self.requests[0].output
-        return output.max_message_bytes if output.HasField("max_message_bytes") else contract.DEFAULT_MESSAGE_BYTES
+        """The size limit of the answer."""
+        output = self.messages[0].output
+        return output.max_message_bytes if output.HasField("max_message_bytes") else requests.DEFAULT_MESSAGE_BYTES
 
-    def name_of(self, field: str, places: str) -> str:
-        """What this face calls a field of the requests at `places`, such as "0" or "0-2,5"."""
+    def name_of(self, field: str, indices: str) -> str:
+        """Return the protocol's name for a field of the requests at `indices`, such as "0" or "0-2,5"."""
         name = _NAMES.get(field, field)
-        return f"{name}[{places}]" if name in self.each else name
+        return f"{name}[{indices}]" if name in self.per_prompt else name
 
 
-def read(message: oip.ModelInferRequest, max_prompts: int) -> Batch:
-    """Return the requests that the message makes, and the violations for what cannot be read.
+@dataclass
+class _Reading:
+    """The values read from a message so far, by input, and the violations found on the way."""
 
-    An input that cannot be read has a value that breaks no rule. Raises InvalidRequest for more parts than are known
+    values: dict[str, list[_Value]] = field(default_factory=dict)
+    policy: dict[str, _Value] = field(default_factory=dict)
+    violations: list[Violation] = field(default_factory=list)
+
+    def reject(self, name: str, description: str) -> None:
+        self.violations.append(Violation(name, description))
+
+
+def read(message: oip.ModelInferRequest, max_prompts: int) -> InferCall:
+    """Return the requests that the message stands for, and the violations of its unreadable parts.
+
+    An unreadable input gets a value that breaks no rule. Raises InvalidRequest for more parts than the protocol knows
     here, and for more than `max_prompts` prompts.
     """
-    # What is longer than all that is known here is not looked at, so that what is said of it cannot become long either.
-    for part, count, most in (
+    _check_counts(message)
+    reading = _Reading()
+    _read_inputs(message, reading)
+    _read_parameters(message, reading)
+    timeout, priority = _policy(reading)
+    _drop_unknown_inputs(reading)
+    for output in message.outputs:
+        reading.violations += _output_violations(output)
+    prompts = _check_lengths(reading, max_prompts)
+    values = reading.values
+    per_prompt = frozenset(name for name, elements in values.items() if len(elements) > 1)
+    request_id = sanitized_request_id(message.id)
+    common = pb.GenerateRequest(request_id=request_id, priority=priority, output=pb.Output(raw=True))
+    messages = [
+        _request(common, {name: elements[index % len(elements)] for name, elements in values.items()}, reading)
+        for index in range(prompts)
+    ]
+    if any(violation.field == "prompt" for violation in reading.violations):
+        for each in messages:
+            each.data.prompt = requests.UNREADABLE_TEXT
+    return InferCall(messages, per_prompt, timeout, tuple(dict.fromkeys(reading.violations)))
+
+
+def _check_counts(message: oip.ModelInferRequest) -> None:
+    """Raise InvalidRequest for more parts than the protocol knows here, so that no error becomes long."""
+    for part, count, limit in (
         ("inputs", len(message.inputs), len(_INPUTS)),
         ("parameters", len(message.parameters), len(_INPUTS) + len(_PARAMETERS)),
         ("outputs", len(message.outputs), len(_OUTPUTS)),
     ):
-        if count > most:
-            raise InvalidRequest([Violation(part, f"must be at most {most}, are {count}")])
-    wrong: list[Violation] = []
-    values = dict(_tensors(message, wrong))
-    policy: dict[str, _Value] = {}
+        if count > limit:
+            raise InvalidRequest([Violation(part, f"must be at most {limit}, are {count}")])
+
+
+def _read_parameters(message: oip.ModelInferRequest, reading: _Reading) -> None:
     for name, parameter in message.parameters.items():
         value = getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
-        if name in values:
-            wrong.append(Violation(_short(name), "must be an input or a parameter, not both"))
+        if name in reading.values:
+            reading.reject(_short(name), "must be an input or a parameter, not both")
         if name in _PARAMETERS:
-            policy[name] = value
+            reading.policy[name] = value
         else:
-            values[name] = [value]
-    timeout, priority = _policy(policy, wrong)
-    for name in sorted(values.keys() - _INPUTS.keys()):
+            reading.values[name] = [value]
+
+
+def _policy(reading: _Reading) -> tuple[float, int]:
+    """Return the call's timeout in seconds and its priority in our own contract, from Triton's parameters."""
+    policy = reading.policy
+    timeout, priority = policy.get("timeout", 0), policy.get("priority", 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        reading.reject("timeout", "must be a whole number of microseconds, or 0 for no limit")
+        timeout = 0
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
+        levels = f"1 is the highest, {_level(0)} the default, {_LOWEST_LEVEL} the lowest"
+        reading.reject("priority", f"must be 0, the default, or a level: {levels}")
+        priority = 0
+    for name in ("sequence_id", "sequence_start", "sequence_end"):
+        if policy.get(name):
+            reading.reject(name, "must be left out: each image is drawn by itself, there are no sequences")
+    return timeout / 1e6 if timeout else math.inf, _level(min(priority, _LOWEST_LEVEL)) if priority else 0
+
+
+def _drop_unknown_inputs(reading: _Reading) -> None:
+    for name in sorted(reading.values.keys() - _INPUTS.keys()):
         known = (
             "must be a parameter, not an input" if name in _PARAMETERS else "is not known here; ModelMetadata has all"
         )
-        wrong.append(Violation(_short(name), known))
-        del values[name]
-    for output in message.outputs:
-        wrong += _output_violations(output)
+        reading.reject(_short(name), known)
+        del reading.values[name]
+
+
+def _check_lengths(reading: _Reading, max_prompts: int) -> int:
+    """Drop inputs of a wrong length. Return the number of prompts; raise InvalidRequest if there are too many.
+
+    A missing prompt becomes an empty one, which breaks the rule that a prompt is required.
+    """
+    values = reading.values
     prompts = len(values.setdefault("prompt", [""]))
     if prompts > max_prompts:
-        wrong.append(Violation("prompt", f"must have at most {max_prompts} elements, has {prompts}"))
-        raise InvalidRequest(wrong)
-    for name, given in list(values.items()):
-        if name in _OF_ALL and len(given) > 1:
-            wrong.append(Violation(name, "must have one element, for all prompts"))
-        elif len(given) not in (1, prompts):
-            wrong.append(Violation(name, f"must have one element, or one for each of {prompts} prompts"))
+        reading.reject("prompt", f"must have at most {max_prompts} elements, has {prompts}")
+        raise InvalidRequest(reading.violations)
+    for name, elements in list(values.items()):
+        if name in _CALL_WIDE_INPUTS and len(elements) > 1:
+            reading.reject(name, "must have one element, for all prompts")
+        elif len(elements) not in (1, prompts):
+            reading.reject(name, f"must have one element, or one for each of {prompts} prompts")
         else:
             continue
         del values[name]
-    each = frozenset(name for name, given in values.items() if len(given) > 1)
-    name = contract.safe_name(message.id)
-    common = pb.GenerateRequest(request_id=name, priority=priority, output=pb.Output(raw=True))
-    requests = [_request(common, {n: v[i % len(v)] for n, v in values.items()}, wrong) for i in range(prompts)]
-    if any(violation.field == "prompt" for violation in wrong):
-        for request in requests:
-            request.data.prompt = contract.UNREADABLE_TEXT
-    return Batch(requests, each, timeout, tuple(dict.fromkeys(wrong)))
-
-
-def _policy(given: dict[str, _Value], wrong: list[Violation]) -> tuple[float, int]:
-    """The seconds that the call may take, and its priority in our own contract, from Triton's parameters.
-
-    What is wrong with them is added to `wrong`.
-    """
-    timeout, priority = given.get("timeout", 0), given.get("priority", 0)
-    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
-        wrong.append(Violation("timeout", "must be a whole number of microseconds, or 0 for no limit"))
-        timeout = 0
-    if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
-        levels = f"must be 0, the default, or a level: 1 is the highest, {_level(0)} the default, {_LOWEST} the lowest"
-        wrong.append(Violation("priority", levels))
-        priority = 0
-    for name in ("sequence_id", "sequence_start", "sequence_end"):
-        if given.get(name):
-            wrong.append(Violation(name, "must be left out: each image is drawn by itself, there are no sequences"))
-    return timeout / 1e6 if timeout else math.inf, _level(min(priority, _LOWEST)) if priority else 0
+    return prompts
 
 
 def _output_violations(output: oip.ModelInferRequest.InferRequestedOutputTensor) -> Iterator[Violation]:
@@ -288,24 +333,24 @@ def _output_violations(output: oip.ModelInferRequest.InferRequestedOutputTensor)
             yield Violation(_short(output.name), _NO_PARAMETERS)
 
 
-def _request(common: pb.GenerateRequest, values: dict[str, _Value], wrong: list[Violation]) -> pb.GenerateRequest:
-    """A copy of `common` with the values of one prompt."""
+def _request(common: pb.GenerateRequest, values: dict[str, _Value], reading: _Reading) -> pb.GenerateRequest:
+    """Return a copy of `common` with the values of one prompt."""
     request = pb.GenerateRequest()
     request.CopyFrom(common)
     for name, value in values.items():
         path, datatype = _INPUTS[name]
         kind, words = _KINDS[datatype]
         if not isinstance(value, kind) or isinstance(value, bool):
-            wrong.append(Violation(name, f"must be {words}"))
+            reading.reject(name, f"must be {words}")
             continue
-        *rooms, field = path.split(".")
-        room: Any = request
-        for each in rooms:
-            room = getattr(room, each)
+        *parents, last = path.split(".")
+        parent: Any = request
+        for each in parents:
+            parent = getattr(parent, each)
         try:
-            setattr(room, field, _format_of(value) if name == "format" else value)
+            setattr(parent, last, _format_of(value) if name == "format" else value)
         except ValueError:
-            wrong.append(Violation(name, f"cannot be {_short(str(value))}"))
+            reading.reject(name, f"cannot be {_short(str(value))}")
     return request
 
 
@@ -316,45 +361,46 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _short(said: str) -> str:
-    return said if len(said) <= _LONGEST_ECHO else f"{said[:_LONGEST_ECHO]}..."
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_ECHO else f"{text[:_MAX_ECHO]}..."
 
 
 def _format_of(value: _Value) -> int:
-    """ "jpeg" is FORMAT_JPEG. Raises ValueError."""
+    """Return the Format of a word: "jpeg" is FORMAT_JPEG. Raises ValueError."""
     return pb.Format.Value(f"FORMAT_{str(value).upper()}")
 
 
 def _json_name(path: str) -> str:
-    names, message = [], pb.GenerateRequest()
+    """Return the path of a field of GenerateRequest in JSON names."""
+    names: list[str] = []
+    message: Any = pb.GenerateRequest.DESCRIPTOR
     for name in path.split("."):
-        names.append(message.DESCRIPTOR.fields_by_name[name].json_name)
-        message = getattr(message, name)
+        names.append(message.fields_by_name[name].json_name)
+        message = message.fields_by_name[name].message_type
     return ".".join(names)
 
 
 _NAMES = {_json_name(path): name for name, (path, _) in _INPUTS.items()}
 
 
-def _tensors(message: oip.ModelInferRequest, wrong: list[Violation]) -> Iterator[tuple[str, list[Any]]]:
-    """The inputs by their names, each with its elements. What is wrong with one is added to `wrong`."""
+def _read_inputs(message: oip.ModelInferRequest, reading: _Reading) -> None:
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
-        wrong.append(Violation("raw_input_contents", f"must have {len(message.inputs)} entries, one for each input"))
+        reading.reject("raw_input_contents", f"must have {len(message.inputs)} entries, one for each input")
         return
     seen: set[str] = set()
-    for place, tensor in enumerate(message.inputs):
+    for index, tensor in enumerate(message.inputs):
         try:
             if tensor.name in seen:
                 raise _Malformed("must be given once")
-            yield tensor.name, _elements(tensor, raw[place] if raw else None)
+            reading.values[tensor.name] = _elements(tensor, raw[index] if raw else None)
         except _Malformed as error:
-            wrong.append(Violation(_short(tensor.name), str(error)))
+            reading.reject(_short(tensor.name), str(error))
         seen.add(tensor.name)
 
 
 def _elements(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None) -> list[Any]:
-    """Raises _Malformed."""
+    """Return the elements of an input. Raises _Malformed."""
     if tensor.datatype not in _DATATYPES:
         raise _Malformed(f"must be of a datatype among {', '.join(_DATATYPES)}")
     if len(tensor.shape) not in (1, 2) or tensor.shape[0] < 1 or tuple(tensor.shape[1:]) not in ((), (1,)):
@@ -372,28 +418,28 @@ def _elements(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None)
     if raw is None:
         elements = list(getattr(tensor.contents, contents or ""))
     elif raw_type is None:
-        elements = list(_unpacked(raw))
+        elements = list(_split_bytes(raw))
     elif len(raw) % np.dtype(raw_type).itemsize:
         raise _Malformed(f"must be whole elements of {tensor.datatype}, has {len(raw)} bytes")
     else:
         elements = np.frombuffer(raw, raw_type).tolist()
     if len(elements) != tensor.shape[0]:
         raise _Malformed(f"must have as many elements as its shape says, {tensor.shape[0]}, has {len(elements)}")
-    return [_meant(tensor.datatype, element) for element in elements]
+    return [_decode_element(tensor.datatype, element) for element in elements]
 
 
-def _unpacked(raw: bytes) -> Iterator[bytes]:
-    """Elements of BYTES, each with its length before it. Raises _Malformed."""
-    place = 0
-    while place < len(raw):
-        if place + 4 > len(raw) or (end := place + 4 + struct.unpack_from("<I", raw, place)[0]) > len(raw):
+def _split_bytes(raw: bytes) -> Iterator[bytes]:
+    """Split raw BYTES into elements, each preceded by its length. Raises _Malformed."""
+    start = 0
+    while start < len(raw):
+        if start + 4 > len(raw) or (end := start + 4 + struct.unpack_from("<I", raw, start)[0]) > len(raw):
             raise _Malformed("must be BYTES, each with its length before it in four bytes, and ends too early")
-        yield raw[place + 4 : end]
-        place = end
+        yield raw[start + 4 : end]
+        start = end
 
 
-def _meant(datatype: str, element: Any) -> Any:
-    """Text for BYTES. The nearest number of few digits for short floats: 0.8 in FP32 should not be 0.800000012."""
+def _decode_element(datatype: str, element: Any) -> Any:
+    """Decode BYTES as UTF-8, and round short floats to their shortest decimal: 0.8 in FP32 is not 0.800000012."""
     if datatype == "BYTES":
         try:
             return element.decode()
@@ -410,7 +456,7 @@ def _meant(datatype: str, element: Any) -> Any:
 def response(
     request: oip.ModelInferRequest, answers: Sequence[pb.GenerateResponse], max_message_bytes: int
 ) -> oip.ModelInferResponse:
-    """The outputs that were asked for, in the form in which the inputs came. Raises ImageTooLarge."""
+    """Return the requested outputs, raw if the inputs were. Raises ImageTooLarge."""
     choices = [choice for answer in answers for choice in answer.data.choices]
     elements: dict[str, list[Any]] = {
         "image": [choice.raw for choice in choices],
@@ -418,24 +464,24 @@ def response(
         "seed": [image.seed for answer in answers for image in answer.metadata.images],
         "metadata": [_json(answer.metadata) for answer in answers],
     }
-    made = oip.ModelInferResponse(model_name=request.model_name, model_version=_VERSION, id=request.id)
+    result = oip.ModelInferResponse(model_name=request.model_name, model_version=_VERSION, id=request.id)
     for name in dict.fromkeys(each.name for each in request.outputs) or _OUTPUTS:
         datatype, rank = _OUTPUTS[name]
         shape = [len(answers), len(choices) // len(answers)][:rank]
-        output = made.outputs.add(name=name, datatype=datatype, shape=shape)
+        output = result.outputs.add(name=name, datatype=datatype, shape=shape)
         contents, raw_type = _DATATYPES[datatype]
         if not request.raw_input_contents:
             getattr(output.contents, contents or "").extend(elements[name])
         elif raw_type is None:
-            made.raw_output_contents.append(b"".join(struct.pack("<I", len(each)) + each for each in elements[name]))
+            result.raw_output_contents.append(b"".join(struct.pack("<I", len(each)) + each for each in elements[name]))
         else:
-            made.raw_output_contents.append(np.array(elements[name], raw_type).tobytes())
-    if made.ByteSize() > max_message_bytes:
+            result.raw_output_contents.append(np.array(elements[name], raw_type).tobytes())
+    if result.ByteSize() > max_message_bytes:
         raise ImageTooLarge(
             f"the answer does not fit into {max_message_bytes} bytes; raise max_message_bytes, ask for fewer images at "
             "once, or leave out the output metadata"
         )
-    return made
+    return result
 
 
 def _json(metadata: pb.Metadata) -> bytes:

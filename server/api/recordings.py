@@ -1,8 +1,8 @@
-"""A job's messages, recorded once and told to every stream that follows it, while it runs and for a while after.
+"""Records the messages of a job once, for every stream that follows it while it runs and for a while afterwards.
 
-Every call goes this way: it begins a recording, or joins that of a detached job, and listens. All of it happens in the
-event loop, where nothing can come between looking a job up and listening to it; only images are judged and coded on
-other threads.
+Every call begins a recording, or joins that of a detached job, and listens to it. Everything runs in the event loop, so
+that nothing happens between finding a job and listening to it. Only the content filter and image coding run on other
+threads.
 """
 
 import asyncio
@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from server.api import content_filter, contract
+from server.api import content_filter, responses
 from server.api.content_filter import Screening
-from server.api.contract import InvalidRequest, JobAlreadyExists, ParsedRequest, UnknownJob, Violation
+from server.api.errors import STATUS, InternalError, InvalidRequest, JobAlreadyExists, UnknownJob, Violation
 from server.api.images import CodedImage
-from server.domain import Caller, ModelInfo, Warning
+from server.api.requests import ParsedRequest
+from server.domain import Caller, Warning
 from server.engine.engine import Engine
 from server.engine.events import (
     DeviceTimeAttributed,
@@ -33,16 +34,15 @@ from server.engine.events import (
     Queued,
     no_observer,
 )
-from server.engine.interface import Submission
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_MESSAGE = 512  # what a message takes in memory beside its content
+_BYTES_PER_MESSAGE = 512  # of memory, in addition to its content
 
 
 class Timer(Protocol):
-    """What asyncio.TimerHandle is."""
+    """The part of asyncio.TimerHandle that is used here."""
 
     def cancel(self) -> None: ...
 
@@ -50,83 +50,78 @@ class Timer(Protocol):
 class Recording:
     """One job and its messages, numbered from 1.
 
-    It submits the job, and raises what Engine.submit raises. The job's end is that of the task `ended`, which never
-    fails: how the job ended is heard by listening.
+    The constructor submits the job and raises what Engine.submit raises. The task `ended` is done when the job has
+    ended and never fails: listeners get the job's error.
     """
 
     def __init__(
         self,
         engine: Engine,
-        request: pb.GenerateRequest,
-        task: ParsedRequest,
-        info: ModelInfo,
-        timeout: float,
-        caller: Caller,
+        parsed: ParsedRequest,
         observe: Observe = no_observer,
         screening: Screening | None = None,
     ) -> None:
-        self.request = request
-        self.task = task
-        self.key = caller.owner, task.request_id
-        """Of a detached job, what it is found by."""
+        self.parsed = parsed
         self.error: Exception | None = None
-        self._info = info
         self._messages: list[pb.StreamGenerateResponse | None] = []
         self._newest: dict[Hashable, int] = {}
-        self._state: tuple[pb.StreamGenerateResponse, float] | None = None  # newest queued or progress, and since when
-        self._grown = asyncio.Event()
+        self._state: tuple[pb.StreamGenerateResponse, float] | None = None  # newest queued or progress, and its time
+        self._changed = asyncio.Event()
         self._complete = False
         self._observe = observe
         self._screening = screening
         self._listeners = 0
-        self._findable = task.detached
-        self._settled = False
+        self._findable = parsed.detached
+        self._attributed = False
         self._images: dict[int, pb.ImageMetadata] = {}
         self._warnings: list[Warning] = []
         loop = asyncio.get_running_loop()
-        # Unbounded, since the device must never wait for a thread that codes; a job has few events with pixels.
+        # Unbounded: the device must never wait for a thread that codes images, and a job has few events with pixels.
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._engine = engine
-        self._job = engine.submit(
-            Submission(task.request_id, task.image, caller, timeout, task.priority, task.output.preview_interval),
-            deliver,
-        )
+        self._job = engine.submit(parsed.submission, deliver)
         self.ended = asyncio.create_task(self._record(events))
 
     @property
+    def key(self) -> tuple[str, str]:
+        """The owner and the name by which a detached job is found."""
+        return self.parsed.caller.owner, self.parsed.request_id
+
+    @property
     def size(self) -> int:
-        """Bytes of memory, about."""
-        kept = (message for message in (*self._messages, self.request) if message is not None)
+        """The memory of the recording in bytes, roughly."""
+        kept = (message for message in (*self._messages, self.parsed.message) if message is not None)
         return sum(message.ByteSize() + _BYTES_PER_MESSAGE for message in kept)
 
     def cancel(self) -> None:
-        """End the job, if it still runs, after the call in flight."""
+        """End the job, if it still runs, after the network call in flight."""
         self._engine.cancel(self._job)
 
     def forget(self) -> None:
-        """Nobody will begin to listen any more."""
+        """Note that nobody can find this recording any more."""
         self._findable = False
-        self._settle()
+        self._attribute_device_time()
 
-    def _settle(self, delivered: bool = False) -> None:
-        """Tell once, as soon as it is known, whether somebody got all of the job's images."""
+    def _attribute_device_time(self, delivered: bool = False) -> None:
+        """Report once, as soon as it is known, whether a caller got all images of the job."""
         known = delivered or self.error is not None or not (self._listeners or self._findable)
-        if self._complete and known and not self._settled:
-            self._settled = True
+        if self._complete and known and not self._attributed:
+            self._attributed = True
             self._observe(DeviceTimeAttributed(self._job.task.used, delivered))
 
     @contextlib.contextmanager
     def listening(
         self, after: int = 0, heartbeat_seconds: float = 0
     ) -> Iterator[AsyncIterator[pb.StreamGenerateResponse]]:
-        """The messages after number `after`, to the job's end. A job that is not detached ends with its only listener.
+        """Iterate over the messages after number `after`, to the job's end.
 
-        After every `heartbeat_seconds` without a message, the newest `queued` or `progress` comes again; with 0 never.
-        Reading raises what the job failed with. Raises InvalidRequest for a number that is still to come.
+        A job that is not detached is cancelled when its only listener leaves. After every `heartbeat_seconds` without a
+        message, the newest `queued` or `progress` is repeated; 0 means never. The iterator raises the job's error.
+        Raises InvalidRequest if `after` is beyond the newest message.
         """
         if after > len(self._messages):
             newest = len(self._messages)
@@ -136,17 +131,17 @@ class Recording:
             yield self._listen(after, heartbeat_seconds)
         finally:
             self._listeners -= 1
-            if not self.task.detached:
+            if not self.parsed.detached:
                 self.cancel()
-            self._settle()
+            self._attribute_device_time()
 
     async def _listen(self, number: int, heartbeat_seconds: float) -> AsyncIterator[pb.StreamGenerateResponse]:
         while True:
-            grown = self._grown
+            changed = self._changed
             while number < len(self._messages):
                 message = self._messages[number]
-                if not self.task.detached:
-                    self._messages[number] = None  # nobody else will ask for it
+                if not self.parsed.detached:
+                    self._messages[number] = None  # it has no other listener
                 number += 1
                 if message is not None:
                     yield message
@@ -154,39 +149,39 @@ class Recording:
                 break
             try:
                 async with asyncio.timeout(heartbeat_seconds or None):
-                    await grown.wait()
+                    await changed.wait()
             except TimeoutError:
                 if self._state is not None:
-                    yield contract.repeated_message(*self._state, time.monotonic(), number)
+                    yield responses.heartbeat_message(*self._state, time.monotonic(), number)
         if self.error is not None:
-            raise self.error.with_traceback(None)  # which would grow with each listener
-        self._settle(delivered=True)
+            raise self.error.with_traceback(None)  # the traceback would grow with each listener
+        self._attribute_device_time(delivered=True)
 
     async def _record(self, events: "asyncio.Queue[Event]") -> None:
         try:
             while not isinstance(event := await events.get(), Failed):
                 if isinstance(event, Preview) and event.index in self._images:
                     self._observe(PreviewDropped())
-                    continue  # it comes late, and must not take the finished image's place
+                    continue  # it is late and must not replace the finished image
                 self._append(await self._message(event))
                 if isinstance(event, Finished):
                     break
             else:
                 self.error = event.error
-        except tuple(contract.STATUS) as error:
-            self.error = error.with_traceback(None)  # which holds on to pixels
+        except tuple(STATUS) as error:
+            self.error = error.with_traceback(None)  # the traceback refers to pixels
         except Exception:
-            log.exception("%s: an event could not be told", self.task.request_id)
-            self.error = contract.InternalError()
+            log.exception("%s: an event could not be sent", self.parsed.request_id)
+            self.error = InternalError()
         finally:
-            self.cancel()  # for when the job runs on, but its images cannot be coded
+            self.cancel()  # the job may still run if one of its images could not be coded
             self._complete = True
-            self._settle()
+            self._attribute_device_time()
             self._wake()
 
     def _append(self, message: pb.StreamGenerateResponse) -> None:
         message.number = len(self._messages) + 1
-        if (kind := _only_the_newest_of(message)) is not None:
+        if (kind := _superseded_kind(message)) is not None:
             if kind in self._newest:
                 self._messages[self._newest[kind] - 1] = None
             self._newest[kind] = message.number
@@ -196,43 +191,47 @@ class Recording:
         self._wake()
 
     def _wake(self) -> None:
-        grown, self._grown = self._grown, asyncio.Event()
-        grown.set()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def _message(self, event: Queued | Progress | Preview | ImageReady | Finished) -> pb.StreamGenerateResponse:
-        task = self.task
+        parsed = self.parsed
         match event:
             case Queued():
-                return contract.queued_message(event)
+                return responses.queued_message(event)
             case Progress():
-                return contract.progress_message(event)
+                return responses.progress_message(event)
             case Preview():
-                return await asyncio.to_thread(contract.preview_message, task, event)
-            case ImageReady(index=index):
-                began = time.monotonic()
-                image, filtered = await asyncio.to_thread(self._coded, event)
-                pixels = task.image.width * task.image.height
-                self._observe(ImageEncoded(pixels, len(image.data), began, time.monotonic(), filtered))
-                self._images[index] = contract.image_metadata_message(task, event, image)
-                if image.smaller:
-                    self._warnings.append(contract.recoded_warning(task, image, index))
-                choice = contract.choice_message(task, image, filtered)
-                ready = pb.ChoiceReady(choice_index=index, choice=choice, metadata=self._images[index])
-                return pb.StreamGenerateResponse(choice=ready)
+                return await asyncio.to_thread(responses.preview_message, parsed, event)
+            case ImageReady():
+                return await self._choice_message(event)
             case Finished():
                 images = [self._images[index] for index in sorted(self._images)]
-                metadata = contract.metadata_message(task, self._info, images, self._warnings, event)
+                metadata = responses.metadata_message(parsed, images, self._warnings, event)
                 return pb.StreamGenerateResponse(done=pb.Done(metadata=metadata))
 
-    def _coded(self, event: ImageReady) -> tuple[CodedImage, bool]:
-        """The image as it may be seen, and whether it shows something else."""
+    async def _choice_message(self, event: ImageReady) -> pb.StreamGenerateResponse:
+        parsed, index = self.parsed, event.index
+        began = time.monotonic()
+        image, filtered = await asyncio.to_thread(self._filter_and_code, event)
+        pixels = parsed.image.width * parsed.image.height
+        self._observe(ImageEncoded(pixels, len(image.data), began, time.monotonic(), filtered))
+        self._images[index] = responses.image_metadata_message(parsed, event, image)
+        if image.smaller:
+            self._warnings.append(responses.recoded_warning(parsed, image, index))
+        choice = responses.choice_message(parsed, image, filtered)
+        ready = pb.ChoiceReady(choice_index=index, choice=choice, metadata=self._images[index])
+        return pb.StreamGenerateResponse(choice=ready)
+
+    def _filter_and_code(self, event: ImageReady) -> tuple[CodedImage, bool]:
+        """Code the image, or a grey one in its place; whether the content filter replaced it."""
         filtered = self._screening is not None and self._screening.objects_to(event.pixels)
         shown = replace(event, pixels=content_filter.blank(event.pixels)) if filtered else event
-        return contract.coded(self.task, shown), filtered
+        return responses.code_image(self.parsed, shown), filtered
 
 
-def _only_the_newest_of(message: pb.StreamGenerateResponse) -> Hashable:
-    """What a message makes the one before it obsolete for: the place in the queue, or what one image looks like."""
+def _superseded_kind(message: pb.StreamGenerateResponse) -> Hashable:
+    """Return the kind of messages of which only the newest counts: `queued`, or the looks of one image; else None."""
     match message.WhichOneof("event"):
         case "queued":
             return "queued"
@@ -244,11 +243,10 @@ def _only_the_newest_of(message: pb.StreamGenerateResponse) -> Hashable:
 
 
 class Recordings:
-    """All jobs that run, and by their owners and names the detached ones.
+    """Holds the recordings of all running jobs and of the detached jobs that have ended.
 
-    Those that have ended are kept `retention_seconds` at most, and no more of them than `retention_bytes` can hold: the
-    oldest go first.
-    `call_later` is that of the event loop, and injected so that tests need no waiting.
+    An ended job is kept for at most `retention_seconds`. When ended jobs take more than `retention_bytes`, the oldest
+    are dropped. Tests inject the event loop's `call_later` in order not to wait.
     """
 
     def __init__(
@@ -268,34 +266,32 @@ class Recordings:
         self._screening = screening
         self._running: set[Recording] = set()
         self._detached: dict[tuple[str, str], Recording] = {}
-        self._kept: dict[Recording, tuple[int, Timer]] = {}  # in the order of their ends, with size and time
+        self._kept: dict[Recording, tuple[int, Timer]] = {}  # ended jobs, oldest first, with size and timer
         self._kept_bytes = 0
 
-    def begin(
-        self, request: pb.GenerateRequest, task: ParsedRequest, info: ModelInfo, timeout: float, caller: Caller
-    ) -> Recording:
-        """Begin the job of `task`, or join the detached one that bears its name, unless that has failed.
+    def begin(self, parsed: ParsedRequest) -> Recording:
+        """Begin the job of a request, or join the detached job of its name, unless that one has failed.
 
-        Raises JobAlreadyExists if that one was begun by another request, and what Engine.submit raises.
+        Raises JobAlreadyExists if another request began the job of this name, and what Engine.submit raises.
         """
-        known = self._detached.get((caller.owner, task.request_id)) if task.detached else None
+        known = self._detached.get((parsed.caller.owner, parsed.request_id)) if parsed.detached else None
         if known is not None and known.error is None:
-            if known.request != request:
+            if known.parsed.message != parsed.message:
                 raise JobAlreadyExists(
-                    f"{task.request_id} is another request; Cancel it, or give this one another requestId"
+                    f"{parsed.request_id} is another request; Cancel it, or give this one another requestId"
                 )
             return known
-        recording = Recording(self._engine, request, task, info, timeout, caller, self._observe, self._screening)
+        recording = Recording(self._engine, parsed, self._observe, self._screening)
         self._running.add(recording)
         recording.ended.add_done_callback(lambda _: self._retain(recording))
         if known is not None:
             self._forget(known)
-        if task.detached:
+        if parsed.detached:
             self._detached[recording.key] = recording
         return recording
 
     def find(self, name: str | None, caller: Caller) -> Recording:
-        """The caller's detached job of this name. Raises UnknownJob, as for one that is another's."""
+        """Return the caller's detached job of this name. Raises UnknownJob, also for jobs of other owners."""
         if name is None:
             raise UnknownJob("no detached job has such a name: they have 1 to 128 characters of A-Z a-z 0-9 . _ : / -")
         if (caller.owner, name) not in self._detached:
@@ -303,7 +299,7 @@ class Recordings:
         return self._detached[caller.owner, name]
 
     def cancel(self, name: str | None, caller: Caller) -> None:
-        """End the caller's detached job of this name, and forget it. Raises UnknownJob."""
+        """End and forget the caller's detached job of this name. Raises UnknownJob."""
         recording = self.find(name, caller)
         recording.cancel()
         self._forget(recording)
@@ -315,7 +311,7 @@ class Recordings:
 
     @property
     def detached(self) -> tuple[int, int, int]:
-        """Detached jobs that run, those that are kept after their ends, and the bytes of these."""
+        """Count the detached jobs that run, those that have ended and are kept, and the bytes of the latter."""
         return len(self._detached) - len(self._kept), len(self._kept), self._kept_bytes
 
     def _retain(self, recording: Recording) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from server.api.service_names import METHODS
+from server.domain import is_request_id
 from server.observability.call_context import CallIds, call_ids, job_of_call
 from server.observability.metrics import Metrics
 
@@ -80,7 +81,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
 def _request_id(metadata: Mapping[str, Any]) -> str:
     """Return the caller's x-request-id if it is safe to log, else a new one."""
     given = str(metadata.get(REQUEST_ID, ""))
-    return given if re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", given) else uuid.uuid4().hex
+    return given if is_request_id(given) else uuid.uuid4().hex
 
 
 def _trace_id_of_caller(metadata: Mapping[str, Any]) -> str:

@@ -14,26 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_info import LIMITS, MODEL_INFO
 
-from server.api import contract, images
+from server.api import errors, images, requests, responses
 from server.domain import ASPECT_RATIOS, ModelInfo, Notice, Warning, size_of
 from server.engine import events
+from server.engine.interface import NOBODY
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
-def parse(text: str, info: ModelInfo = MODEL_INFO) -> contract.ParsedRequest:
+def parse(text: str, info: ModelInfo = MODEL_INFO) -> requests.ParsedRequest:
     message = json_format.Parse(text, pb.GenerateRequest())
-    return check(message, info, contract.limits_of(info, Settings()))
+    return check(message, info, requests.limits_of(info, Settings()))
 
 
 def check(
-    message: pb.GenerateRequest, info: ModelInfo = MODEL_INFO, limits: contract.RequestLimits = LIMITS
-) -> contract.ParsedRequest:
-    return contract.parse(message, contract.request_id_of(message), info, limits, draw_seed=lambda: 7)
+    message: pb.GenerateRequest, info: ModelInfo = MODEL_INFO, limits: requests.RequestLimits = LIMITS
+) -> requests.ParsedRequest:
+    return requests.parse(message, requests.request_id_of(message), info, limits, NOBODY, draw_seed=lambda: 7)
 
 
 def violations(text: str, info: ModelInfo = MODEL_INFO) -> dict[str, str]:
-    with pytest.raises(contract.InvalidRequest) as caught:
+    with pytest.raises(errors.InvalidRequest) as caught:
         parse(text, info)
     return {each.field: each.description for each in caught.value.violations}
 
@@ -43,7 +44,7 @@ def test_a_bare_prompt_gets_every_default():
     assert task.image.seeds == (7,)
     assert (task.image.steps, task.image.guidance_scale, task.image.high_noise_frac) == (40, 5.0, 0.8)
     assert (task.image.width, task.image.height, task.image.scheduler) == (1024, 1024, "euler")
-    assert task.output == contract.Output(images.JPEG, 95, raw=False, max_message_bytes=4194304)
+    assert task.output == requests.Output(images.JPEG, 95, raw=False, max_message_bytes=4194304)
     assert task.warnings == ()
     assert len(task.request_id) == 36
 
@@ -129,8 +130,8 @@ def test_a_size_between_two_that_the_autoencoder_can_make_is_snapped_with_a_warn
 )
 def test_no_way_of_asking_for_a_size_makes_more_pixels_than_are_allowed(max_pixels: int, fields: str, field: str):
     message = json_format.Parse(f'{{"data": {{"prompt": "x"}}{fields}}}', pb.GenerateRequest())
-    with pytest.raises(contract.InvalidRequest) as caught:
-        check(message, limits=contract.limits_of(MODEL_INFO, Settings(max_pixels=max_pixels)))
+    with pytest.raises(errors.InvalidRequest) as caught:
+        check(message, limits=requests.limits_of(MODEL_INFO, Settings(max_pixels=max_pixels)))
     assert [each.field for each in caught.value.violations] == [field]
 
 
@@ -159,7 +160,7 @@ def test_an_option_without_effect_is_told(fields: str, field: str):
 )
 def test_a_priority_above_the_ceiling_is_lowered_with_a_warning(asked: int, ceiling: int, given: int, told: list[str]):
     message = json_format.ParseDict({"data": {"prompt": "x"}, "priority": asked}, pb.GenerateRequest())
-    task = check(message, limits=contract.limits_of(MODEL_INFO, Settings(max_priority=ceiling)))
+    task = check(message, limits=requests.limits_of(MODEL_INFO, Settings(max_priority=ceiling)))
     assert task.priority == given
     assert [each.message for each in task.warnings] == told
     assert {(each.notice, each.field) for each in task.warnings} <= {(Notice.PRIORITY_LOWERED, "priority")}
@@ -168,20 +169,20 @@ def test_a_priority_above_the_ceiling_is_lowered_with_a_warning(asked: int, ceil
 def test_previews_have_no_effect_where_there_are_no_events_and_that_is_told():
     task = parse('{"data": {"prompt": "x"}, "output": {"previewInterval": 2}}')
     assert (task.output.preview_interval, task.warnings) == (2, ())
-    whole = contract.in_one_message(task)
+    whole = requests.in_one_message(task)
     assert whole.output.preview_interval == 0
     assert [(each.notice, each.field) for each in whole.warnings] == [(Notice.OPTION_UNUSED, "output.previewInterval")]
 
 
 def test_images_of_one_message_share_its_room_evenly():
     alone = parse('{"data": {"prompt": "x"}, "parameter": {"n": 4}}')
-    assert contract.room_for_image(contract.in_one_message(alone)) == contract.room_for_image(alone) // 4
+    assert requests.max_image_bytes(requests.in_one_message(alone)) == requests.max_image_bytes(alone) // 4
 
 
 def test_an_answer_that_does_not_fit_into_one_message_says_how_to_get_it():
     task = parse('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 16384}, "requestId": "mine"}')
     with pytest.raises(images.ImageTooLarge, match=r"the images of mine, .* use Attach"):
-        contract.whole_answer(task, {0: pb.Choice(raw=b"x" * 16384)}, pb.Metadata())
+        responses.generate_response(task, {0: pb.Choice(raw=b"x" * 16384)}, pb.Metadata())
 
 
 def test_asking_for_a_refiner_that_is_not_served_is_an_error_and_not_silence():
@@ -223,7 +224,7 @@ def test_no_bytes_that_decode_as_a_request_make_parsing_fail_otherwise_than_by_v
     message = pb.GenerateRequest()
     with contextlib.suppress(DecodeError):
         message.ParseFromString(data)
-        with contextlib.suppress(contract.InvalidRequest):
+        with contextlib.suppress(errors.InvalidRequest):
             check(message)
 
 
@@ -234,14 +235,14 @@ def test_any_unicode_prompt_that_is_not_blank_is_taken_as_it_is(prompt: str):
     if prompt.strip():
         assert check(message).image.prompt == prompt
     else:
-        with pytest.raises(contract.InvalidRequest):
+        with pytest.raises(errors.InvalidRequest):
             check(message)
 
 
-def metadata_of(task: contract.ParsedRequest, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
+def metadata_of(task: requests.ParsedRequest, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
     pixels = np.zeros((8, 8, 3), np.uint8)
     event = events.ImageReady(index, task.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
-    return contract.image_metadata_message(task, event, images.code(pixels, coding, quality, smaller=True))
+    return responses.image_metadata_message(task, event, images.code(pixels, coding, quality, smaller=True))
 
 
 PROMPTS = st.text(min_size=1, max_size=40).filter(str.strip)
@@ -294,13 +295,12 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
     message.parameter.negative_prompt = "犬" * 10_000
     message.parameter.n = 8
     message.parameter.seed = 2**32 - 8
-    task = contract.in_one_message(check(message))
+    task = requests.in_one_message(check(message))
     coded = images.CodedImage(b"", images.WEBP_LOSSLESS, 0, smaller=True)
-    metadata = contract.metadata_message(
+    metadata = responses.metadata_message(
         task,
-        MODEL_INFO,
         [metadata_of(task, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
-        [contract.recoded_warning(task, coded, index) for index in range(8)],
+        [responses.recoded_warning(task, coded, index) for index in range(8)],
         events.Finished(
             (Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2,
             1e6,
@@ -308,40 +308,40 @@ def test_the_metadata_of_the_longest_prompts_fits_into_what_the_images_leave_of_
             MODEL_INFO.environment,
         ),
     )
-    assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * contract.room_for_image(task)
+    assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * requests.max_image_bytes(task)
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (contract.InvalidRequest([contract.Violation("data.prompt", "is required")]), grpc.StatusCode.INVALID_ARGUMENT),
+        (errors.InvalidRequest([errors.Violation("data.prompt", "is required")]), grpc.StatusCode.INVALID_ARGUMENT),
         (events.ResourceExhausted("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (contract.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
+        (errors.Loading("loading"), grpc.StatusCode.UNAVAILABLE),
         (events.Draining("draining"), grpc.StatusCode.UNAVAILABLE),
         (events.DeviceUnavailable("about to end"), grpc.StatusCode.UNAVAILABLE),
         (events.DeviceLost("hangs"), grpc.StatusCode.ABORTED),
         (events.DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
         (events.Cancelled("gone"), grpc.StatusCode.CANCELLED),
         (events.ModelFailed("broken"), grpc.StatusCode.INTERNAL),
-        (contract.UnknownJob("who?"), grpc.StatusCode.NOT_FOUND),
-        (contract.JobAlreadyExists("taken"), grpc.StatusCode.ALREADY_EXISTS),
-        (contract.InternalError(), grpc.StatusCode.INTERNAL),
+        (errors.UnknownJob("who?"), grpc.StatusCode.NOT_FOUND),
+        (errors.JobAlreadyExists("taken"), grpc.StatusCode.ALREADY_EXISTS),
+        (errors.InternalError(), grpc.StatusCode.INTERNAL),
     ],
 )
 def test_every_error_has_its_status(error: Exception, code: grpc.StatusCode):
-    assert contract.status_of(error).code == code.value[0]
+    assert errors.status_of(error).code == code.value[0]
 
 
 def test_a_bad_request_and_a_full_queue_carry_googles_details():
     bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    status = contract.status_of(contract.InvalidRequest([contract.Violation("data.prompt", "is required")]))
+    status = errors.status_of(errors.InvalidRequest([errors.Violation("data.prompt", "is required")]))
     assert status.details[0].Unpack(bad)
     assert bad.field_violations[0].field == "data.prompt"
-    assert contract.status_of(events.ResourceExhausted("full", 2.5)).details[0].Unpack(retry)
+    assert errors.status_of(events.ResourceExhausted("full", 2.5)).details[0].Unpack(retry)
     assert retry.retry_delay.ToSeconds() == 2
 
 
 def test_a_lost_device_is_named_by_google_s_error_info():
     lost = error_details_pb2.ErrorInfo()
-    assert contract.status_of(events.DeviceLost("hangs")).details[0].Unpack(lost)
+    assert errors.status_of(events.DeviceLost("hangs")).details[0].Unpack(lost)
     assert (lost.reason, lost.domain) == ("DEVICE_LOST", "text_to_image.v1")

@@ -12,9 +12,10 @@ from grpc_health.v1 import health_pb2
 from serving import ROOT, request
 from stepped_model import ENVIRONMENT, MODEL_INFO
 
-from server.api import contract, images, open_inference
+from server.api import images, open_inference, requests, responses
 from server.domain import Notice, Stage, Warning
 from server.engine import events
+from server.engine.interface import NOBODY
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from text_to_image_client import Format, OnDisconnect, ServingStatus, WarningCode
@@ -23,8 +24,8 @@ from text_to_image_client._messages import build_request, read_event, read_reque
 from text_to_image_client.cli import main
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
-LIMITS = contract.limits_of(MODEL_INFO, Settings(_cli_parse_args=False))
-TASK = contract.parse(request(), "id", MODEL_INFO, LIMITS)
+LIMITS = requests.limits_of(MODEL_INFO, Settings(_cli_parse_args=False))
+TASK = requests.parse(request(), "id", MODEL_INFO, LIMITS, NOBODY)
 
 
 def enums(message: Descriptor | Any) -> Iterator[EnumDescriptor]:
@@ -40,8 +41,8 @@ def values(name: str) -> set[int]:
     return {value.number for value in found.values} - {0}
 
 
-def parsed(**fields: Any) -> contract.ParsedRequest:
-    return contract.parse(pb.GenerateRequest(data=pb.TaskData(prompt="x"), **fields), "id", MODEL_INFO, LIMITS)
+def parsed(**fields: Any) -> requests.ParsedRequest:
+    return requests.parse(pb.GenerateRequest(data=pb.TaskData(prompt="x"), **fields), "id", MODEL_INFO, LIMITS, NOBODY)
 
 
 def coded_by_server() -> set[int]:
@@ -52,7 +53,7 @@ def coded_by_server() -> set[int]:
         task = parsed(output=pb.Output(format=number))
         ready = events.ImageReady(0, 0, pixels, 1, 1)
         image = images.code(pixels, task.output.coding, 95)
-        found.add(contract.image_metadata_message(task, ready, image).request.output.format)
+        found.add(responses.image_metadata_message(task, ready, image).request.output.format)
     return found
 
 
@@ -64,13 +65,13 @@ def detached_by_server() -> set[int]:
 
 
 def staged_by_server() -> set[int]:
-    return {contract.progress_message(events.Progress(0, stage, 1, 1, 0)).progress.stage for stage in Stage}
+    return {responses.progress_message(events.Progress(0, stage, 1, 1, 0)).progress.stage for stage in Stage}
 
 
 def warned_by_server() -> set[int]:
     warnings = [Warning(notice, "", "") for notice in Notice]
     finished = events.Finished((), 0, 0, ENVIRONMENT)
-    return {each.code for each in contract.metadata_message(TASK, MODEL_INFO, [], warnings, finished).warnings}
+    return {each.code for each in responses.metadata_message(TASK, [], warnings, finished).warnings}
 
 
 def read_by_client(field: str, name: str) -> Callable[[], set[int]]:
@@ -154,7 +155,7 @@ def test_kserves_face_takes_every_format_by_its_word():
     message = oip.ModelInferRequest()
     for number in values("Format"):
         message.parameters["format"].string_param = pb.Format.Name(number).removeprefix("FORMAT_").lower()
-        (made,) = open_inference.read(message, 8).requests
+        (made,) = open_inference.read(message, 8).messages
         assert made.output.format == number
 
 

@@ -21,7 +21,7 @@ from refusals import refused
 from scraping import scrape
 from serving import LONG_JOB, PATIENCE, ROOT, ServerProcess, connect, first_step, request
 
-from server.api import contract, instill
+from server.api import errors, instill
 from server.domain import ASPECT_RATIOS
 from server.stubs.model_model_v1alpha import model_public_pb2 as public
 from server.stubs.model_model_v1alpha import model_public_pb2_grpc as public_grpc
@@ -108,7 +108,7 @@ class TestRequests:
     )
     def test_what_makes_no_request_is_told_by_its_name(self, given, field, words):
         _, unreadable = instill.read([made(task()), made(given)], 8)
-        assert unreadable == [contract.Violation(f"task_inputs[1].{field}", words)]
+        assert unreadable == [errors.Violation(f"task_inputs[1].{field}", words)]
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e300])
     def test_a_number_that_json_has_no_word_for_is_refused_too(self, number):
@@ -146,7 +146,7 @@ class TestRequests:
         assert not caplog.records
 
     def test_more_inputs_than_images_are_not_even_looked_at(self):
-        with pytest.raises(contract.InvalidRequest, match="task_inputs: must be at most 8, are 9"):
+        with pytest.raises(errors.InvalidRequest, match="task_inputs: must be at most 8, are 9"):
             instill.read([made(task())] * 9, 8)
 
 
@@ -246,7 +246,7 @@ class TestCall:
 
     def test_what_the_content_filter_objects_to_is_said(self, start_server):
         server = start_server(
-            "--instill", "--content-filter", "own_filters:Blueness", PYTHONPATH=_path() + f":{ROOT}/tests"
+            "--instill", "--content-filter", "own_filters:Blueness", PYTHONPATH=_path() + f":{ROOT}/tests/support"
         )
         server.wait_until_ready()
         with connect(server) as channel:

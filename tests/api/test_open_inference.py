@@ -23,7 +23,7 @@ from scraping import scrape
 from serving import LONG_JOB, PATIENCE, ROOT, ServerProcess, connect, first_step, request
 
 from server import __version__
-from server.api import contract, open_inference
+from server.api import errors, open_inference
 from server.api.images import ImageTooLarge
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -95,10 +95,10 @@ def torn_prompt() -> Tensor:
     return Tensor(name="prompt", datatype="BYTES", shape=[9], contents={"bytes_contents": [b"a cat"]})
 
 
-def unreadable(message: oip.ModelInferRequest) -> Sequence[contract.Violation]:
+def unreadable(message: oip.ModelInferRequest) -> Sequence[errors.Violation]:
     try:
-        return open_inference.read(message, 8).unreadable
-    except contract.InvalidRequest as error:
+        return open_inference.read(message, 8).violations
+    except errors.InvalidRequest as error:
         return error.violations
 
 
@@ -120,7 +120,7 @@ class TestRequests:
         for name, value in {"n": 2, "height": 96, "quality": 80, "max_message_bytes": 99_999}.items():
             message.parameters[name].uint64_param = value
         message.parameters["priority"].uint64_param = 4
-        (made,) = open_inference.read(message, 8).requests
+        (made,) = open_inference.read(message, 8).messages
         assert made == pb.GenerateRequest(
             request_id="mine",
             priority=-1,
@@ -136,7 +136,7 @@ class TestRequests:
         seeds = Tensor(name="seed", datatype="INT64", shape=[2, 1])
         seeds.contents.int64_contents.extend([5, 6])
         message = asked(texts("prompt", "a", "b"), seeds, texts("aspect_ratio", "16:9"), steps=3)
-        requests = open_inference.read(message, 8).requests
+        requests = open_inference.read(message, 8).messages
         assert [(each.data.prompt, each.parameter.seed) for each in requests] == [("a", 5), ("b", 6)]
         assert {(each.parameter.aspect_ratio, each.sampling.steps) for each in requests} == {("16:9", 3)}
 
@@ -216,7 +216,7 @@ class TestRequests:
     def test_what_makes_no_request_is_told_by_its_name(self, message, field, words):
         violations = unreadable(message)
         assert words in {each.field: each.description for each in violations}[field]
-        assert len(str(contract.InvalidRequest(violations))) < 1000
+        assert len(str(errors.InvalidRequest(violations))) < 1000
 
     @pytest.mark.parametrize(
         ("level", "priority"), [(0, 0), (1, 2), (2, 1), (3, 0), (4, -1), (5, -2), (6, -2), (2**64 - 1, -2)]
@@ -224,7 +224,7 @@ class TestRequests:
     def test_a_priority_is_a_level_as_the_protocol_means_it(self, level: int, priority: int):
         message = asked(texts("prompt", "a"))
         message.parameters["priority"].uint64_param = level
-        (made,) = open_inference.read(message, 8).requests
+        (made,) = open_inference.read(message, 8).messages
         assert made.priority == priority
 
     @pytest.mark.parametrize(("microseconds", "seconds"), [(0, math.inf), (1, 1e-6), (2_500_000, 2.5)])
@@ -241,7 +241,7 @@ class TestRequests:
     def test_any_id_is_a_name_that_may_come_near_a_log(self):
         message = asked(texts("prompt", "a"))
         message.id = "my req #1\n" + "é" * 200
-        (made,) = open_inference.read(message, 8).requests
+        (made,) = open_inference.read(message, 8).messages
         assert made.request_id == ("my_req__1_" + "_" * 200)[:128]
 
     def test_everything_that_is_wrong_is_told_at_once(self):

@@ -12,7 +12,7 @@ from model_info import LIMITS, MODEL_INFO
 from PIL import Image
 from serving import request
 
-from server.api import contract
+from server.api import errors, requests, responses
 from server.api.recordings import Recording, Recordings
 from server.domain import Caller, Stage
 from server.engine.events import (
@@ -118,10 +118,8 @@ class House:
 
     def begin(self, name: str = "mine", *, prompt: str = "a cat", whole: bool = False, **fields: object) -> Recording:
         message = request(prompt, requestId=name, **fields)
-        task = contract.parse(message, name, MODEL_INFO, LIMITS)
-        return self.recordings.begin(
-            message, contract.in_one_message(task) if whole else task, MODEL_INFO, math.inf, ME
-        )
+        parsed = requests.parse(message, name, MODEL_INFO, LIMITS, ME)
+        return self.recordings.begin(requests.in_one_message(parsed) if whole else parsed)
 
     @property
     def settled(self) -> list[DeviceTimeAttributed]:
@@ -169,7 +167,7 @@ class TestListening:
 
     async def test_a_number_that_is_still_to_come_is_refused(self, house):
         recording = house.begin(**DETACH)
-        with pytest.raises(contract.InvalidRequest, match="after: must be at most 0, the newest event, is 1"):
+        with pytest.raises(errors.InvalidRequest, match="after: must be at most 0, the newest event, is 1"):
             await listen(recording, 1)
 
     async def test_it_ends_for_all_with_the_jobs_error_and_for_late_ones_too(self, house):
@@ -186,7 +184,7 @@ class TestListening:
         recording = house.begin(**DETACH)
         (job,) = house.engine.jobs
         job.tell(ImageReady(0, 0, np.zeros((8, 8, 7), np.complex64), 1, 1))
-        with pytest.raises(contract.InternalError, match="internal error; the server's log has the cause"):
+        with pytest.raises(errors.InternalError, match="internal error; the server's log has the cause"):
             await listen(recording)
         assert job.cancelled
         assert "Traceback" in caplog.text
@@ -248,7 +246,7 @@ class TestTheNewestOnly:
     async def test_the_submission_has_the_caller_the_priority_and_the_preview_interval(self, house):
         recording = house.begin(output={"previewInterval": 5}, priority=-1)
         assert house.engine.jobs[0].submission == Submission(
-            "mine", recording.task.image, ME, math.inf, priority=-1, preview_interval=5
+            "mine", recording.parsed.image, ME, math.inf, priority=-1, preview_interval=5
         )
 
 
@@ -279,7 +277,7 @@ class TestWhoseJob:
     async def test_the_same_request_joins_and_another_is_refused(self, house):
         first = house.begin(**DETACH)
         assert house.begin(**DETACH) is first
-        with pytest.raises(contract.JobAlreadyExists, match="mine is another request"):
+        with pytest.raises(errors.JobAlreadyExists, match="mine is another request"):
             house.begin(prompt="a dog", **DETACH)
         assert len(house.engine.jobs) == 1
         await tell(first, house.engine, image(0), DONE)
@@ -288,7 +286,7 @@ class TestWhoseJob:
     async def test_a_name_alone_is_nothing_to_join_or_to_attach_to(self, house):
         first = house.begin()
         assert house.begin() is not first
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find("mine", ME)
         detached = house.begin(**DETACH)
         assert house.begin(prompt="a dog") is not detached
@@ -314,7 +312,7 @@ class TestWhoseJob:
 
     async def test_a_name_that_no_job_can_have_is_said_without_it(self, house):
         for look in (house.recordings.find, house.recordings.cancel):
-            with pytest.raises(contract.UnknownJob, match="no detached job has such a name: they have 1 to 128 char"):
+            with pytest.raises(errors.UnknownJob, match="no detached job has such a name: they have 1 to 128 char"):
                 look(None, ME)
 
     async def test_cancelling_ends_the_job_and_frees_its_name_at_once(self, house):
@@ -322,7 +320,7 @@ class TestWhoseJob:
         following = asyncio.create_task(listen(first))
         house.recordings.cancel("mine", ME)
         assert house.engine.jobs[0].cancelled
-        with pytest.raises(contract.UnknownJob, match="no detached job is named mine here"):
+        with pytest.raises(errors.UnknownJob, match="no detached job is named mine here"):
             house.recordings.cancel("mine", ME)
         second = house.begin(prompt="a dog", **DETACH)
         house.engine.jobs[0].tell(Failed(Cancelled("cancelled")))
@@ -334,13 +332,13 @@ class TestWhoseJob:
     async def test_cancelling_what_has_ended_forgets_it(self, house):
         await house.end("mine", image(0), DONE)
         house.recordings.cancel("mine", ME)
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find("mine", ME)
         assert not house.clock.timers
 
     @pytest.mark.parametrize("name", [None, "", "nobody"])
     async def test_names_that_nobody_bears_are_unknown(self, house, name: str | None):
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find(name, ME)
 
     async def test_waiting_until_all_jobs_have_ended_includes_those_that_nobody_follows(self, house):
@@ -361,7 +359,7 @@ class TestRetention:
         house.clock.advance(599)
         assert house.recordings.find("running", ME) is running
         house.clock.advance(1)
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find("running", ME)
 
     async def test_beyond_the_bytes_the_oldest_to_have_ended_go_first(self):
@@ -372,14 +370,14 @@ class TestRetention:
         late_job = house.engine.jobs[-1]
         for name in ("a", "b", "c"):
             await house.end(name, image(0), DONE)
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find("a", ME)
         assert house.recordings.find("b", ME)
         late_job.tell(image(0))
         late_job.tell(DONE)
         await late.ended
         await asyncio.sleep(0)
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find("b", ME)
         assert house.recordings.find("c", ME)
         assert house.recordings.find("begun first, ended last", ME) is late
@@ -391,7 +389,7 @@ class TestRetention:
         listening = asyncio.create_task(listen(recording))
         await tell(recording, house.engine, image(0), DONE)
         assert kinds(await listening) == ["choice", "done"]
-        with pytest.raises(contract.UnknownJob):
+        with pytest.raises(errors.UnknownJob):
             house.recordings.find("mine", ME)
 
     async def test_a_listener_reads_on_in_what_is_forgotten_meanwhile(self, house):
@@ -437,8 +435,8 @@ class TestSilence:
     async def test_an_eta_that_has_passed_is_zero(self):
         event = pb.StreamGenerateResponse(queued=pb.Queued(position=1))
         event.queued.eta.FromSeconds(5)
-        assert contract.repeated_message(event, 100.0, 103.0, 1).queued.eta.ToSeconds() == 2
-        assert contract.repeated_message(event, 100.0, 200.0, 1).queued.eta.ToSeconds() == 0
+        assert responses.heartbeat_message(event, 100.0, 103.0, 1).queued.eta.ToSeconds() == 2
+        assert responses.heartbeat_message(event, 100.0, 200.0, 1).queued.eta.ToSeconds() == 0
 
 
 class TestImageRoom:

@@ -21,6 +21,7 @@ from replicas import Replicas
 from serving import PATIENCE, RETRIES, RETRY_POLICY, SERVICE, ServerProcess, request
 from stepped_model import SteppedModel
 
+from server.api.frontend import Frontend
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.engine.engine import Engine
@@ -143,13 +144,13 @@ class House:
 
     async def __aenter__(self) -> "House":
         await asyncio.wrap_future(self.engine.start(lambda: self.model))
-        servicer = TextToImageServicer(self.engine, Settings())
-        servicer.open(self.model.info)
+        frontend = Frontend(self.engine, Settings())
+        frontend.open(self.model.info)
         self.server = grpc.aio.server(interceptors=[TelemetryInterceptor(self.metrics, None)])
-        pb_grpc.add_TextToImageServiceServicer_to_server(servicer, self.server)
-        oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(servicer), self.server)
-        user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(servicer), self.server)
-        public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(servicer), self.server)
+        pb_grpc.add_TextToImageServiceServicer_to_server(TextToImageServicer(frontend, 30), self.server)
+        oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(frontend), self.server)
+        user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(frontend), self.server)
+        public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(frontend), self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
         policy = RETRY_POLICY | {"maxAttempts": 2, "retryableStatusCodes": ["ABORTED", "RESOURCE_EXHAUSTED"]}
@@ -207,4 +208,4 @@ async def test_a_call_whose_second_job_is_refused_is_not_committed_and_leaves_no
 
 def ended(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The lines that the calls' ends leave in the log."""
-    return [each.getMessage() for each in caplog.records if each.name == "server.servicer"]
+    return [each.getMessage() for each in caplog.records if each.name == "server.api.grpc_calls"]

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from serving import PATIENCE
 from stepped_model import SteppedModel
 
-from server.api import contract
-from server.api.contract import InvalidRequest, Violation
+from server.api import errors, requests
+from server.api.errors import InvalidRequest, Violation
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.engine import events
 from server.runtime import Runtime
+from server.servicer import TextToImageServicer
 from server.settings import Settings
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -55,7 +56,7 @@ def grpc_percent_encoded(message: str) -> str:
 @settings(deadline=None)
 @given(violations=st.lists(st.builds(Violation, TEXTS, TEXTS), min_size=1, max_size=30))
 def test_whatever_is_wrong_with_a_request_its_status_fits_and_says_how_much_was_left_out(violations: list[Violation]):
-    status = contract.status_of(InvalidRequest(violations))
+    status = errors.status_of(InvalidRequest(violations))
     assert size_of(status.message, [("grpc-status-details-bin", status.SerializeToString())]) < MOST
     bad = error_details_pb2.BadRequest()
     assert status.details[0].Unpack(bad)
@@ -68,17 +69,17 @@ def test_whatever_is_wrong_with_a_request_its_status_fits_and_says_how_much_was_
         assert f"{each.field}: {each.description}" in status.message
 
 
-@pytest.mark.parametrize("kind", [each for each in contract.STATUS if issubclass(each, events.EngineError)])
+@pytest.mark.parametrize("kind", [each for each in errors.STATUS if issubclass(each, events.EngineError)])
 def test_other_errors_fit_too(kind: type[Exception]):
     error = kind("猫" * 9999, 2.5) if kind is events.ResourceExhausted else kind("猫" * 9999)
-    status = contract.status_of(error)
+    status = errors.status_of(error)
     assert size_of(status.message, [("grpc-status-details-bin", status.SerializeToString())]) < MOST
     assert status.message.endswith("猫...")
 
 
 def test_what_fits_is_said_in_full():
     violations = [Violation(f"field-{number}", "must be another") for number in range(20)]
-    status = contract.status_of(InvalidRequest(violations))
+    status = errors.status_of(InvalidRequest(violations))
     assert status.message == "; ".join(f"field-{number}: must be another" for number in range(20))
 
 
@@ -86,7 +87,7 @@ def test_what_fits_is_said_in_full():
     ("indices", "told"), [([0], "0"), ([0, 1, 2], "0-2"), ([1, 3], "1,3"), ([0, 1, 4, 6, 7], "0-1,4,6-7")]
 )
 def test_elements_with_the_same_violation_are_told_together(indices: list[int], told: str):
-    assert contract.places(indices) == told
+    assert requests.index_ranges(indices) == told
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,11 @@ def channel() -> Iterator[grpc.Channel]:
     async def serve() -> tuple[Runtime, grpc.aio.Server, int]:
         runtime = Runtime(Settings(_cli_parse_args=False), lambda: model)
         server = grpc.aio.server(interceptors=runtime.interceptors)
-        first = runtime.servicer
-        pb_grpc.add_TextToImageServiceServicer_to_server(first, server)
-        oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(first), server)
-        user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(first), server)
-        public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(first), server)
+        frontend = runtime.frontend
+        pb_grpc.add_TextToImageServiceServicer_to_server(TextToImageServicer(frontend, 30), server)
+        oip_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(frontend), server)
+        user_defined_grpc.add_UserDefinedServiceServicer_to_server(InstillServicer(frontend), server)
+        public_grpc.add_ModelPublicServiceServicer_to_server(ModelPublicServicer(frontend), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         await runtime.open()

@@ -8,6 +8,7 @@ import grpc
 from serving import PATIENCE, ServerProcess, connect, first_step, request
 from stepped_model import Clock
 
+from server.api.frontend import Frontend
 from server.engine.engine import Engine
 from server.engine.scheduling import QueueLimits
 from server.runtime import Silence
@@ -77,7 +78,7 @@ def test_a_device_that_is_silent_still_ends_the_server(start_server):
 async def test_a_client_is_not_given_up_for_a_pause_during_its_message(monkeypatch):
     """The loop's clock jumps by an hour, as after a pause; the message goes out a moment later."""
     loop = asyncio.get_running_loop()
-    servicer = TextToImageServicer(Engine(QueueLimits(jobs=1)), Settings(slow_reader_seconds=30))
+    servicer = TextToImageServicer(Frontend(Engine(QueueLimits(jobs=1)), Settings()), slow_reader_seconds=30)
     real, paused = loop.time, 0.0
     monkeypatch.setattr(loop, "time", lambda: real() + paused)
 

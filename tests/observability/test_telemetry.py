@@ -391,7 +391,7 @@ class TestLog:
         of_call = [line for line in lines if line.get("request_id") == "logged"]
         assert [(line["logger"], line["job"], line["trace_id"]) for line in of_call] == [
             ("server.engine.engine", "logged-job", TRACE),
-            ("server.servicer", "logged-job", TRACE),
+            ("server.api.grpc_calls", "logged-job", TRACE),
         ]
         assert [line for line in lines if "logged-job" in line["message"]] == of_call
         assert "secret" not in watched.log
@@ -425,7 +425,8 @@ def test_with_no_flag_there_is_one_port_no_channelz_and_a_log_for_people(server)
             pb.GetModelRequest(), metadata=(("x-request-id", "plain"), TRACEPARENT)
         )
     server.wait_for_log(
-        rf"(?m)^[-0-9]+ [:,0-9]+ INFO server.servicer: GetModel OK \d\.\d+ s \[request_id=plain trace_id={TRACE}\]$"
+        rf"(?m)^[-0-9]+ [:,0-9]+ INFO server\.api\.grpc_calls: GetModel OK \d\.\d+ s "
+        rf"\[request_id=plain trace_id={TRACE}\]$"
     )
 
 

@@ -1,6 +1,6 @@
 """A model without weights, and the limits that the default settings give it."""
 
-from server.api import contract
+from server.api import requests
 from server.domain import Environment, ModelInfo
 from server.settings import Settings
 
@@ -23,4 +23,4 @@ MODEL_INFO = ModelInfo(
 )
 
 
-LIMITS = contract.limits_of(MODEL_INFO, Settings())
+LIMITS = requests.limits_of(MODEL_INFO, Settings())

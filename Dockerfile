@@ -18,7 +18,7 @@ COPY server/acceleration server/acceleration
 RUN mkdir kernels && \
     if [ "$(uname -m)" = x86_64 ]; then \
         command -v g++ || { apt-get update && apt-get install --yes --no-install-recommends g++; } && \
-        python3 -m server.acceleration.cpu_library --output kernels; \
+        python3 -m server.acceleration.kernels.cpu_library --output kernels; \
     fi
 
 FROM ${BASE} AS build
@@ -64,7 +64,7 @@ WORKDIR /srv
 COPY LICENSE ./
 COPY weights ./weights
 COPY server ./server
-COPY --from=kernels /build/kernels ./server/acceleration
+COPY --from=kernels /build/kernels ./server/acceleration/kernels
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

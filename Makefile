@@ -68,8 +68,8 @@ test: $(VENV)/.dev .triton/.done ## set up and run all tests, with line coverage
 # The tests whose results depend on the CPU, as on lesser ones than this: make test has run them as on this. torch, oneDNN
 # and MKL each have a variable of their own for it, and none of these can raise a processor. torch would take its own at
 # its word, and end at the first instruction that is not there.
-CPU_TESTS = $(BIN)/python -m pytest $(addprefix tests/,$(addsuffix .py,$(addprefix acceleration/test_,cpu_kernels layers compilation) ensemble/test_batching)) \
-	-k "not fp8 and (cpu_kernels or layers or embedded or any_number_of_threads or quickly_built)"
+CPU_TESTS = $(BIN)/python -m pytest $(addprefix tests/,$(addprefix acceleration/,kernels test_layers.py test_compilation.py) ensemble/test_batching.py) \
+	-k "not fp8 and (kernels or layers or embedded or any_number_of_threads or quickly_built)"
 
 test-cpu: $(VENV)/.dev ## the CPU's own tests as on a CPU without AVX2 and, where this one has AVX-512, as on one without
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(CPU_TESTS)
@@ -166,7 +166,7 @@ evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -f server/acceleration/cpu-kernels-*.so
+	rm -f server/acceleration/kernels/cpu-kernels-*.so
 	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .coverage
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from serving import ServerProcess
 
-from server.acceleration import cpu_library  # before any test imports torch, which then runs as it does in the service
+from server.acceleration.kernels import (
+    cpu_library,  # before any test imports torch, which then runs as it does in the service
+)
 
 # No proxy stands before the servers of the tests, which are all on this machine.
 for _name in ("no_proxy", "NO_PROXY"):
@@ -25,7 +27,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_configure(config: pytest.Config) -> None:
     """Build the C++ kernels once for all servers of the run, as an image has them. Where that fails, tests say so."""
     if not hasattr(config, "workerinput") and platform.machine() == "x86_64":  # that of xdist's workers is theirs
-        with contextlib.suppress(cpu_library.CannotBuild):
+        with contextlib.suppress(cpu_library.BuildError):
             cpu_library.prebuild()
 
 

@@ -38,9 +38,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from server.acceleration import compilation, cpu_kernels, kernels, layers
+from server.acceleration import compilation, layers
 from server.acceleration.compilation import Compiled, Ways
-from server.acceleration.cpu_library import CannotBuild
+from server.acceleration.kernels import convolution, cpu
+from server.acceleration.kernels.cpu_library import BuildError
 from server.domain import (
     Environment,
     ImageRequest,
@@ -213,7 +214,7 @@ def load(
     cores of a CPU have nothing idle. `compile` makes the networks faster for images of the sizes `warm_up`, pairs of
     width and height, by default the one that the base was trained on, with guidance as by default; that takes from
     seconds to minutes, and less where `compile_cache` is a folder that keeps what an earlier process compiled, and with
-    fp8 what it observed. It is off, blocks, full, or auto: blocks on a CPU that `cpu_kernels` suit, if these are found
+    fp8 what it observed. It is off, blocks, full, or auto: blocks on a CPU that has the C++ kernels, if these are found
     or can be built, and else off. With `compile_while_serving` nothing is compiled before `Ensemble.compile`. With
     `offload` only the network that works is on the device, nothing overlaps, and `compile` has to be off or auto.
     Raises a CheckpointError, before anything is loaded where that is possible.
@@ -340,7 +341,7 @@ class Ensemble:
 
     def _suits_cpu_kernels(self) -> bool:
         """Whether this CPU has the kernels' instructions and the networks have layers that the kernels compute."""
-        if not cpu_kernels.suit() or self._dtype != torch.float32:
+        if not cpu.is_supported() or self._dtype != torch.float32:
             return False
         try:
             for network in (*self._unets.values(), self._vae.decoder):
@@ -350,15 +351,15 @@ class Ensemble:
         return True
 
     def _finds_cpu_kernels(self, turns: bool) -> bool:
-        """Whether `cpu_kernels` can run all networks, and are found or built; if not, a line of the log says why."""
-        if not cpu_kernels.suit():
+        """Whether the C++ kernels can run all networks, and are found or built; if not, a line of the log says why."""
+        if not cpu.is_supported():
             why = "they are for x86-64 CPUs with AVX2 and FMA, which torch may use"
         elif turns or not self._suits_cpu_kernels():
             why = "they are for SDXL's own layers in fp32 without --offload"
         else:
             try:
-                cpu_kernels.prepare()
-            except CannotBuild as error:
+                cpu.prepare()
+            except BuildError as error:
                 log.warning("images are made without the C++ kernels, more slowly: %s", error)
                 return False
             return True
@@ -433,7 +434,7 @@ class Ensemble:
 
     def _convolve_for_batches(self, unet: torch.nn.Module) -> None:
         """Let a U-Net convolve by kernels where cuDNN would have to take image by image, and is not the faster."""
-        if self.max_batch > 1 and kernels.convolves(self._device, self._dtype):
+        if self.max_batch > 1 and convolution.supports(self._device, self._dtype):
             layers.convolve_by_kernel(unet)
 
     def _ways(self, call: compilation.Call, network: torch.nn.Module) -> Ways:
@@ -783,7 +784,7 @@ class _ImageByImage(torch.nn.Module):
 
 # Layers that would make an image's bytes depend on its place in the batch. On the CPU, torch shares the values of SiLU
 # and GELU out to threads without regard to rows, and computes the last few of each share by scalar code, which rounds
-# otherwise than vector code; and MKL sums up the last rows of a product in another order, as `kernels.linear` says. On
+# otherwise than vector code; and MKL sums up the last rows of a product in another order, as `linear.linear` says. On
 # CUDA, cuDNN cuts up the sums of some convolutions without regard to rows.
 _PLACE_MATTERS: dict[str, tuple[type[torch.nn.Module], ...]] = {
     "cpu": (torch.nn.SiLU, GEGLU, torch.nn.Linear),
@@ -1034,7 +1035,7 @@ def _told(sizes: Sequence[tuple[int, int]]) -> str:
 def _compiling() -> Iterator[None]:
     try:
         yield
-    except (torch._dynamo.exc.TorchDynamoException, CannotBuild, OSError) as error:
+    except (torch._dynamo.exc.TorchDynamoException, BuildError, OSError) as error:
         reason, advice = compilation.explain(error)
         raise CannotCompile(
             f"the networks cannot be compiled here ({reason}); {advice}, or leave --compile off"
@@ -1049,9 +1050,9 @@ def _check_compiles_while_serving(device: str) -> None:
 def _keeps(cache: Path, compile: compilation.Mode, device: str) -> bool:  # noqa: A002
     """Whether the cache can be written to, which inductor and Triton have to. Raises CannotCompile.
 
-    `cpu_kernels` have to if they must be built, and say so themselves.
+    the C++ kernels have to if they must be built, and say so themselves.
     """
-    if device == "cpu" and (compile == "auto" or (compile == "blocks" and cpu_kernels.suit())):
+    if device == "cpu" and (compile == "auto" or (compile == "blocks" and cpu.is_supported())):
         return True
     try:
         compilation.check_writable(cache)

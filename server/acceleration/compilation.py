@@ -1,6 +1,6 @@
 """Run network calls in their fast form: by C++ kernels on a CPU, as one graph on CUDA.
 
-On CUDA, and on a CPU that can run `cpu_kernels`, a network has the fused layers of layers.py. On such a CPU a call of
+On CUDA, and on a CPU that can run the C++ kernels, a network has the fused layers of layers.py. On such a CPU a call of
 any shape runs the kernels. On CUDA a call of the shapes seen while `warming` is captured once and replayed from then
 on, because Python launches kernels more slowly than the device runs them. Elsewhere torch.compile compiles the layers
 that a network repeats, for the shapes seen while `warming`. Calls of other shapes run eagerly.
@@ -27,8 +27,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from server.acceleration import cpu_kernels, kernels, layers
-from server.acceleration.cpu_library import CannotBuild
+from server.acceleration import layers
+from server.acceleration.kernels import common, cpu
+from server.acceleration.kernels.cpu_library import BuildError
 
 Mode = Literal["auto", "off", "blocks"]
 Call = Callable[..., Any]
@@ -58,7 +59,7 @@ def keep_in(folder: Path) -> None:
     """Let what is compiled from now on be kept in a folder, and taken from there by later processes."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    cpu_kernels.keep_in(folder)
+    cpu.set_cache(folder)
 
 
 class CannotKeep(Exception):
@@ -77,7 +78,7 @@ def check_writable(folder: Path) -> None:
 
 def explain(error: Exception) -> tuple[str, str]:
     """Say why something could not be compiled, and what to do about it."""
-    if isinstance(error, CannotBuild):
+    if isinstance(error, BuildError):
         return error.reason, error.advice
     from torch._inductor.exc import InvalidCxxCompiler  # what compiles has imported it
 
@@ -267,7 +268,7 @@ _attention = _Attention()
 
 @functools.cache
 def _has_hopper() -> bool:
-    return torch.cuda.is_available() and kernels.is_hopper(torch.device("cuda"))
+    return torch.cuda.is_available() and common.is_hopper(torch.device("cuda"))
 
 
 class _Block(nn.Module):
@@ -287,7 +288,7 @@ class _Block(nn.Module):
 
 def _by_cpu_kernels(call: Call) -> Call:
     def made(*inputs: torch.Tensor) -> Any:
-        with cpu_kernels.running():
+        with cpu.active():
             return call(*inputs)
 
     return made

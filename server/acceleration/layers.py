@@ -3,7 +3,7 @@
 Residual networks, transformers and norms call `kernels`, and so do the convolutions of residual networks and of
 upsampling where that is faster or they are told to; on Hopper a GEGLU is at the end of its product. On a GPU images are
 not joined with what was kept of them on the way down, and the products of a transformer add in place. While
-`cpu_kernels` run, residual networks convolve and linear layers multiply by those. Projections that all read the same
+the C++ kernels run, residual networks convolve and linear layers multiply by those. Projections that all read the same
 are one: queries, keys and values of a self-attention; keys and values of the whole network, which the text alone
 decides; and what the timestep adds in each residual network. The networks' own forward is diffusers', over images in
 channels-last order.
@@ -37,7 +37,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from server.acceleration import cpu_kernels, kernels
+from server.acceleration.kernels import attention, common, convolution, cpu, fp8, geglu, linear, norms, pointwise, tiles
+from server.acceleration.kernels.linear import PackedLinear
+from server.acceleration.kernels.winograd import WinogradConvolution
 
 
 class CannotFuse(Exception):
@@ -75,7 +77,7 @@ def fuse(network: UNet2DConditionModel | Decoder, device: str = "cuda") -> None:
         if device != "cpu":
             made |= {each: WideAttention(each) for each in layers if isinstance(each, Attention) and _is_wide(each)}
     made |= {each: Upsample(each, device) for each in layers if isinstance(each, Upsample2D)}
-    if isinstance(network, UNet2DConditionModel) and kernels.convolves(torch.device(device), network.dtype):
+    if isinstance(network, UNet2DConditionModel) and convolution.supports(torch.device(device), network.dtype):
         for each in made.values():
             if isinstance(each, Upsample):  # for which cuDNN is up to four times slower
                 each.become_kernel()
@@ -102,14 +104,14 @@ def share_weights(network: nn.Module) -> nn.Module:
 
 
 def run_cpu_kernels(network: nn.Module) -> bool:
-    """Whether a network was made over, and `cpu_kernels` can compute what is between its products."""
+    """Whether a network was made over, and the C++ kernels can compute what is between its products."""
     made_over = (each for each in network.modules() if isinstance(each, Resnet))
     weights = (each.norm1.weight for each in made_over)
-    return cpu_kernels.suit() and any(each.device.type == "cpu" and each.dtype == torch.float32 for each in weights)
+    return cpu.is_supported() and any(each.device.type == "cpu" and each.dtype == torch.float32 for each in weights)
 
 
 def multiply_by_cpu_kernels(network: nn.Module) -> None:
-    """Let a network that was made over for a CPU multiply by `cpu_kernels` while these run, where that gains.
+    """Let a network that was made over for a CPU multiply by the C++ kernels while these run, where that gains.
 
     From now on it must not change its device or precision.
     """
@@ -183,8 +185,8 @@ class _Together(OfImages):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if self._first is not None:
-            values = kernels.by_image(self.images, self._first, values)
-        return kernels.linear(values, self.weight, self.bias, self.images)
+            values = common.per_image(self.images, self._first, values)
+        return linear.linear(values, self.weight, self.bias, self.images)
 
 
 class _Once(nn.Module):
@@ -228,7 +230,7 @@ class GroupNorm(OfImages):
 
         The last channels of the images can come as `more`.
         """
-        return kernels.group_norm(
+        return norms.group_norm(
             images, shift, self._groups, self.weight, self.bias, self._eps, self._silu, scale, border, self.images, more
         )  # fmt: skip
 
@@ -242,7 +244,7 @@ class Convolution(nn.Module):
         layer.bias = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return kernels.add(self.layer(images), self.bias)  # type: ignore[arg-type]  # only what has one is made over
+        return pointwise.add_bias(self.layer(images), self.bias)  # type: ignore[arg-type]  # only what has one is made over
 
 
 class Quantisable(nn.Module):
@@ -266,7 +268,7 @@ class Quantisable(nn.Module):
         """The scale, of shape (), with which the largest input that was seen is the largest there can be."""
         if self._largest is None:
             raise RuntimeError("no input was seen")
-        return (self._largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        return (self._largest / fp8.E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
 
     def quantise(self, scale: torch.Tensor) -> None:
         """From now on multiply in fp8: weights are rounded to it, and the input comes in it, divided by `scale`."""
@@ -274,7 +276,7 @@ class Quantisable(nn.Module):
 
     def _quantise(self, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
         self._dtype = weight.dtype
-        self.weight = nn.Parameter(kernels.quantised(weight, weight_scale), requires_grad=False)
+        self.weight = nn.Parameter(fp8.quantize(weight, weight_scale), requires_grad=False)
         self.weight_scale = weight_scale.squeeze()
         self.scale = scale.to(weight.device)
 
@@ -304,9 +306,9 @@ class Convolving(Quantisable):
 
     def quantise(self, scale: torch.Tensor) -> None:
         self.become_kernel()
-        weight, phases = self.weight.detach(), kernels.phases(self.weight.shape[-1])
+        weight, phases = self.weight.detach(), tiles.phase_count(self.weight.shape[-1])
         largest = weight.abs().amax(dim=(1, 2, 3)).float().view(phases, -1).amax(dim=0)  # by channel of the result
-        scales = (largest / kernels.LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        scales = (largest / fp8.E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
         self._quantise(scale, weight, scales.repeat(phases)[:, None, None, None])
         self.weight_scale = scales
 
@@ -315,12 +317,12 @@ class ResnetConvolution(Convolving, OfImages):
     """A 3 x 3 convolution of a residual network, without a bias of its own.
 
     A kernel computes it where that is faster, for images of some sizes. On a CPU it is a Winograd convolution of
-    `cpu_kernels` while these run.
+    the C++ kernels while these run.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
-        self._cpu_kernel: cpu_kernels.Winograd | None = None
+        self._cpu_kernel: WinogradConvolution | None = None
 
     def reads_border(self, images: torch.Tensor) -> bool:
         """Whether it reads images of this shape, (batch, channels, height, width), with a border of zeros."""
@@ -329,15 +331,15 @@ class ResnetConvolution(Convolving, OfImages):
         return self.is_kernel or self._is_faster_by_kernel(images)
 
     def _is_faster_by_kernel(self, images: torch.Tensor) -> bool:
-        if not isinstance(self.layer, nn.Conv2d) or not kernels.convolves(images.device, images.dtype):
+        if not isinstance(self.layer, nn.Conv2d) or not convolution.supports(images.device, images.dtype):
             return False
         batch, _, height, width = images.shape
-        return kernels.is_one_round(batch * height * width, self.layer.in_channels, self.layer.out_channels)
+        return tiles.fills_one_wave(batch * height * width, self.layer.in_channels, self.layer.out_channels)
 
     @property
     def uses_winograd(self) -> bool:
         """Whether this thread runs it as a Winograd convolution."""
-        return self._cpu_kernel is not None and cpu_kernels.run()
+        return self._cpu_kernel is not None and cpu.is_active()
 
     def forward(
         self,
@@ -351,19 +353,19 @@ class ResnetConvolution(Convolving, OfImages):
         if self._cpu_kernel is not None and self.uses_winograd:
             return self._cpu_kernel(images, bias, kept)
         if self.layer is None:
-            return kernels.convolution(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
+            return convolution.convolve(images, self.weight, bias, self._dtype, kept, self.scale, self.weight_scale)
         if border:
-            return kernels.convolution(images, self.layer.get_parameter("weight"), bias, images.dtype, kept)
+            return convolution.convolve(images, self.layer.get_parameter("weight"), bias, images.dtype, kept)
         if images.device.type == "cpu":  # where oneDNN adds a bias for nothing
             changed: torch.Tensor = F.conv2d(images, self.layer.get_parameter("weight"), bias, padding=1)
             return changed if kept is None else changed.add_(kept)
         changed = self.layer(images)
-        return changed if bias is None else kernels.add(changed, bias, kept)
+        return changed if bias is None else pointwise.add_bias(changed, bias, kept)
 
     def become_cpu_kernel(self) -> None:
-        """Run as a Winograd convolution from now on, where that is faster and while `cpu_kernels` run."""
-        if isinstance(self.layer, nn.Conv2d) and cpu_kernels.Winograd.computes(self.layer):
-            self._cpu_kernel = cpu_kernels.Winograd(self.layer)
+        """Run as a Winograd convolution from now on, where that is faster and while the C++ kernels run."""
+        if isinstance(self.layer, nn.Conv2d) and WinogradConvolution.supports(self.layer):
+            self._cpu_kernel = WinogradConvolution(self.layer)
 
 
 class Upsample(Convolving):
@@ -385,14 +387,14 @@ class Upsample(Convolving):
         if output_size is not None and tuple(output_size) != tuple(2 * side for side in hidden_states.shape[2:]):
             result = self.conv(F.interpolate(hidden_states, size=output_size, mode="nearest"))
         elif self.layer is None:
-            images = kernels.bordered(hidden_states, self.scale)
-            result = kernels.convolution(
+            images = pointwise.pad(hidden_states, self.scale)
+            result = convolution.convolve(
                 images, self.weight, self.bias, self._dtype, None, self.scale, self.weight_scale
             )  # fmt: skip
         else:
             result = self.layer(hidden_states)
             if not isinstance(self.layer, nn.ConvTranspose2d):
-                result = kernels.interleaved(result, self.bias)
+                result = pointwise.interleave_phases(result, self.bias)
         return result
 
     def become_kernel(self) -> None:
@@ -402,7 +404,7 @@ class Upsample(Convolving):
 
 
 def _by_phases(layer: nn.Conv2d) -> nn.Conv2d:
-    """The 3 x 3 convolution of an enlarged image, as of `kernels.interleaved`. Weights are summed in fp32."""
+    """The 3 x 3 convolution of an enlarged image, as of `pointwise.interleave_phases`. Weights are summed in fp32."""
 
     def pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         first, middle, last = weight.unbind(dim)
@@ -535,7 +537,7 @@ class WideAttention(nn.Module):
         batch, channels, height, width = hidden_states.shape
         places = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         projected = self.projections(places).chunk(3, dim=-1)
-        changed: torch.Tensor = self.out(kernels.attention(*projected))
+        changed: torch.Tensor = self.out(attention.single_head_attention(*projected))
         return changed.view(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states
 
 
@@ -611,10 +613,11 @@ class _Block(OfImages):
         self, values: torch.Tensor, more: torch.Tensor | None, texts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         values, normed = self._normed(0, values, more, self.projections)
-        more = self._added(self.own_out, values, self._self_attention(self.projections(normed)))
+        attended = attention.self_attention(self.projections(normed), self._heads, self.own_out.scale)
+        more = self._added(self.own_out, values, attended)
         values, normed = self._normed(1, values, more, self.queries)
         keys, said = texts[..., self._keys], texts[..., self._values]
-        taken = kernels.cross_attention(self.queries(normed), keys, said, self._heads, self.other_out.scale)
+        taken = attention.cross_attention(self.queries(normed), keys, said, self._heads, self.other_out.scale)
         values, normed = self._normed(2, values, self._added(self.other_out, values, taken), self.widen)
         return values, self._added(self.narrow, values, self.widen(normed, self.narrow.scale, self.images))
 
@@ -631,50 +634,40 @@ class _Block(OfImages):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         norm: Any = self.norms[which]
         offset = self.offsets[which] if more is None and self.offsets is not None else None
-        return kernels.layer_norm(values, more, norm.weight, norm.bias, norm.eps, reader.scale, offset)
-
-    def _self_attention(self, projected: torch.Tensor) -> torch.Tensor:
-        batch, places, wide = projected.shape
-        width = wide // 3 // self._heads
-        if self.own_out.scale is None and cpu_kernels.attend(width) and cpu_kernels.compute(projected, width):
-            queries, keys, said = projected.chunk(3, dim=-1)
-            return cpu_kernels.attention(queries, keys, said, self._heads)
-        split = projected.view(batch, places, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
-        taken = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(batch, places, -1)
-        return taken if self.own_out.scale is None else kernels.quantised(taken, self.own_out.scale)
+        return norms.layer_norm(values, more, norm.weight, norm.bias, norm.eps, reader.scale, offset)
 
 
 class Projection(OfImages):
-    """A linear layer, or a convolution of 1 x 1, that is never in fp8. It can be a kernel while `cpu_kernels` run."""
+    """A linear layer, or a convolution of 1 x 1, that is never in fp8. It can be a kernel while the C++ kernels run."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.layer = layer
-        self._cpu_kernel: cpu_kernels.Linear | None = None
+        self._cpu_kernel: PackedLinear | None = None
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if self._cpu_kernel is not None and cpu_kernels.run():
+        if self._cpu_kernel is not None and cpu.is_active():
             if isinstance(self.layer, nn.Linear):
                 return self._cpu_kernel(values)
             return self._cpu_kernel(values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if isinstance(self.layer, nn.Linear):
-            return kernels.linear(values, self.layer.weight, self.layer.bias, self.images)
+            return linear.linear(values, self.layer.weight, self.layer.bias, self.images)
         result: torch.Tensor = self.layer(values)
         return result
 
     def become_cpu_kernel(self) -> None:
-        """From now on multiply by a kernel where that gains and `cpu_kernels` run."""
+        """From now on multiply by a kernel where that gains and the C++ kernels run."""
         weight = self.layer.weight.flatten(1)
-        if cpu_kernels.Linear.computes(weight):
-            self._cpu_kernel = cpu_kernels.Linear(weight, self.layer.bias)
+        if PackedLinear.supports(weight):
+            self._cpu_kernel = PackedLinear(weight, self.layer.bias)
 
 
 class Linear(Quantisable, OfImages):
-    """A linear layer. It can be a kernel of `cpu_kernels` while these run."""
+    """A linear layer. It can be a C++ kernel while these run."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._cpu_kernel: cpu_kernels.Linear | None = None
+        self._cpu_kernel: PackedLinear | None = None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -683,11 +676,11 @@ class Linear(Quantisable, OfImages):
         return cls(layer.weight, layer.bias)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if self._cpu_kernel is not None and cpu_kernels.run():
+        if self._cpu_kernel is not None and cpu.is_active():
             return self._cpu_kernel(values)
         self._observe(values)
         if self.scale is None:
-            return kernels.linear(values, self.weight, self.bias, self.images)
+            return linear.linear(values, self.weight, self.bias, self.images)
         if self.weight_scale is not None and not values.is_cuda:
             # oneDNN takes seconds for one such product where it finds AMX, and refuses to make it where it finds less.
             weight, bias = self.weight.float() * self.weight_scale, None if self.bias is None else self.bias.float()
@@ -704,13 +697,13 @@ class Linear(Quantisable, OfImages):
         values.view(-1, values.shape[-1]).addmm_(rows.reshape(-1, rows.shape[-1]), self.weight.t())
 
     def become_cpu_kernel(self) -> None:
-        """From now on multiply by a kernel where that gains and `cpu_kernels` run."""
-        if self.scale is None and cpu_kernels.Linear.computes(self.weight):
-            self._cpu_kernel = cpu_kernels.Linear(self.weight, self.bias)
+        """From now on multiply by a kernel where that gains and the C++ kernels run."""
+        if self.scale is None and PackedLinear.supports(self.weight):
+            self._cpu_kernel = PackedLinear(self.weight, self.bias)
 
     def quantise(self, scale: torch.Tensor) -> None:
         weight = self.weight.detach()
-        self._quantise(scale, weight, weight.abs().amax().float() / kernels.LARGEST)
+        self._quantise(scale, weight, weight.abs().amax().float() / fp8.E4M3_MAX)
 
 
 class GatedLinear(Linear):
@@ -718,20 +711,20 @@ class GatedLinear(Linear):
 
     def __init__(self, layer: nn.Linear, device: str) -> None:
         weight, bias = layer.weight.detach(), layer.bias.detach()
-        is_kernel = kernels.gates(torch.device(device), weight.dtype)
+        is_kernel = geglu.supports_fused_linear(torch.device(device), weight.dtype)
         if is_kernel:
-            weight, bias = kernels.with_gates_between(weight), kernels.with_gates_between(bias)
+            weight, bias = geglu.interleave_gates(weight), geglu.interleave_gates(bias)
         super().__init__(weight, bias)
         self._is_kernel, self._dtype = is_kernel, weight.dtype
 
     def forward(self, values: torch.Tensor, result_scale: torch.Tensor | None = None, images: int = 1) -> torch.Tensor:
         """(..., width), in fp8 where there is a scale for that; on a CPU GEGLU of so many images one by one."""
-        if self._cpu_kernel is not None and cpu_kernels.run():
-            return self._cpu_kernel.gated(values)
+        if self._cpu_kernel is not None and cpu.is_active():
+            return self._cpu_kernel.geglu(values)
         if not self._is_kernel or self.bias is None:
-            return kernels.gated_gelu(super().forward(values), result_scale, images)
+            return geglu.geglu(super().forward(values), result_scale, images)
         self._observe(values)
-        return kernels.gated_linear(
+        return geglu.linear_geglu(
             values, self.weight, self.bias, self._dtype, self.scale, self.weight_scale, result_scale
         )  # fmt: skip
 

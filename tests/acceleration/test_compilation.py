@@ -25,7 +25,8 @@ from torch._inductor.runtime import cache_dir_utils
 from torch._inductor.utils import clear_caches
 
 from server import model
-from server.acceleration import cpu_kernels, cpu_library, layers
+from server.acceleration import layers
+from server.acceleration.kernels import cpu, cpu_library
 from server.domain import Environment, ImageRequest, OutOfMemory, default_request
 from server.engine.events import Failed, Finished
 from server.engine.interface import Submission
@@ -73,19 +74,19 @@ def plain(folders) -> model.Ensemble:
 def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> model.Ensemble:
     cache = tmp_path_factory.mktemp("cache")
     without_kernels = request.param != "blocks"
-    if not without_kernels and not cpu_kernels.suit():
+    if not without_kernels and not cpu.is_supported():
         pytest.skip("no kernels suit this CPU")
-    if without_kernels and not cpu_kernels.suit():
+    if without_kernels and not cpu.is_supported():
         pytest.skip("no kernels suit this CPU, so this is how blocks are compiled in any case")
     # Each begins as a process of its own would: what inductor holds in memory is not written into another cache.
     torch._dynamo.reset()
     clear_caches()
     cpu_library._load.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "_folder", None)
+        patch.setattr(cpu, "_cache", None)
         patch.setattr(cpu_library, "_PREBUILT", cache / "nothing")
         if without_kernels:
-            patch.setattr(cpu_kernels, "suit", lambda: False)
+            patch.setattr(cpu, "is_supported", lambda: False)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which loading sets, for this process: it is put back
         patch.setenv("TRITON_CACHE_DIR", "")
         experts = checkpoint.inspect(*folders)
@@ -130,7 +131,7 @@ def test_what_was_compiled_is_counted_and_timed(plain, compiled):
 
 
 NO_COMPILER = "no-such-compiler"
-NEEDS_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the C++ kernels are not for this CPU")
+NEEDS_KERNELS = pytest.mark.skipif(not cpu.is_supported(), reason="the C++ kernels are not for this CPU")
 
 
 def patch_cache(patch: pytest.MonkeyPatch) -> None:
@@ -139,13 +140,13 @@ def patch_cache(patch: pytest.MonkeyPatch) -> None:
     clear_caches()
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         patch.setenv(variable, "")
-    patch.setattr(cpu_kernels, "_folder", None)
+    patch.setattr(cpu, "_cache", None)
 
 
 @pytest.fixture
 def nothing_prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cpu_library, "_PREBUILT", tmp_path / "nothing")
-    monkeypatch.setattr(cpu_kernels, "_folder", None)
+    monkeypatch.setattr(cpu, "_cache", None)
     cpu_library._load.cache_clear()
     yield
     cpu_library._load.cache_clear()
@@ -172,9 +173,9 @@ def as_installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
     folders, suit: bool, compiler: str | None, told: str, monkeypatch, caplog
 ):
-    if suit and not cpu_kernels.suit():
+    if suit and not cpu.is_supported():
         pytest.skip("no kernels suit this CPU")
-    monkeypatch.setattr(cpu_kernels, "suit", lambda: suit)
+    monkeypatch.setattr(cpu, "is_supported", lambda: suit)
     if compiler is not None:
         monkeypatch.setenv("CXX", compiler)
     caplog.set_level("INFO", "server.model")
@@ -216,7 +217,7 @@ def test_a_folder_that_inductor_cannot_use_is_named_with_the_true_reason(folders
     folder = tmp_path / "file"
     folder.touch()
     patch_cache(monkeypatch)
-    monkeypatch.setattr(cpu_kernels, "suit", lambda: False)
+    monkeypatch.setattr(cpu, "is_supported", lambda: False)
     told, cache = f"nothing can be written to {folder}: File exists; let --compile-cache name another folder", folder
     if not cached:
         told, cache = f"{folder}/inductor: Not a directory.; let --compile-cache, or TMPDIR without one, name", None
@@ -273,7 +274,7 @@ def test_compile_while_serving_is_refused_on_a_device_other_than_cuda(folders, d
 @pytest.fixture
 def load_with_copies(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., model.Ensemble]:
     """Load an ensemble that compiles shared-weight copies while it serves, on a CPU instead of CUDA."""
-    if not cpu_kernels.suit():
+    if not cpu.is_supported():
         pytest.skip("no kernels suit this CPU")
 
     def load(**options) -> model.Ensemble:
@@ -412,7 +413,7 @@ def test_a_server_builds_the_kernels_where_it_can_and_needs_no_compiler(start, t
     server = start(CXX=NO_COMPILER).wait_until_ready()
     assert drawn_by(server).metadata.environment.compiled == "off"
     server = start("--compile-cache", tmp_path).wait_until_ready()
-    built = cpu_kernels.suit() and shutil.which("g++") is not None
+    built = cpu.is_supported() and shutil.which("g++") is not None
     assert drawn_by(server).metadata.environment.compiled == ("blocks for all sizes" if built else "off")
     assert any(tmp_path.rglob("*.so")) == built
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from server import model
-from server.acceleration import cpu_kernels, kernels, layers
+from server.acceleration import layers
+from server.acceleration.kernels import convolution, cpu, tiles
 from server.domain import Stage, default_request
 from server.ensemble import checkpoint
 from server.ensemble.checkpoint import CannotCompile, NoDevice
@@ -127,7 +128,7 @@ def winograd(network: nn.Module) -> list[bool]:
     return [each.uses_winograd for each in network.modules() if isinstance(each, layers.ResnetConvolution)]
 
 
-@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
+@pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 @pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
 def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_run(expert: str, size: tuple[int, int]):
@@ -138,21 +139,21 @@ def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_ru
     assert layers.run_cpu_kernels(fused)
     layers.multiply_by_cpu_kernels(fused)
     assert torch.equal(predicted(fused, *size), before), "they do not run yet"
-    with cpu_kernels.running():
+    with cpu.active():
         assert all(winograd(fused))
         by_kernels = predicted(fused, *size)
     assert error(by_kernels, before) > 0
     assert error(by_kernels, predicted(plain, *size)) < 1e-5
 
 
-@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
+@pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
 def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
     layers.fuse(fused.decoder, "cpu")
     layers.multiply_by_cpu_kernels(fused.decoder)
     latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), cpu_kernels.running():
+    with torch.inference_mode(), cpu.active():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
 
 
@@ -163,13 +164,13 @@ def test_a_network_that_was_not_made_over_or_is_not_in_fp32_is_not_for_the_kerne
     assert not layers.run_cpu_kernels(network.bfloat16())
 
 
-@pytest.mark.skipif(not cpu_kernels.suit(), reason=NO_KERNELS)
+@pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
 def test_quantized_convolutions_do_not_run_cpu_kernels():
     network = unet("base")
     layers.fuse(network, "cpu")
     quantise(network)
     layers.multiply_by_cpu_kernels(network)
-    with cpu_kernels.running():
+    with cpu.active():
         assert not any(winograd(network))
 
 
@@ -210,11 +211,11 @@ def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: st
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 def test_a_network_some_of_whose_convolutions_are_faster_by_a_kernel_predicts_the_same_noise(expert: str, monkeypatch):
-    monkeypatch.setattr(kernels, "convolves", lambda device, dtype: True)
-    monkeypatch.setattr(kernels, "is_one_round", lambda rows, channels, outputs: rows == 2 * 16 * 16)
+    monkeypatch.setattr(convolution, "supports", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "fills_one_wave", lambda rows, channels, outputs: rows == 2 * 16 * 16)
     by_kernel = []
-    convolution = kernels.convolution
-    monkeypatch.setattr(kernels, "convolution", lambda *given: by_kernel.append(given[0]) or convolution(*given))
+    convolve = convolution.convolve
+    monkeypatch.setattr(convolution, "convolve", lambda *given: by_kernel.append(given[0]) or convolve(*given))
     plain = unet(expert)
     mixed = copy.deepcopy(plain)
     layers.fuse(mixed)

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from server import model
-from server.acceleration import compilation, cpu_kernels
+from server.acceleration import compilation
+from server.acceleration.kernels import cpu
 from server.domain import ImageRequest, OutOfMemory, Stage, StepFailed
 from server.ensemble import checkpoint
 from server.settings import EMBEDDED
@@ -125,7 +126,7 @@ def test_the_place_in_the_batch_does_not_matter_for_any_number_of_threads(
     assert all(torch.equal(each, latents[0]) for each in latents)
 
 
-BY_KERNELS = pytest.mark.skipif(not cpu_kernels.suit(), reason="the C++ kernels are not for this CPU")
+BY_KERNELS = pytest.mark.skipif(not cpu.is_supported(), reason="the C++ kernels are not for this CPU")
 
 
 @pytest.mark.parametrize(

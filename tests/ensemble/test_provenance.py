@@ -8,7 +8,7 @@ import torch
 from serving import connect
 
 from server import __version__
-from server.acceleration import cpu_kernels
+from server.acceleration.kernels import cpu
 from server.api import images
 from server.ensemble import provenance
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -49,7 +49,7 @@ def test_a_coarser_way_to_multiply_fp32_shows():
         pytest.param("OMP_NUM_THREADS", "1", {"threads"}, marks=CORES),
         # The C++ kernels are not for a CPU that torch does not take for one with AVX2.
         pytest.param(
-            "ATEN_CPU_CAPABILITY", "default", {"hardware"} | ({"compiled"} if cpu_kernels.suit() else set()), marks=X86
+            "ATEN_CPU_CAPABILITY", "default", {"hardware"} | ({"compiled"} if cpu.is_supported() else set()), marks=X86
         ),
         pytest.param("MKL_CBWR", "COMPATIBLE", set(), marks=X86),
     ],

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from serving import ROOT
 
-from server.acceleration import cpu_library
-from server.acceleration.cpu_library import CannotBuild
+from server.acceleration.kernels import cpu_library
+from server.acceleration.kernels.cpu_library import BuildError
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs an x86-64 CPU and g++"
@@ -44,10 +44,10 @@ def cache(tmp_path: Path) -> Path:
 def in_process(folder: Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process that loads the library and calls into it, or prints why it cannot."""
     program = (
-        "import sys, pathlib; from server.acceleration import cpu_library\n"
+        "import sys, pathlib; from server.acceleration.kernels import cpu_library\n"
         "cpu_library._PREBUILT = pathlib.Path('/nonexistent')\n"
         "try:\n    print(cpu_library.load(pathlib.Path(sys.argv[1]) if sys.argv[1:] else None).linear)\n"
-        "except cpu_library.CannotBuild as error:\n    sys.exit(str(error))"
+        "except cpu_library.BuildError as error:\n    sys.exit(str(error))"
     )
     return subprocess.run(
         [sys.executable, "-c", program, *([] if folder is None else [folder])], cwd=ROOT, env=os.environ | environment,
@@ -111,7 +111,7 @@ def test_a_library_in_the_cache_that_another_user_could_have_written_is_not_load
         (cache / NAME).write_bytes(whole[:-32] + b"\0" * 32)
         (cache / NAME).chmod(mode)
         os.chown(cache / NAME, owner, owner)
-        with pytest.raises(cpu_library._Unusable, match="belongs to somebody else, or can be written by anybody"):
+        with pytest.raises(cpu_library._UnusableError, match="belongs to somebody else, or can be written by anybody"):
             cpu_library._open(cache / NAME, is_shared=True)
         assert cpu_library.load(cache)
         assert (cache / NAME).read_bytes() == whole
@@ -128,7 +128,7 @@ def test_a_library_in_the_cache_that_another_user_could_have_written_is_not_load
 )
 def test_a_compiler_that_is_missing_or_fails_is_named(compiler: str, told: str, cache: Path, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(CannotBuild, match=re.escape(told)):
+    with pytest.raises(BuildError, match=re.escape(told)):
         cpu_library.load(cache)
     assert not list(cache.iterdir()), "nothing is left"
 
@@ -136,7 +136,7 @@ def test_a_compiler_that_is_missing_or_fails_is_named(compiler: str, told: str, 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
     told = f"nothing can be written to {tmp_path}/file/cache: Not a directory; let --compile-cache {ANOTHER_FOLDER}"
-    with pytest.raises(CannotBuild, match=re.escape(told)):
+    with pytest.raises(BuildError, match=re.escape(told)):
         cpu_library.load(tmp_path / "file" / "cache")
 
 
@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path):
 )
 def test_a_folder_in_which_nothing_can_be_kept_or_run_is_named(options: str, told: str, mounted):
     folder = mounted(options)
-    with pytest.raises(CannotBuild, match=re.escape(f"{told.format(folder)}; let --compile-cache {ANOTHER_FOLDER}")):
+    with pytest.raises(BuildError, match=re.escape(f"{told.format(folder)}; let --compile-cache {ANOTHER_FOLDER}")):
         cpu_library.load(folder)
     assert [each.name for each in folder.iterdir()] in ([], [NAME]), "nothing unfinished is left"
 
@@ -174,7 +174,13 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(cache: Path):
 
 def test_the_command_builds_it_where_it_is_told_to_or_says_why_not(tmp_path: Path, whole: bytes):
     def run(**environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "server.acceleration.cpu_library", "--output", str(tmp_path / "output")]
+        command = [
+            sys.executable,
+            "-m",
+            "server.acceleration.kernels.cpu_library",
+            "--output",
+            str(tmp_path / "output"),
+        ]
         return subprocess.run(
             command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
         )

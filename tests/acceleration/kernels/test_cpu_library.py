@@ -108,6 +108,7 @@ def test_a_library_in_the_cache_that_another_user_could_have_written_is_not_load
     for owner, mode in ((12345, 0o755), (0, 0o757)):
         cpu_library._load.cache_clear()
         cache.mkdir(exist_ok=True)
+        (cache / NAME).unlink(missing_ok=True)  # this process has mapped that of the case before
         (cache / NAME).write_bytes(whole[:-32] + b"\0" * 32)
         (cache / NAME).chmod(mode)
         os.chown(cache / NAME, owner, owner)

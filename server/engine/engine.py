@@ -1,31 +1,27 @@
-"""Runs the schedule: admission, the device thread, deadlines, cancellation, failures, events.
+"""The engine: runs the schedule's calls on the device, ends jobs, and reports events.
 
-One thread, here called the device thread, makes the calls of the model. A job is a script of such calls; between any
-two of them the thread asks the schedule anew whose call is next, so a cancelled, expired or abandoned job costs the
-device no more than the call in flight, and a short one need not wait for a long one; a GPU may have begun one more call
-of those whose call was the last, not to wait for the answer. Where the device has room for two calls at once, prompts
-are encoded and images decoded by a second thread, beside the steps of other jobs; prompts also ahead of their turn, as
-many as a step has room for. Nothing here knows of torch or gRPC: the model is a protocol of a few calls, and events
-leave through a callback.
+One thread, the device thread, makes the calls of the model. A job is a script of such calls. Between any two calls the
+thread asks the schedule whose call is next. A job that is cancelled, expired or abandoned therefore wastes at most the
+call in flight, and a short job need not wait for a long one. On a GPU the next call of the same jobs may already have
+been launched, so that the device is never idle between steps.
+
+Where the device has room for two calls at once, a second thread, the side thread, encodes prompts and decodes images
+during the steps of other jobs. It also encodes prompts before their turn, as many as a step has room for. The engine
+uses neither torch nor gRPC: the model is a protocol of a few calls, and events leave through a callback.
 """
 
-import contextvars
-import heapq
-import itertools
 import logging
 import math
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from functools import partial
-from statistics import median
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from server.domain import Environment, ImageRequest, Notice, OutOfMemory, Stage, StepFailed, Warning
-from server.engine.call_times import CallKind, CallTimes
+from server.domain import Notice, OutOfMemory, Stage, StepFailed, Warning
+from server.engine.admission import OOM_BACKOFF_SECONDS, Admission
+from server.engine.call_times import CallTimes
 from server.engine.events import (
     Cancelled,
     DeadlineExceeded,
@@ -37,7 +33,6 @@ from server.engine.events import (
     Event,
     Failed,
     Finished,
-    ImageReady,
     JobEnded,
     JobStarted,
     ModelCall,
@@ -47,96 +42,35 @@ from server.engine.events import (
     PreviewDropped,
     Progress,
     Queued,
-    ResourceExhausted,
-    StageSpan,
     no_observer,
 )
-from server.engine.interface import AnyModel, Conditioning, Submission, Trajectory
-from server.engine.scheduling import Forecast, Order, QueueLimits, Reason, Refusal, Schedule
+from server.engine.in_flight import CallsInFlight, SideQueue
+from server.engine.interface import AnyModel, Submission, Trajectory
+from server.engine.job import Call, Job, calls_after_encoding, script
+from server.engine.previews import Previews
+from server.engine.scheduling import Forecast, Order, QueueLimits, Schedule
 from server.engine.task import ImageTask
+from server.engine.timeouts import Timeouts
+from server.engine.totals import Statistics, Totals
 
 log = logging.getLogger(__name__)
 
 SomeModel = TypeVar("SomeModel", bound=AnyModel)
 
-_LEAST_WAIT = 0.1  # seconds before a refused caller is asked back: less would be a busy loop over the network
-_RENEWED = 0.5  # seconds between looks at what waiting jobs were told
-_NOTABLE = 0.1  # a share of the time left, by which it must have changed to be told anew
-_SIDE_QUEUE = 2  # calls that may wait for the side thread: it need not idle, and few finished latents wait
-_AGAIN = 60.0  # seconds until images of a size are tried again that did not fit in the device's memory
-_EXPERTS = (Stage.BASE, Stage.REFINER)
-_DISTURBED = Warning(
+_REFRESH_SECONDS = 0.5  # between two looks at the estimates of waiting jobs
+_NOTABLE_CHANGE = 0.1  # a relative change of an estimate above this is reported
+_BATCH_REDUCED = Warning(
     Notice.BATCH_REDUCED,
     "",
     "memory ran out on the way, and the rest was computed in smaller batches, which can change an image's last bits",
 )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of the model for one job: whatever `make` does or, of an expert, a step of `trajectories`.
-
-    The first of these is image `index`. With this call, each image will have had `calls` of both experts.
-    """
-
-    stage: Stage
-    index: int = 0
-    step: int = 1
-    steps: int = 1
-    calls: int = 0
-    trajectories: Sequence[Trajectory] = ()
-    make: Callable[[], Any] = lambda: None
-
-
-@dataclass(eq=False)
-class Job:
-    """One admitted request.
-
-    `deliver` takes its events: called from any thread, never blocking, exactly one terminal event (Finished or Failed)
-    last. Times are on the engine's clock.
-    """
-
-    submission: Submission
-    deliver: Callable[[Event], None]
-    task: ImageTask
-    script: Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]] | None = None
-    call: _Call | None = None
-    started: float | None = None
-    ending: EngineError | None = None
-    ended: float = math.inf  # when `ending` was set
-    wasted: float = 0.0  # device seconds after that
-    calls_made: int = 0
-    disturbed: bool = False  # whether the batch was made smaller while it ran
-    predicted_end: float = 0.0  # when it should end, as was said at its admission
-    told: Queued | None = None
-    told_at: float = 0.0
-    spans: list[StageSpan] = field(default_factory=list)
-    context: contextvars.Context = field(default_factory=contextvars.copy_context)
-
-    def within(self, do: Callable[..., None], *args: Any, **options: Any) -> None:
-        """Log or tell something as the call that submitted the job would."""
-        self.context.copy().run(do, *args, **options)  # a copy, since only one thread at a time can be in a context
-
-
-@dataclass
-class Statistics:
-    """What an engine has done so far. Times in seconds; of calls that ran beside one another each counts whole.
-    `eta_error` is relative to what a job then took, the median of the last thousand that finished. Of the jobs
-    admitted, so many are `waiting` for their first call and so many `running`."""
-
-    waiting: int = 0
-    running: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    device: float = 0.0
-    wasted: float = 0.0
-    eta_error: float = math.nan
-
-
 class Engine:
-    """The device thread, the one beside it, and what waits for them.
+    """The device thread, the side thread, and the jobs that they serve.
 
-    `clock` is injected so that tests need no waiting. Admission is bounded by `limits`, the order is the schedule's.
-    `observe` is told what is not for the callers.
+    `limits` bound admission and `order` is the scheduling policy. `clock` is injected so that tests need not wait.
+    `observe` gets the observations for the service's operator. Every method may be called from any thread.
     """
 
     def __init__(
@@ -148,38 +82,28 @@ class Engine:
     ) -> None:
         self._clock = clock
         self._observe = observe
-        self._times = CallTimes()
-        self._schedule = Schedule(limits, self._times, order)
+        self._changed = threading.Condition()  # locks all that follows
+        self._schedule = Schedule(limits, CallTimes(), order)
+        self._admission = Admission(self._schedule)
         self._jobs: dict[ImageTask, Job] = {}
-        self._changed = threading.Condition()
+        self._timeouts = Timeouts(lambda job: job.task in self._jobs)
+        self._ending: set[Job] = set()  # jobs with an error that end after the call in flight
         self._refusing: EngineError | None = None
         self._stopping = False
-        self._ending: set[Job] = set()
-        self._deadlines: list[tuple[float, int, Job]] = []
-        self._numbers = itertools.count()
-        self._renewed = -math.inf
         self._max_batch = 1
-        self._calls_per_step: dict[str, float] = {}  # by scheduler, as planning showed
-        self._too_large: tuple[int, float] = (0, -math.inf)  # pixels times rows that had no room at all, until when
-        self._began: dict[int, float] = {}  # when the calls in flight began, by thread
-        self._in_flight: dict[int, Sequence[Job]] = {}  # the jobs of these calls, by thread
-        self._overlapped: set[int] = set()  # threads whose call in flight has had another beside it
-        self._overlap_from = math.inf  # when calls may be handed to the side thread (again)
-        self._side_queue: deque[Job] = deque()
-        self._pending_progress: list[tuple[Job, _Call]] = []  # what was made and is told of beside the next call
-        self._side_job: Job | None = None  # whose call is in flight there
-        self._ahead: set[Job] = set()  # whose prompts have been given to it, and whose first step is still to come
-        self._outcomes: Counter[str] = Counter()
-        self._device_seconds = self._wasted_seconds = 0.0
-        self._eta_errors: deque[float] = deque(maxlen=1000)
-        self._previews = _Previews(self._deliver, observe)
+        self._in_flight = CallsInFlight()
+        self._side = SideQueue()
+        self._pending_progress: list[tuple[Job, Call]] = []  # calls that are reported once the device is busy again
+        self._next_refresh = -math.inf
+        self._totals = Totals()
+        self._previews = Previews(self._deliver, observe)
         self._thread: threading.Thread | None = None
 
     def start(self, load: Callable[[], SomeModel]) -> "Future[SomeModel]":
         """Start the device thread, which loads the model and then serves the queue.
 
-        The model is loaded where it is used, since OpenMP's threads and CUDA's handles are each thread's own. The
-        future holds the model, or what `load` raised; then the thread has ended.
+        The thread that uses the model loads it, because OpenMP's threads and CUDA's handles belong to a thread. The
+        future holds the model, or the error that `load` raised; then the thread has ended.
         """
         loaded: Future[SomeModel] = Future()
         loaded.set_running_or_notify_cancel()  # from here on it cannot be cancelled
@@ -188,32 +112,22 @@ class Engine:
         return loaded
 
     def submit(self, submission: Submission, deliver: Callable[[Event], None]) -> Job:
-        """Admit a request; `deliver` takes its events, as Job says.
+        """Admit a request. `deliver` takes the events of its job, as `Job` says.
 
-        Raises Draining, DeviceUnavailable, ResourceExhausted or DeadlineExceeded; later troubles arrive as Failed.
+        Raises Draining, DeviceUnavailable, ResourceExhausted or DeadlineExceeded; later errors arrive as Failed.
         """
-        request = submission.request
         with self._changed:
             if self._refusing is not None:
                 raise self._refusing
             now = self._clock()
-            task = ImageTask(
-                caller=submission.caller.name,
-                calls=[(_kind(request, Stage.ENCODE), 1), *self._expected_calls(request)],
-                deadline=now + submission.timeout,
-                priority=submission.priority,
-                pixels=request.width * request.height * len(request.seeds),
-                bytes=_memory(request),
-                jobs_per_caller=submission.caller.jobs,
-            )
-            self._check(task, request, now)
+            task = self._admission.task(submission, self._max_batch, now)
+            self._admission.check(task, submission.request, now)
             job = Job(submission, deliver, task)
             self._schedule.add(task, now)
             self._jobs[task] = job
-            if submission.timeout < math.inf:
-                heapq.heappush(self._deadlines, (task.deadline, next(self._numbers), job))
+            self._timeouts.add(job)
             forecast = self._schedule.forecast(task, now)
-            self._tell(job, forecast, now)
+            self._report_queued(job, forecast, now)
             job.predicted_end = now + forecast.eta
             self._changed.notify_all()
         return job
@@ -221,34 +135,35 @@ class Engine:
     def cancel(self, job: Job) -> None:
         """End a job after the call in flight, if it has not ended yet."""
         with self._changed:
-            self._end_soon(job, Cancelled("the call was cancelled"))
+            self._request_end(job, Cancelled("the call was cancelled"))
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """Admit nothing more; what is admitted goes on."""
+        """Admit no more jobs; admitted ones continue."""
         with self._changed:
             self._refusing = self._refusing or Draining(
                 "the server is shutting down; try another one, or again when it is back"
             )
 
     def stop(self) -> None:
-        """Admit nothing more and end every job after the call in flight. `join` waits until that has happened."""
+        """Admit no more jobs and end every job after the call in flight. `join` waits until that has happened."""
         self.drain()
         with self._changed:
             self._stopping = True
             for job in self._jobs.values():
-                self._end_soon(job, Draining("the server shut down before the images were finished"))
+                self._request_end(job, Draining("the server shut down before the images were finished"))
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Fail every job now, because the call in flight will not come back. The device thread is left where it is.
+        """Fail every job now, because the call in flight will not return. The device thread is left as it is.
 
-        The jobs of calls in flight end with DeviceLost, since one of them may be why; all others DeviceUnavailable.
+        The jobs of calls in flight end with DeviceLost, because one of them may be the cause; all others end with
+        DeviceUnavailable.
         """
         with self._changed:
             self._stopping = True
             self._refusing = DeviceUnavailable("the device does not answer; this server is about to end")
-            suspects = {job for jobs in self._in_flight.values() for job in jobs}
+            suspects = self._in_flight.jobs
             for job in list(self._jobs.values()):
                 lost = DeviceLost(
                     "the device does not answer since a call for this request; this server is about to end"
@@ -256,7 +171,7 @@ class Engine:
                 self._end(job, Failed(lost if job in suspects else self._refusing))
 
     def join(self, timeout: float) -> bool:
-        """Wait for the device thread to end; False if it still runs after `timeout` seconds."""
+        """Wait for the device thread to end. Returns False if it still runs after `timeout` seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
         return self._thread is None or not self._thread.is_alive()
@@ -268,212 +183,115 @@ class Engine:
 
     @property
     def busy(self) -> float:
-        """Seconds that the call in flight has taken so far, the longer of two; 0 between calls."""
+        """Seconds since the call in flight began, the longer of two; 0 between calls."""
         with self._changed:
-            now = self._clock()
-            return max((now - began for began in self._began.values()), default=0.0)
+            return self._in_flight.longest(self._clock())
 
     def statistics(self) -> Statistics:
+        """Return a snapshot of the engine's counters."""
         with self._changed:
             running = sum(job.script is not None for job in self._jobs.values())
-            return Statistics(
-                waiting=len(self._jobs) - running,
-                running=running,
-                outcomes=self._outcomes.copy(),
-                device=self._device_seconds,
-                wasted=self._wasted_seconds,
-                eta_error=median(self._eta_errors) if self._eta_errors else math.nan,
-            )
+            return self._totals.snapshot(len(self._jobs) - running, running)
 
-    # Admission.
-
-    def _check(self, task: ImageTask, request: ImageRequest, now: float) -> None:
-        """Raises ResourceExhausted if the task cannot be admitted now, DeadlineExceeded if it never can in its time."""
-        size, until = self._too_large
-        if now < until and _rows(request) * request.width * request.height >= size:
-            raise ResourceExhausted(
-                f"{request.width} x {request.height} pixels did not fit in the device's memory a moment ago; ask for "
-                f"fewer, or try again in {until - now:.0f} s",
-                until - now,
-            )
-        if (refusal := self._schedule.refusal(task, now)) is not None:
-            retry_after = max(_LEAST_WAIT, refusal.retry_after)
-            when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", were it alone"
-            if refusal.reason is Reason.DEADLINE and retry_after == math.inf:
-                raise DeadlineExceeded(self._why(refusal, task) + when)  # no room that others leave would help
-            raise ResourceExhausted(self._why(refusal, task) + when, retry_after)
-
-    def _why(self, refusal: Refusal, task: ImageTask) -> str:
-        limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"
-        match refusal.reason:
-            case Reason.JOBS:
-                return f"{limits.jobs} requests are waiting already, for {work}"
-            case Reason.JOBS_PER_CALLER:
-                return f"{self._schedule.jobs_per_caller(task):.0f} requests of this caller are waiting already"
-            case Reason.PIXELS:
-                return f"the images that wait would have more than {limits.pixels:.0f} pixels with these"
-            case Reason.BYTES:
-                return f"the requests that wait would need more than {limits.bytes:.0f} bytes with this one"
-            case Reason.DEADLINE:
-                return f"the deadline cannot be met: the last image could be there in {refusal.finish:.1f} s"
-            case Reason.OTHERS:
-                count = len(refusal.late)
-                return f"{count} admitted request{'s' * (count > 1)} would miss a deadline for this one"
-
-    def _expected_calls(self, request: ImageRequest) -> list[tuple[CallKind, int]]:
-        """The calls of a job after the first, as far as known before it is planned."""
-        per_step = self._calls_per_step.get(request.scheduler, 1.0)
-        base = round(request.steps * request.high_noise_frac * per_step)
-        refiner = round(request.steps * per_step) - base
-        return _calls(request, {Stage.BASE: base, Stage.REFINER: refiner}, len(request.seeds), self._max_batch)
-
-    # What waiting jobs are told.
-
-    def _tell(self, job: Job, forecast: Forecast, now: float) -> None:
-        job.told, job.told_at = Queued(forecast.position, forecast.eta), now
-        job.deliver(job.told)
-
-    def _renew(self) -> None:
-        """Tell waiting jobs anew when they end, where that has changed."""
-        now = self._clock()
-        if now < self._renewed + _RENEWED:
-            return
-        for forecast in self._schedule.forecasts(now):
-            job = self._jobs[forecast.task]
-            if job.script is not None or job.told is None:
-                continue
-            expected = job.told.eta - (now - job.told_at)
-            if forecast.position != job.told.position or abs(forecast.eta - expected) > _NOTABLE * forecast.eta:
-                self._tell(job, forecast, now)
-        self._renewed = self._clock()
-        # With very many waiting, looking takes long; it must not become a notable share of the device's time.
-        self._renewed += 20 * (self._renewed - now)
-
-    # The threads that call the model.
+    # The device thread and the side thread.
 
     def _run(self, load: Callable[[], SomeModel], loaded: "Future[SomeModel]") -> None:
         try:
             model = load()
-        except Exception as error:  # noqa: BLE001  # whatever it is, the thread that waits for it must know
+        except Exception as error:  # noqa: BLE001  # any error must reach the thread that waits for the model
             loaded.set_exception(error)
             return
         self._max_batch = model.max_batch
         side = threading.Thread(target=self._run_side, args=(model,), name="device side", daemon=True)
         if model.overlaps:
-            self._overlap_from = -math.inf
+            self._side.accepts_from = -math.inf
             side.start()
         self._previews.start(model)
         loaded.set_result(model)
-        while jobs := self._next(model):
-            self._advance(jobs, model)
+        while jobs := self._next_jobs(model):
+            self._run_call(jobs, model)
         if model.overlaps:
             side.join()
         self._previews.stop()
 
     def _run_side(self, model: AnyModel) -> None:
-        """Make the calls that the device thread has handed over, one after the other, and move their jobs on."""
-        while (job := self._next_on_side()) is not None:
-            self._advance([job], model)
+        """Make the calls that the device thread has handed over, one after the other."""
+        while (job := self._next_side_job()) is not None:
+            self._run_call([job], model)
             with self._changed:
-                self._side_job = None
-                if job.ending is not None:
-                    self._end(job, Failed(job.ending))
+                self._side.running = None
+                if job.error is not None:
+                    self._end(job, Failed(job.error))
                 self._schedule.resume(job.task)
                 self._changed.notify_all()
 
-    def _next_on_side(self) -> Job | None:
-        """Wait for the job whose call the side thread makes next; none once stopped."""
+    def _next_side_job(self) -> Job | None:
+        """Wait for the job whose call the side thread makes next. Returns None once the engine stops."""
         with self._changed:
-            self._changed.wait_for(lambda: self._side_queue or self._stopping)
+            self._changed.wait_for(lambda: self._side.waiting or self._stopping)
             if self._stopping:
                 return None
-            self._side_job = self._side_queue.popleft()
-            self._call_begins([self._side_job])
-            self._changed.notify_all()  # there is room for another
-            return self._side_job
+            self._side.running = self._side.waiting.popleft()
+            self._in_flight.begin([self._side.running], self._clock())
+            self._changed.notify_all()  # the side queue has room again
+            return self._side.running
 
-    def _next(self, model: AnyModel) -> list[Job]:
-        """End what must end, then wait for the jobs whose call is made next; none once stopped."""
+    def _next_jobs(self, model: AnyModel) -> list[Job]:
+        """End all jobs that are due to end, then wait for the jobs of the next call. Returns [] once it stops."""
         with self._changed:
             while True:
-                self._sweep()
+                self._end_due_jobs()
                 if self._stopping:
                     return []
                 now = self._clock()
+                overlaps = self._side.accepts(now)
                 tasks = self._schedule.choose(now)
                 if tasks and tasks[0].kind.shared and model.max_batch > 1:
-                    # The side thread encodes ahead, below; here a prompt would have to wait for it.
-                    tasks = self._schedule.choose(now, model.max_batch, join=now < self._overlap_from)
-                on_side = bool(tasks) and not tasks[0].kind.shared and now >= self._overlap_from
-                if self._pending_progress and not (tasks and tasks[0].kind.shared):
-                    self._flush_progress()  # no step comes next, beside which it could be told
-                if not tasks or (on_side and len(self._side_queue) == _SIDE_QUEUE):
-                    # Where too much waits for the side thread, the device is left to it: no step may add to that.
+                    # With a side thread, prompts are encoded ahead, below, and the step need not wait for them.
+                    tasks = self._schedule.choose(now, model.max_batch, join=not overlaps)
+                is_step = bool(tasks) and tasks[0].kind.shared
+                if not is_step:
+                    self._flush_progress()  # no step comes next that it could run next to
+                for_side = bool(tasks) and not is_step and overlaps
+                if not tasks or (for_side and self._side.full):
+                    # While the side queue is full, no step runs: it could add to the queue.
                     self._changed.wait()
                     continue
-                self._renew()
-                if on_side:
+                self._refresh_estimates()
+                if for_side:
                     self._hand_over(tasks[0], model)
                     continue
-                jobs = [self._begun(task, model) for task in tasks]
-                self._ahead.difference_update(jobs)
-                if now >= self._overlap_from and not self._side_queue and len(self._ahead) < model.max_batch:
+                jobs = [self._started_job(task, model) for task in tasks]
+                self._side.encoded_ahead.difference_update(jobs)
+                if overlaps and not self._side.waiting and len(self._side.encoded_ahead) < model.max_batch:
                     for task in self._schedule.choose_ahead(Stage.ENCODE):
                         self._hand_over(task, model, ahead=True)
-                self._call_begins(jobs)
+                self._in_flight.begin(jobs, self._clock())
                 return jobs
 
-    def _begun(self, task: ImageTask, model: AnyModel) -> Job:
-        """The task's job, which has a call to make."""
+    def _started_job(self, task: ImageTask, model: AnyModel) -> Job:
+        """Return the task's job, started if this is its first call."""
         job = self._jobs[task]
         if job.script is None:
             job.started = self._clock()
-            job.within(self._observe, JobStarted(job.started - task.admitted))
-            job.script = _script(job, model, self._planned, self._deliver)
+            job.run_in_context(self._observe, JobStarted(job.started - task.admitted))
+            job.script = script(job, model, self._replan, self._deliver)
             job.call = next(job.script)
         return job
 
     def _hand_over(self, task: ImageTask, model: AnyModel, ahead: bool = False) -> None:
         """Let the side thread make the task's next call. With the lock held."""
+        job = self._started_job(task, model)
         if task.kind.stage is Stage.ENCODE:
-            self._ahead.add(self._jobs[task])
+            self._side.encoded_ahead.add(job)
         self._schedule.hold(task, ahead)
-        self._side_queue.append(self._begun(task, model))
+        self._side.waiting.append(job)
         self._changed.notify_all()
 
-    def _call_begins(self, jobs: Sequence[Job]) -> None:
-        """Note that this thread begins a call for these jobs. With the lock held."""
-        thread = threading.get_ident()
-        if self._began:
-            self._overlapped |= {thread, *self._began}
-        self._began[thread] = self._clock()
-        self._in_flight[thread] = jobs
+    # One call.
 
-    def _call_ends(self) -> None:
-        """Note that this thread's call, if one is in flight, has ended. With the lock held."""
-        self._began.pop(threading.get_ident(), None)
-        self._in_flight.pop(threading.get_ident(), None)
-        self._overlapped.discard(threading.get_ident())
-
-    def _sweep(self) -> None:
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, job = heapq.heappop(self._deadlines)
-            self._end_soon(job, DeadlineExceeded("the deadline passed before the images were finished"))
-        for job in list(self._ending):
-            assert job.ending is not None
-            if job is not self._side_job:  # which ends after its call in flight
-                self._end(job, Failed(job.ending))
-
-    def _end_soon(self, job: Job, error: EngineError) -> None:
-        if job.task in self._jobs and job.ending is None:
-            job.ending, job.ended = error, self._clock()
-            self._ending.add(job)
-            if job in self._side_queue:
-                self._side_queue.remove(job)
-
-    def _advance(self, jobs: list[Job], model: AnyModel) -> None:
-        """Make the next call of these jobs together, and move each on."""
+    def _run_call(self, jobs: list[Job], model: AnyModel) -> None:
+        """Make the next call of these jobs, in one call together, and continue their scripts."""
         failures: dict[Job, Exception] = {}
         result = None
         began = self._clock()
@@ -484,129 +302,157 @@ class Engine:
             assert job.call is not None
             self._flush_progress()
             try:
-                result = job.call.make()
-            except Exception as error:  # noqa: BLE001  # the wall between one job's failure and all the others
-                if isinstance(error, OutOfMemory) and self._leave_to_one():
+                result = job.call.run()
+            except Exception as error:  # noqa: BLE001  # one job's failure must not reach the others
+                if isinstance(error, OutOfMemory) and self._serialize_after_oom():
                     with self._changed:
-                        self._call_ends()
-                    return  # the same call will be chosen again
+                        self._in_flight.end()
+                    return  # the schedule chooses the same call again
                 failures = {job: error}
-        self._account(jobs, began)
+        self._record_call(jobs, began)
         for job in jobs:
-            if job.call is None:  # abandoned meanwhile
+            if job.call is None:  # `abandon` ended it during the call
                 continue
             if job in failures:
                 self._fail(job, failures[job])
             else:
-                self._move_on(job, job.call, result)
+                self._continue_script(job, job.call, result)
 
     def _step(self, together: list[tuple[Job, Trajectory]], model: AnyModel) -> dict[Job, Exception]:
-        """One network call for some trajectories; whose failed, and why.
+        """Make one step of some trajectories. Returns the jobs that failed and why.
 
-        What fails for all of several is tried again for each half, so that what is wrong with one is not the end of the
-        others. When memory runs out, this and all later calls are made smaller.
+        An error of a whole call is not the end of all its jobs: each half is tried again. When memory runs out, this
+        and all later calls become smaller.
         """
         failures: dict[Job, Exception] = {}
-        alike: dict[Hashable, list[tuple[Job, Trajectory]]] = {}
-        for each in together:  # of one kind, and yet there are two of each for a while after a `compile`
-            alike.setdefault(each[1].batch_key, []).append(each)
-        waiting = list(alike.values())
+        batches: dict[Hashable, list[tuple[Job, Trajectory]]] = {}
+        for each in together:  # of one kind, but of two batch keys for a while after compilation
+            batches.setdefault(each[1].batch_key, []).append(each)
+        waiting = list(batches.values())
         while waiting:
-            some = waiting.pop()
+            batch = waiting.pop()
             error: Exception | None = None
-            if len(some) <= model.max_batch:
+            if len(batch) <= model.max_batch:
                 try:
-                    launched = model.launch([trajectory for _, trajectory in some])
+                    launched = model.launch([trajectory for _, trajectory in batch])
                     self._flush_progress()  # while the device is busy
                     launched.wait()
                     continue
                 except StepFailed as failed:
-                    failures |= {some[place][0]: cause for place, cause in failed.failures.items()}
+                    failures |= {batch[place][0]: cause for place, cause in failed.failures.items()}
                     continue
-                except Exception as raised:  # noqa: BLE001  # the wall between one job's failure and all the others
+                except Exception as raised:  # noqa: BLE001  # one job's failure must not reach the others
                     error = raised
-            if isinstance(error, OutOfMemory) and self._leave_to_one():
-                waiting.append(some)
+            if isinstance(error, OutOfMemory) and self._serialize_after_oom():
+                waiting.append(batch)
             elif isinstance(error, OutOfMemory) and model.max_batch > 1:
-                self._shrink(model)
-                waiting.append(some)
-            elif error is not None and len(some) == 1:
-                failures[some[0][0]] = error
+                self._reduce_batch(model)
+                waiting.append(batch)
+            elif error is not None and len(batch) == 1:
+                failures[batch[0][0]] = error
             else:
-                half = len(some) // 2
-                waiting += [some[half:], some[:half]]
+                half = len(batch) // 2
+                waiting += [batch[half:], batch[:half]]
         return failures
 
-    def _leave_to_one(self) -> bool:
-        """When memory has run out: whether another call was beside this thread's, which can then be made again alone.
+    def _serialize_after_oom(self) -> bool:
+        """Return whether this thread's call can be repeated alone: it ran out of memory at the same time as another.
 
-        For a while no calls are handed to the side thread then, and the device thread waits here for the one in flight.
+        If so, the side thread gets no calls for a while, and the device thread waits here for the one in flight there.
         """
-        thread = threading.get_ident()
         with self._changed:
-            if thread not in self._overlapped:
+            if not self._in_flight.overlapped:
                 return False
-            self._overlap_from = self._clock() + _AGAIN
-            while self._side_queue:
-                self._schedule.resume(self._side_queue.popleft().task)
-            if self._side_job is not None and threading.current_thread() is self._thread:
-                self._changed.wait_for(lambda: self._side_job is None)
-            self._overlapped.discard(thread)
-        log.warning("memory ran out with two calls at once: one after the other for %.0f s", _AGAIN)
+            self._side.accepts_from = self._clock() + OOM_BACKOFF_SECONDS
+            while self._side.waiting:
+                self._schedule.resume(self._side.waiting.popleft().task)
+            if threading.current_thread() is self._thread:
+                self._changed.wait_for(lambda: self._side.running is None)
+            self._in_flight.repeat_alone()
+        log.warning("memory ran out with two calls at once: one after the other for %.0f s", OOM_BACKOFF_SECONDS)
         return True
 
-    def _shrink(self, model: AnyModel) -> None:
-        """Let fewer images share a call, because memory has run out."""
+    def _reduce_batch(self, model: AnyModel) -> None:
+        """Halve the number of images that share a call, because memory has run out."""
         with self._changed:
             before, self._max_batch = model.max_batch, model.max_batch // 2
             model.limit_batch(self._max_batch)
             for job in self._jobs.values():
-                job.disturbed = job.disturbed or job.script is not None
+                job.batch_reduced = job.batch_reduced or job.script is not None
         log.warning("%d images did not fit in the device's memory together: %d from now on", before, self._max_batch)
 
-    def _account(self, jobs: Sequence[Job], began: float) -> None:
-        """Note what a call has cost, and whom."""
+    def _record_call(self, jobs: Sequence[Job], began: float) -> None:
+        """Record the cost of this thread's call and charge it to its jobs."""
         with self._changed:
             now = self._clock()
-            self._call_ends()
+            self._in_flight.end()
             self._schedule.record_call([job.task for job in jobs], now - began)
-            self._device_seconds += now - began
+            self._totals.device_seconds += now - began
             calls = [job.call for job in jobs if job.call]
             if calls:
                 images = sum(max(1, len(call.trajectories)) for call in calls)
                 self._observe(ModelCall(calls[0].stage, images, now - began))
             for job in jobs:
-                job.calls_made += 1
-                _stretch(job, began, now, (now - began) / len(jobs))
-                if job.ending is not None:
-                    job.wasted += (now - max(began, job.ended)) / len(jobs)
+                job.record_call(began, now, len(jobs))
 
-    def _move_on(self, job: Job, call: _Call, result: Any) -> None:
-        """Find out which call is next, and have a step that was made told of while the device is busy again.
+    def _continue_script(self, job: Job, call: Call, result: Any) -> None:
+        """Find the job's next call. The progress of a step is reported later, while the device is busy again.
 
-        To tell wakes other threads, and while they run this one cannot: the device would wait.
+        A report wakes other threads. While they hold the interpreter, this one cannot launch the next call.
         """
+        assert job.script is not None
         with self._changed:
             self._pending_progress.append((job, call))
             if not call.trajectories:
                 self._flush_progress()
-        self._offer_previews(job, call)
+        self._previews.offer(job, call)
         try:
-            job.call = job.script.send(result)  # type: ignore[union-attr]  # it has a call
+            job.call = job.script.send(result)
         except StopIteration as finished:
             now = self._clock()
             with self._changed:
                 assert job.started is not None
                 waited, ran = job.started - job.task.admitted, now - job.started
                 warnings, environment = finished.value
-                if job.disturbed:
-                    warnings = (*warnings, _DISTURBED)
+                if job.batch_reduced:
+                    warnings = (*warnings, _BATCH_REDUCED)
                 self._end(job, Finished(warnings, waited, ran, replace(environment, max_batch=self._max_batch)))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # one job's failure must not reach the others
             self._fail(job, error)
 
+    def _replan(self, job: Job, expert_calls: Mapping[Stage, int], images: int, batch: int) -> None:
+        """Take over the calls of a plan: each of the job's `images` left needs them, and `batch` images share them."""
+        request = job.submission.request
+        with self._changed:
+            self._admission.record_plan(request, expert_calls)
+            if job.task in self._jobs:
+                self._schedule.replan(job.task, calls_after_encoding(request, expert_calls, images, batch))
+
+    # Events.
+
+    def _report_queued(self, job: Job, forecast: Forecast, now: float) -> None:
+        job.last_queued, job.last_queued_time = Queued(forecast.position, forecast.eta), now
+        job.deliver(job.last_queued)
+
+    def _refresh_estimates(self) -> None:
+        """Report the position and the predicted end of waiting jobs again, where they have changed notably."""
+        now = self._clock()
+        if now < self._next_refresh:
+            return
+        for forecast in self._schedule.forecasts(now):
+            job = self._jobs[forecast.task]
+            if job.script is not None or job.last_queued is None:
+                continue
+            expected = job.last_queued.eta - (now - job.last_queued_time)
+            change = abs(forecast.eta - expected)
+            if forecast.position != job.last_queued.position or change > _NOTABLE_CHANGE * forecast.eta:
+                self._report_queued(job, forecast, now)
+        # With very many jobs a refresh takes long; it must stay a small share of the device's time.
+        done = self._clock()
+        self._next_refresh = done + 20 * (done - now) + _REFRESH_SECONDS
+
     def _flush_progress(self) -> None:
-        """Tell of the calls that were made and have not been told of."""
+        """Report the calls that were made and have not been reported."""
         with self._changed:
             pending, self._pending_progress = self._pending_progress, []
             for job, call in pending:
@@ -615,63 +461,64 @@ class Engine:
                     for place in range(max(1, len(call.trajectories))):
                         job.deliver(Progress(call.index + place, call.stage, call.step, call.steps, eta))
 
-    def _planned(self, job: Job, calls: Mapping[Stage, int], images: int, batch: int) -> None:
-        """Each of the job's `images` left, `batch` of which share them, turns out to need so many calls of experts."""
-        with self._changed:
-            self._calls_per_step[job.submission.request.scheduler] = sum(calls.values()) / job.submission.request.steps
-            if job.task in self._jobs:
-                self._schedule.replan(job.task, _calls(job.submission.request, calls, images, batch))
-
-    def _offer_previews(self, job: Job, call: _Call) -> None:
-        if call.trajectories and job.submission.preview_interval and call.calls % job.submission.preview_interval == 0:
-            for place, trajectory in enumerate(call.trajectories):
-                self._previews.offer(job, call.index + place, call.calls, trajectory)
-
     def _deliver(self, job: Job, event: Event) -> None:
+        """Deliver an event after all earlier ones, and none after the terminal event."""
         with self._changed:
-            self._flush_progress()  # what came before this
-            if job.task in self._jobs:  # nothing may follow the terminal event
+            self._flush_progress()
+            if job.task in self._jobs:
                 job.deliver(event)
             elif isinstance(event, Preview):
                 self._observe(PreviewDropped())
 
+    # Ends.
+
+    def _request_end(self, job: Job, error: EngineError) -> None:
+        """Let a job end with an error after the call in flight, if it has not ended. With the lock held."""
+        if job.task in self._jobs and job.error is None:
+            job.error, job.error_time = error, self._clock()
+            self._ending.add(job)
+            self._side.discard(job)
+
+    def _end_due_jobs(self) -> None:
+        for job in self._timeouts.expired(self._clock()):
+            self._request_end(job, DeadlineExceeded("the deadline passed before the images were finished"))
+        for job in list(self._ending):
+            assert job.error is not None
+            if job is not self._side.running:  # that job ends after its call in flight
+                self._end(job, Failed(job.error))
+
     def _fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error of the model, whose details stay in the log."""
+        name, request = job.submission.name, job.submission.request
         failure: EngineError
         if isinstance(error, OutOfMemory):
-            request = job.submission.request
             failure = DeviceFull(
                 f"{request.width} x {request.height} pixels do not fit in the device's memory; ask for fewer"
             )
-            job.within(log.error, "%s: %s", job.submission.name, error)
+            job.run_in_context(log.error, "%s: %s", name, error)
         else:
             failure = ModelFailed("the model failed on this request; the server's log has the cause")
-            job.within(log.error, "%s: the model failed", job.submission.name, exc_info=error)
+            job.run_in_context(log.error, "%s: the model failed", name, exc_info=error)
         with self._changed:
             if isinstance(error, OutOfMemory):
-                self._too_large = (_rows(request) * request.width * request.height, self._clock() + _AGAIN)
+                self._admission.record_out_of_memory(request, self._clock())
             self._end(job, Failed(failure))
 
     def _end(self, job: Job, terminal: Finished | Failed) -> None:
-        """Let go of a job and tell how it ended. With the lock held."""
+        """Remove a job, log it and deliver its terminal event. With the lock held."""
         self._flush_progress()
         self._ending.discard(job)
         if self._jobs.pop(job.task, None) is None:
             return
         now = self._clock()
         self._schedule.remove(job.task, now)
-        if len(self._deadlines) > 2 * len(self._jobs) + 8:  # most are of jobs that have ended, and hold on to them
-            self._deadlines = [each for each in self._deadlines if each[2].task in self._jobs]
-            heapq.heapify(self._deadlines)
-        self._previews.forget(job)
-        self._ahead.discard(job)
-        job.script = job.call = None  # lets go of latents and conditioning
-        outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
-        self._outcomes[outcome] += 1
-        self._wasted_seconds += job.wasted
-        took = now - job.task.admitted
-        if isinstance(terminal, Finished) and took > 0:
-            self._eta_errors.append(abs(job.predicted_end - now) / took)
-        job.within(
+        self._timeouts.prune(len(self._jobs))
+        self._previews.discard(job)
+        self._side.encoded_ahead.discard(job)
+        job.script = job.call = None  # releases the latents and the conditioning
+        outcome = self._totals.record_end(job, terminal, now)
+        admitted = job.task.admitted
+        job.run_in_context(
             log.info,
             "%s: %s after %d model calls, %.3f s of the device, %.3f s of them after its end; %.2f s, predicted %.2f s",
             job.submission.name,
@@ -679,128 +526,9 @@ class Engine:
             job.calls_made,
             job.task.used,
             job.wasted,
-            took,
-            job.predicted_end - job.task.admitted,
+            now - admitted,
+            job.predicted_end - admitted,
         )
-        ended = JobEnded(outcome, job.task.admitted, job.started, now, job.predicted_end, tuple(job.spans))
-        job.within(self._observe, ended)
+        ended = JobEnded(outcome, admitted, job.started, now, job.predicted_end, tuple(job.spans))
+        job.run_in_context(self._observe, ended)
         job.deliver(terminal)
-
-
-class _Previews:
-    """Draws previews on a thread of its own. It never holds up a step: of each image only the newest state waits."""
-
-    def __init__(self, deliver: Callable[[Job, Preview], None], observe: Observe) -> None:
-        self._deliver = deliver
-        self._observe = observe
-        self._waiting: dict[tuple[Job, int], tuple[int, Trajectory]] = {}
-        self._changed = threading.Condition()
-        self._stopping = False
-
-    def start(self, model: AnyModel) -> None:
-        self._thread = threading.Thread(target=self._run, args=(model,), name="previews", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Draw nothing more, and wait for the thread: one that still ends while the process does can abort it."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
-
-    def offer(self, job: Job, index: int, step: int, trajectory: Trajectory) -> None:
-        with self._changed:
-            if (job, index) in self._waiting:
-                self._observe(PreviewDropped())
-            self._waiting[job, index] = step, trajectory
-            self._changed.notify()
-
-    def forget(self, job: Job) -> None:
-        with self._changed:
-            for waiting in [each for each in self._waiting if each[0] is job]:
-                del self._waiting[waiting]
-                self._observe(PreviewDropped())
-
-    def _run(self, model: AnyModel) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-                if self._stopping:
-                    return
-                job, index = next(iter(self._waiting))
-                step, trajectory = self._waiting.pop((job, index))
-            try:
-                pixels = model.preview(trajectory)
-            except Exception:  # noqa: BLE001  # a preview is not worth an image
-                job.within(log.exception, "%s: no preview of image %d", job.submission.name, index)
-                continue
-            self._deliver(job, Preview(index, step, len(trajectory.stages), pixels))
-
-
-def _script(
-    job: Job,
-    model: AnyModel,
-    planned: Callable[[Job, Mapping[Stage, int], int, int], None],
-    deliver: Callable[[Job, Event], None],
-) -> Generator[_Call, Any, tuple[tuple[Warning, ...], Environment]]:
-    """All calls of one job, in order; each yield gets its call's result. Returns the warnings and what made the images.
-
-    As many images as may share a call go through the experts together.
-    """
-    request = job.submission.request
-    conditioning: Conditioning = yield _Call(Stage.ENCODE, make=partial(model.encode, request))
-    warnings = list(conditioning.warnings)
-    images = list(enumerate(request.seeds))
-    while images:
-        batch = model.max_batch  # which the other thread may make smaller meanwhile
-        group = images[:batch]
-        trajectories: list[Trajectory] = [model.plan(request, conditioning, seed) for _, seed in group]
-        warnings += (each for trajectory in trajectories for each in trajectory.warnings if each not in warnings)
-        stages = trajectories[0].stages
-        calls = {stage: stages.count(stage) for stage in _EXPERTS}
-        planned(job, calls, len(images), batch)
-        images = images[len(group) :]
-        done = dict.fromkeys(calls, 0)
-        for made, stage in enumerate(stages, 1):
-            done[stage] += 1
-            yield _Call(stage, group[0][0], done[stage], calls[stage], made, trajectories)
-        for (index, seed), trajectory in zip(group, trajectories, strict=True):
-            pixels = yield _Call(Stage.DECODE, index, make=partial(model.decode, trajectory))
-            deliver(job, ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
-    return tuple(warnings), conditioning.environment
-
-
-def _stretch(job: Job, began: float, ended: float, device: float) -> None:
-    """Note in what stage of the job a call was."""
-    if job.call is None:  # abandoned meanwhile
-        return
-    stage, index = job.call.stage, job.call.index
-    last = job.spans[-1] if job.spans else None
-    if last is None or (last.stage, last.index) != (stage, index):
-        job.spans.append(last := StageSpan(stage, index, began, ended))
-    last.ended = ended
-    last.calls += 1
-    last.device += device
-
-
-def _calls(request: ImageRequest, calls: Mapping[Stage, int], images: int, batch: int) -> list[tuple[CallKind, int]]:
-    """All calls that so many images need after the prompt's, if `batch` of them share the calls of the experts."""
-    planned = []
-    for group in [batch] * (images // batch) + [images % batch]:
-        counts = {**calls, Stage.DECODE: group} if group else {}
-        planned += [(_kind(request, stage), count) for stage, count in counts.items() if count]
-    return planned
-
-
-def _kind(request: ImageRequest, stage: Stage) -> CallKind:
-    return CallKind(stage, request.width, request.height, _rows(request) if stage in _EXPERTS else 1)
-
-
-def _rows(request: ImageRequest) -> int:
-    """Guidance runs a second row, unconditional, beside the first."""
-    return 2 if request.guidance_scale > 1 else 1
-
-
-def _memory(request: ImageRequest) -> int:
-    """Bytes that a job may hold at once: the pixels of its images, and latents, which are fewer."""
-    return 2 * 3 * request.width * request.height * len(request.seeds)

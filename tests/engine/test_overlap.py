@@ -13,7 +13,7 @@ from stepped_model import REQUEST, Clock, Events, SteppedModel, running
 
 from server import model as ensemble
 from server.domain import ImageRequest, OutOfMemory
-from server.engine.engine import Engine, Job
+from server.engine.engine import Engine
 from server.engine.events import (
     Cancelled,
     DeadlineExceeded,
@@ -28,6 +28,7 @@ from server.engine.events import (
     ResourceExhausted,
 )
 from server.engine.interface import Submission
+from server.engine.job import Job
 from server.engine.scheduling import QueueLimits
 from server.ensemble import checkpoint
 

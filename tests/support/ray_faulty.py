@@ -5,11 +5,11 @@ from collections.abc import Callable
 from faulty_server import Faulty
 
 from deploy.ray import replica
-from server.engine.engine import Model
+from server.engine.interface import AnyServedModel
 from server.settings import Settings
 
 
-def faulty(load: Callable[[Settings], Model]) -> Callable[[Settings], Faulty]:
+def faulty(load: Callable[[Settings], AnyServedModel]) -> Callable[[Settings], Faulty]:
     return lambda settings: Faulty(load(settings))
 
 

@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-cpu bench-endurance \
-	bench-ready bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock \
+	bench-ready bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock docs docs-serve \
 	image instill-model weights evaluate clean
 
 help: ## list these targets
@@ -162,12 +162,18 @@ instill-model: requirements.lock ## out/instill, ready for `instill build`: see 
 weights: $(VENV)/.training ## train the embedded ensemble anew: see training/README.md
 	$(BIN)/python -m training $(ARGS)
 
+docs: .venv-docs/.done ## build docs/ as a site in out/docs; a broken link or anchor fails
+	.venv-docs/bin/sphinx-build --conf-dir docs --fail-on-warning --keep-going --quiet . out/docs
+
+docs-serve: docs ## show the site on http://127.0.0.1:8000
+	$(PYTHON) -m http.server --bind 127.0.0.1 --directory out/docs 8000
+
 evaluate: $(VENV)/.training ## measure the embedded ensemble
 	$(BIN)/python -m training.evaluate $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -f server/acceleration/kernels/cpu-kernels-*.so
-	rm -rf $(VENV) .venv-generate .venv-checkov .venv-instill .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
+	rm -f server/acceleration/cpu-kernels-*.so
+	rm -rf $(VENV) .venv-generate .venv-checkov .venv-docs .venv-instill .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .coverage
 
 $(VENV)/.runtime: requirements.lock
@@ -189,6 +195,7 @@ environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up al
 
 .venv-generate/.done: proto/requirements.txt
 .venv-checkov/.done: deploy/requirements.txt
+.venv-docs/.done: docs/requirements.txt
 .venv-instill/.done: deploy/instill/requirements.txt
 .venv-ray/.done: deploy/ray/requirements-test.txt deploy/ray/requirements.txt requirements.lock
 .venv-%/.done:

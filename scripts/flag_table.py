@@ -13,8 +13,8 @@ def rows() -> list[str]:
     """The table's lines: one for each flag, in the order of the settings."""
     lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else "on" if field.default is True else field.default
-        shown = f"`{default}`" if default != "" else ""
+        default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+        shown = "" if default is None else f"`{default}`"
         lines.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |")
     return lines
 

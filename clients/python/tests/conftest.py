@@ -1,6 +1,6 @@
-"""A small real gRPC server that answers as a test scripts it: for the failures that a healthy service never shows.
+"""Fixtures: a real gRPC server with scripted answers, for failures that a healthy service never shows.
 
-What a healthy service answers is tested against the real one, in tests/.
+tests/ and test_end_to_end.py test the answers of the real service.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 
 class ScriptedService(pb_grpc.TextToImageServiceServicer):
-    """Answers call after call with what stands in `script`: a message, a list of events, an error's status, or a deed.
+    """Answers each call with the next element of `script`: a message, a list of events, a status, or a function.
 
-    A pair of a code and words is an end without the service's own details, as a proxy or a broken connection makes it.
-    `hold` is a pause that lasts until the caller is gone; `gone` is set then. `pause` is a short one; `ended` then says
-    whether the caller was "cancelled" in it, or is there to have the "whole" answer.
+    A pair of code and message ends the call without the service's details, as a proxy or a broken connection does.
+    `hold` waits until the caller is gone; `gone` is set then. `pause` waits a short time; `ended` then has "cancelled" if
+    the caller left, "complete" otherwise.
     """
 
     hold, pause = object(), object()
@@ -64,7 +64,7 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
             if event is self.hold:
                 self.gone.wait()
             elif event is self.pause:
-                self.ended.put("cancelled" if self.gone.wait(0.3) else "whole")
+                self.ended.put("cancelled" if self.gone.wait(0.3) else "complete")
             elif isinstance(event, tuple):
                 context.abort(*event)
             elif isinstance(event, status_pb2.Status):
@@ -102,20 +102,20 @@ def service() -> Iterator[ScriptedService]:
 
 @pytest.fixture
 def services() -> Iterator[list[ScriptedService]]:
-    """Two of them, as replicas are."""
+    """Two servers, as replicas."""
     with serving() as one, serving() as other:
         yield [one, other]
 
 
 @pytest.fixture
 def status() -> Callable[..., status_pb2.Status]:
-    """Makes a google.rpc.Status from a code, a message and details."""
+    """Returns a function that makes a google.rpc.Status from a code, a message and details."""
 
     def make(code: grpc.StatusCode, message: str = "", *details: Any) -> status_pb2.Status:
-        made = status_pb2.Status(code=code.value[0], message=message)
+        status = status_pb2.Status(code=code.value[0], message=message)
         for detail in details:
-            made.details.add().Pack(detail)
-        return made
+            status.details.add().Pack(detail)
+        return status
 
     return make
 

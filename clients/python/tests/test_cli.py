@@ -1,4 +1,4 @@
-"""What `t2i` prints where, what it saves, and how it ends."""
+"""The output, the files and the exit codes of `t2i`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def t2i(*arguments: str, **environment: str) -> Result:
 
 @pytest.fixture
 def answer(service, image_metadata):
-    """Scripts one whole answer of n images."""
+    """Returns a function that scripts the complete answer of n images."""
 
     def script(n: int = 1, media_type: str = "image/jpeg", **fields: Any) -> None:
         image_metadata.media_type = media_type
@@ -62,7 +62,7 @@ def answer(service, image_metadata):
     return script
 
 
-def test_generate_saves_the_image_and_tells_people_on_stderr(service, answer, tmp_path):
+def test_generate_saves_the_image_and_reports_to_stderr(service, answer, tmp_path):
     answer()
     path = tmp_path / "cat.jpg"
     result = t2i("generate", "cat napping", "-o", str(path), "--target", service.target)
@@ -74,7 +74,7 @@ def test_generate_saves_the_image_and_tells_people_on_stderr(service, answer, tm
     assert "Warning: sampling.width: 100 pixels became 96" in result.stderr
 
 
-def test_json_is_all_that_goes_to_stdout(service, answer, tmp_path):
+def test_json_is_the_only_output_on_stdout(service, answer, tmp_path):
     answer()
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--json", "--target", service.target)
     metadata = json.loads(result.stdout)
@@ -91,27 +91,33 @@ def test_several_images_are_numbered(service, answer, tmp_path):
     }
 
 
-def test_an_image_that_came_smaller_coded_gets_the_name_that_fits(service, answer, tmp_path):
+def test_a_recoded_image_gets_the_ending_of_its_format(service, answer, tmp_path):
     answer(media_type="image/jpeg")
     assert t2i("generate", "cat", "-o", str(tmp_path / "cat.png"), "--target", service.target).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
 
 
+def test_an_image_of_a_newer_media_type_gets_its_own_ending(service, answer, tmp_path):
+    answer(media_type="image/avif")
+    assert t2i("generate", "cat", "-o", str(tmp_path / "cat.png"), "--target", service.target).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.avif"]
+
+
 @pytest.mark.parametrize("command", [("generate", "cat"), ("attach", "mine")])
-def test_an_image_that_came_otherwise_coded_overwrites_no_file_that_nobody_named(service, answer, tmp_path, command):
+def test_a_recoded_image_overwrites_no_existing_file(service, answer, tmp_path, command):
     answer(media_type="image/jpeg")
-    (tmp_path / "cat.jpg").write_bytes(b"of somebody else")
+    (tmp_path / "cat.jpg").write_bytes(b"another image")
     result = t2i(*command, "-o", str(tmp_path / "cat.png"), "--target", service.target)
     assert result.exit_code == 0
     assert f"{tmp_path / 'cat.1.jpg'}  128x96" in result.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        "cat.jpg": b"of somebody else",
+        "cat.jpg": b"another image",
         "cat.1.jpg": b"image 0",
     }
 
 
 @pytest.mark.parametrize("command", [("generate", "cat"), ("attach", "mine")])
-def test_metadata_never_take_the_place_of_an_image(service, tmp_path, command):
+def test_metadata_never_overwrite_an_image(service, tmp_path, command):
     for output, metadata, several in (("cat.jpg", "cat.jpg", ()), ("cat.jpg", "cat-1.jpg", ("-n", "2"))):
         flags = () if command[0] == "attach" else several
         named = ("-o", str(tmp_path / output), "--metadata", str(tmp_path / metadata))
@@ -122,24 +128,24 @@ def test_metadata_never_take_the_place_of_an_image(service, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", [("generate", "cat", "-o", "cat.jpg"), ("model",), ("cancel", "mine")])
-def test_a_timeout_that_is_no_number_is_a_wrong_command_line(service, command):
+def test_a_nan_timeout_is_a_usage_error(service, command):
     result = t2i(*command, "--timeout", "nan", "--target", service.target)
     assert result.exit_code == 2
     assert "'nan' is not a valid number of seconds" in result.stderr
 
 
-def test_a_connection_that_breaks_under_a_detached_job_is_said(service, answer, tmp_path):
+def test_a_broken_connection_of_a_detached_job_is_reported_once(service, answer, tmp_path):
     service.answer(
         [pb.StreamGenerateResponse(number=1, queued=pb.Queued()), (grpc.StatusCode.UNAVAILABLE, "Socket closed")]
     )
     answer()
     result = t2i("attach", "mine", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 0
-    said = f"{service.target}: the connection broke; attaching to mine again until it is back"
-    assert result.stderr.splitlines().count(said) == 1
+    line = f"{service.target}: the connection broke; attaching to mine again until it is back"
+    assert result.stderr.splitlines().count(line) == 1
 
 
-def test_what_a_proxy_cut_is_said_in_words(service, tmp_path):
+def test_a_call_cut_by_a_proxy_has_a_readable_error(service, tmp_path):
     cut = (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
     service.answer(
         [pb.StreamGenerateResponse(queued=pb.Queued()), cut], [pb.StreamGenerateResponse(queued=pb.Queued()), cut]
@@ -149,21 +155,21 @@ def test_what_a_proxy_cut_is_said_in_words(service, tmp_path):
     assert f"Error: {service.target}: the connection broke, or a proxy cut it (Received RST_STREAM" in result.stderr
 
 
-def test_a_file_of_certificates_that_is_none_is_a_wrong_command_line(service, tmp_path):
+def test_a_ca_file_without_pem_is_a_usage_error(service, tmp_path):
     (tmp_path / "ca.crt").write_text("garbage")
     result = t2i("--tls-ca", str(tmp_path / "ca.crt"), "health", "--target", service.target)
     assert result.exit_code == 2
     assert "ca.crt is not PEM: it has no line that begins with -----BEGIN" in result.stderr
 
 
-def test_a_time_to_try_again_is_said_once(service, status, tmp_path):
+def test_the_retry_time_is_printed_once(service, status, tmp_path):
     details = RetryInfo(retry_delay=Duration(seconds=3, nanos=984_250_000))
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "9 requests are waiting; try again in 4.0 s", details))
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.stderr == "Error: 9 requests are waiting; try again in 4.0 s\n"
 
 
-def test_a_request_that_is_made_again_is_said(service, status, answer, tmp_path):
+def test_a_resubmitted_request_is_reported(service, status, answer, tmp_path):
     service.answer([pb.StreamGenerateResponse(queued=pb.Queued()), status(grpc.StatusCode.UNAVAILABLE, "gone")])
     answer()
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
@@ -172,7 +178,7 @@ def test_a_request_that_is_made_again_is_said(service, status, answer, tmp_path)
     assert lines[:3] == ["queued", "the server was lost; another one draws the request", "queued, 1 ahead"]
 
 
-def test_a_timeout_is_6_in_words(service, tmp_path):
+def test_a_timeout_exits_with_6(service, tmp_path):
     service.answer([pb.StreamGenerateResponse(queued=pb.Queued()), service.hold])
     arguments = ("-o", str(tmp_path / "cat.jpg"), "--timeout", "0.5", "--target", service.target)
     result = t2i("generate", "cat", *arguments)
@@ -180,7 +186,7 @@ def test_a_timeout_is_6_in_words(service, tmp_path):
     assert "Error: the timeout passed before the answer was complete" in result.stderr
 
 
-def test_what_is_too_large_for_grpc_is_12(service, tmp_path):
+def test_a_message_too_large_for_grpc_exits_with_12(service, tmp_path):
     service.answer((grpc.StatusCode.RESOURCE_EXHAUSTED, "received metadata size exceeds soft limit (9000 vs. 8192)"))
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 12
@@ -237,20 +243,20 @@ def test_every_option_reaches_the_request(service, answer, tmp_path):
         ((), "Missing option"),
     ],
 )
-def test_a_wrong_command_line_is_2_and_asks_nothing_of_the_service(service, arguments, complaint):
+def test_a_usage_error_exits_with_2_without_a_call(service, arguments, complaint):
     result = t2i("generate", "cat", *arguments, "--target", service.target)
     assert result.exit_code == 2
     assert complaint in result.stderr
     assert service.requests == []
 
 
-def test_neither_a_prompt_nor_metadata_is_a_wrong_command_line(service):
+def test_a_missing_prompt_is_a_usage_error(service):
     result = t2i("generate", "-o", "cat.jpg", "--target", service.target)
     assert result.exit_code == 2
     assert "give a PROMPT, or --like with a metadata file" in result.stderr
 
 
-def test_a_file_that_is_no_metadata_is_bad_input_and_asks_nothing_of_the_service(service):
+def test_a_file_without_metadata_is_an_invalid_request_without_a_call(service):
     result = t2i("generate", "--like", str(README), "-o", "cat.jpg", "--target", service.target)
     assert result.exit_code == 3
     assert f"Error: {README} is not JSON" in result.stderr
@@ -259,7 +265,7 @@ def test_a_file_that_is_no_metadata_is_bad_input_and_asks_nothing_of_the_service
 
 @pytest.fixture
 def metadata(image_metadata, tmp_path) -> Path:
-    """A metadata file of two images, as the scripted answers have them."""
+    """A metadata file of the two images of the scripted answers."""
     image_metadata.request.CopyFrom(build_request("cat", {"seed": 7, "n": 1, "format": "webp_lossless"}))
     images = [pb.ImageMetadata(), pb.ImageMetadata()]
     for image, seed in zip(images, (7, 8), strict=True):
@@ -271,7 +277,7 @@ def metadata(image_metadata, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "asked"),
+    ("arguments", "requested"),
     [
         (("-o", "cat.webp"), {"n": 2, "format": "webp_lossless"}),
         (("-o", "cat.png"), {"n": 2, "format": "png"}),
@@ -281,36 +287,38 @@ def metadata(image_metadata, tmp_path) -> Path:
         (("dog", "-o", "cat.webp"), {"prompt": "dog", "n": 2, "format": "webp_lossless"}),
     ],
 )
-def test_like_asks_as_the_file_says_but_for_what_is_given_beside_it(
-    service, status, metadata, tmp_path, monkeypatch, arguments, asked
+def test_like_sends_the_saved_request_changed_by_other_options(
+    service, status, metadata, tmp_path, monkeypatch, arguments, requested
 ):
     monkeypatch.chdir(tmp_path)
     service.answer(status(grpc.StatusCode.INTERNAL))
     t2i("generate", "--like", str(metadata), *arguments, "--target", service.target)
-    prompt, options = asked.pop("prompt", "cat"), {"seed": 7} | asked
+    prompt, options = requested.pop("prompt", "cat"), {"seed": 7} | requested
     assert service.requests == [build_request(prompt, options)]
 
 
 @pytest.mark.parametrize(("flags", "exit_code", "kind"), [((), 0, "Warning"), (("--strict",), 8, "Error")])
-def test_what_differs_is_a_warning_and_strictly_an_error(service, answer, metadata, tmp_path, flags, exit_code, kind):
+def test_differences_are_a_warning_and_with_strict_an_error(
+    service, answer, metadata, tmp_path, flags, exit_code, kind
+):
     answer(n=2, media_type="image/webp", environment=pb.Environment(threads=2))
     arguments = ("--like", str(metadata), "-o", str(tmp_path / "cat.webp"), *flags, "--target", service.target)
     result = t2i("generate", *arguments)
     assert result.exit_code == exit_code
     assert f"{kind}: this differs from {metadata}\n  threads: 0 then, 2 now\n" in result.stderr
-    assert (tmp_path / "cat-1.webp").exists(), "what was drawn is kept"
+    assert (tmp_path / "cat-1.webp").exists(), "the images are saved"
 
 
-def test_metadata_is_kept_in_the_file_that_is_named(service, answer, tmp_path):
+def test_metadata_is_written_to_the_named_file(service, answer, tmp_path):
     answer()
-    file = tmp_path / "kept.json"
+    file = tmp_path / "saved.json"
     arguments = ("-o", str(tmp_path / "cat.jpg"), "--metadata", str(file), "--json", "--target", service.target)
     result = t2i("generate", "cat", *arguments)
     assert json.loads(file.read_text()) == json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(("flags", "interval"), [((), 5), (("--preview-interval", "3"), 3)])
-def test_the_newest_preview_stands_in_the_file_that_is_named(service, answer, tmp_path, flags, interval):
+def test_the_preview_file_has_the_newest_preview(service, answer, tmp_path, flags, interval):
     answer()
     file = tmp_path / "preview.jpg"
     arguments = ("-o", str(tmp_path / "cat.png"), "--preview", str(file), *flags, "--target", service.target)
@@ -319,7 +327,7 @@ def test_the_newest_preview_stands_in_the_file_that_is_named(service, answer, tm
     assert service.requests[0].output.preview_interval == interval
 
 
-def test_previews_of_several_images_are_numbered_as_the_images_are(service, answer, tmp_path):
+def test_previews_of_several_images_are_numbered(service, answer, tmp_path):
     answer(n=2)
     arguments = ("-n", "2", "-o", str(tmp_path / "cat.jpg"), "--preview", str(tmp_path / "p.jpg"))
     assert t2i("generate", "cat", *arguments, "--target", service.target).exit_code == 0
@@ -327,7 +335,7 @@ def test_previews_of_several_images_are_numbered_as_the_images_are(service, answ
 
 
 @pytest.mark.parametrize("given", [("--request-id", "mine"), ()])
-def test_detach_begins_leaves_at_once_and_tells_how_to_come_back(service, given):
+def test_detach_starts_the_job_and_prints_how_to_follow_it(service, given):
     service.answer([pb.StreamGenerateResponse(queued=pb.Queued(), number=1), service.hold])
     result = t2i("generate", "cat", "--detach", "-o", "cat.png", *given, "--target", service.target)
     assert result.exit_code == 0, result.output
@@ -341,7 +349,7 @@ def test_detach_begins_leaves_at_once_and_tells_how_to_come_back(service, given)
 
 
 @pytest.mark.parametrize(("n", "names"), [(1, ["cat.jpg"]), (2, ["cat-0.jpg", "cat-1.jpg"])])
-def test_attach_saves_the_images_and_tells_what_generate_would(service, answer, tmp_path, n, names):
+def test_attach_saves_images_and_reports_as_generate_does(service, answer, tmp_path, n, names):
     answer(n=n)
     result = t2i("attach", "mine", "-o", str(tmp_path / "cat.jpg"), "--json", "--target", service.target)
     assert result.exit_code == 0, result.output
@@ -351,7 +359,7 @@ def test_attach_saves_the_images_and_tells_what_generate_would(service, answer, 
     assert "Warning: sampling.width: 100 pixels became 96" in result.stderr
 
 
-def test_cancel_names_the_job_and_says_nothing(service):
+def test_cancel_sends_the_name_and_prints_nothing(service):
     service.answer(pb.CancelResponse())
     result = t2i("cancel", "mine", "--target", service.target)
     assert (result.exit_code, result.output) == (0, "")
@@ -359,7 +367,7 @@ def test_cancel_names_the_job_and_says_nothing(service):
 
 
 @pytest.mark.parametrize("command", [("attach", "mine", "-o", "cat.jpg"), ("cancel", "mine")])
-def test_a_job_that_is_not_kept_is_9(service, status, command):
+def test_an_unknown_job_exits_with_9(service, status, command):
     service.answer(status(grpc.StatusCode.NOT_FOUND, "no detached job is named mine here"))
     result = t2i(*command, "--target", service.target)
     assert result.exit_code == 9
@@ -404,7 +412,7 @@ def test_a_job_that_another_caller_cancels_has_the_exit_code_of_an_interrupt(ser
     assert "Error: cancelled by Cancel" in result.stderr
 
 
-def test_a_negative_seed_is_bad_input_like_any_other(service, status, tmp_path):
+def test_a_negative_seed_is_an_invalid_request(service, status, tmp_path):
     service.answer(status(grpc.StatusCode.INVALID_ARGUMENT))
     result = t2i("generate", "cat", "--seed=-1", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 3
@@ -412,7 +420,7 @@ def test_a_negative_seed_is_bad_input_like_any_other(service, status, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this machine has no /dev/full")
-def test_a_disk_that_is_full_is_said_so(service, answer, tmp_path):
+def test_a_full_disk_is_reported(service, answer, tmp_path):
     answer()
     (tmp_path / "cat.jpg").symlink_to("/dev/full")
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
@@ -420,7 +428,7 @@ def test_a_disk_that_is_full_is_said_so(service, answer, tmp_path):
     assert "No space left on device" in result.stderr
 
 
-def test_the_target_may_stand_in_the_environment_before_or_behind_the_command(service):
+def test_target_is_a_variable_or_an_option_before_or_after_the_command(service):
     service.health.set("", HealthCheckResponse.SERVING)
     assert t2i("health", "--target", service.target).exit_code == 0
     assert t2i("--target", service.target, "health").exit_code == 0
@@ -435,20 +443,20 @@ def test_health_is_a_probe(service, state, exit_code):
     assert (result.exit_code, result.stdout) == (exit_code, f"{state}\n")
 
 
-def test_health_of_a_service_that_is_not_there_is_4(service):
+def test_health_of_an_unknown_service_exits_with_4(service):
     result = t2i("health", "--service", "nobody", "--target", service.target)
     assert (result.exit_code, result.stdout) == (4, "SERVICE_UNKNOWN\n")
 
 
 @pytest.mark.parametrize("command", [("health",), ("model",), ("generate", "cat", "-o", "cat.jpg")])
-def test_nobody_there_is_4_and_names_the_target(command):
+def test_an_unreachable_server_exits_with_4_and_is_named(command):
     result = t2i(*command, "--target", "127.0.0.1:1")
     assert result.exit_code == 4
     assert "Error: 127.0.0.1:1: " in result.stderr
     assert "Traceback" not in result.output
 
 
-def test_ctrl_c_cancels_the_call_and_is_130(service, tmp_path):
+def test_ctrl_c_cancels_the_call_and_exits_with_130(service, tmp_path):
     service.answer([pb.StreamGenerateResponse(queued=pb.Queued()), service.hold])
     command = (sys.executable, "-m", "text_to_image_client", "--target", service.target, "generate", "cat")
     with subprocess.Popen([*command, "-o", str(tmp_path / "cat.jpg")], stderr=subprocess.PIPE, text=True) as process:
@@ -460,21 +468,21 @@ def test_ctrl_c_cancels_the_call_and_is_130(service, tmp_path):
     assert service.gone.wait(10)
 
 
-def test_run_refuses_bad_input_before_it_starts_anything():
+def test_run_rejects_invalid_input_before_it_starts_a_server():
     result = t2i("run", "-i", '{"prompt": "cat", "steps": 3}')
     assert result.exit_code == 3
     assert result.stdout == ""
     assert "steps: is unknown" in result.stderr
 
 
-def test_run_without_the_service_is_7(monkeypatch):
+def test_run_without_the_server_package_exits_with_7(monkeypatch):
     monkeypatch.setitem(sys.modules, "server", None)
     result = t2i("run", "-i", '{"prompt": "cat"}')
     assert result.exit_code == 7
     assert "not installed in this environment" in result.stderr
 
 
-def test_run_shows_the_log_of_a_service_that_does_not_start():
+def test_run_prints_the_log_of_a_server_that_does_not_start():
     result = t2i("run", "-i", '{"prompt": "cat"}', T2I_BASE=os.devnull)
     assert result.exit_code == 7
     assert "Error: the service ended with status" in result.stderr
@@ -483,5 +491,5 @@ def test_run_shows_the_log_of_a_service_that_does_not_start():
 
 @pytest.mark.parametrize("text", [t2i("--help").stdout, README.read_text()], ids=["help", "README"])
 def test_every_exit_code_is_documented(text):
-    told = {int(word) for line in text.splitlines() if (word := line.strip("| ").split(" ")[0]).isdigit()}
-    assert told == {0, 1, 2, *EXIT_CODES.values()}
+    documented = {int(word) for line in text.splitlines() if (word := line.strip("| ").split(" ")[0]).isdigit()}
+    assert documented == {0, 1, 2, *EXIT_CODES.values()}

@@ -1,4 +1,4 @@
-"""What both clients promise about errors, retries, deadlines and cancellation, over a real connection."""
+"""Errors, retries, deadlines and cancellation of both clients, over a real connection."""
 
 import asyncio
 import contextlib
@@ -104,7 +104,7 @@ async def test_a_bad_request_names_every_bad_field(service, status, call):
 
 
 @every
-async def test_a_refusal_says_when_to_try_again(service, status, call):
+async def test_resource_exhausted_has_the_time_to_wait(service, status, call):
     delay = Duration(seconds=2, nanos=500_000_000)
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", RetryInfo(retry_delay=delay)))
     with pytest.raises(ResourceExhausted) as caught:
@@ -113,7 +113,7 @@ async def test_a_refusal_says_when_to_try_again(service, status, call):
 
 
 @unary
-async def test_details_that_nobody_can_read_leave_the_status_standing(service, call):
+async def test_unparsable_details_leave_the_status(service, call):
     def refuse(context: grpc.ServicerContext) -> None:
         context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
@@ -125,7 +125,7 @@ async def test_details_that_nobody_can_read_leave_the_status_standing(service, c
 
 
 @unary
-async def test_an_unavailable_service_is_tried_again(service, status, call):
+async def test_an_unavailable_service_is_retried(service, status, call):
     loading = status(grpc.StatusCode.UNAVAILABLE, "loading")
     service.answer(loading, loading, pb.GenerateResponse(metadata=pb.Metadata(model="mini")))
     assert (await call(service.target)).model == "mini"
@@ -133,14 +133,14 @@ async def test_an_unavailable_service_is_tried_again(service, status, call):
 
 
 @streaming
-async def test_a_stream_is_tried_again_before_its_first_event(service, status, call):
+async def test_a_stream_is_retried_before_its_first_event(service, status, call):
     service.answer(status(grpc.StatusCode.UNAVAILABLE, "loading"), [STEP, DONE])
     assert len(await call(service.target)) == 2
     assert len(service.requests) == 2
 
 
 @streaming
-async def test_a_stream_is_not_tried_again_once_it_has_begun(service, status, call):
+async def test_a_stream_is_not_retried_after_its_first_event(service, status, call):
     service.answer([STEP, status(grpc.StatusCode.UNAVAILABLE, "draining")])
     with pytest.raises(Unavailable, match="draining"):
         await call(service.target, resubmit=0)
@@ -149,21 +149,21 @@ async def test_a_stream_is_not_tried_again_once_it_has_begun(service, status, ca
 
 @every
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED"])
-async def test_nothing_but_unavailable_is_tried_again(service, status, call, code):
+async def test_other_statuses_are_not_retried(service, status, call, code):
     service.answer(status(grpc.StatusCode[code]))
     with pytest.raises(TextToImageError):
         await call(service.target)
     assert len(service.requests) == 1
 
 
-def test_without_retries_the_first_answer_stands(service, status):
+def test_without_retries_the_first_error_is_raised(service, status):
     service.answer(status(grpc.StatusCode.UNAVAILABLE, "loading"))
     with TextToImage(service.target, retries=0) as client, pytest.raises(Unavailable, match="loading"):
         client.model()
     assert len(service.requests) == 1
 
 
-ENOUGH = 5000  # calls; which of several servers are connected at the first of them is chance
+ENOUGH = 5000  # calls; it is random which of the servers are connected at the first ones
 
 
 async def models_in_a_thread(target: str) -> AsyncIterator[ModelInfo]:
@@ -179,18 +179,18 @@ async def models_async(target: str) -> AsyncIterator[ModelInfo]:
 
 
 @pytest.mark.parametrize("calls", [models_in_a_thread, models_async])
-async def test_several_servers_are_called_in_turn(services, calls):
+async def test_round_robin_calls_every_server(services, calls):
     for service in services:
         service.answer(*[pb.GetModelResponse()] * ENOUGH)
         service.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.SERVING)
     async for _ in calls(f"ipv4:{services[0].target},{services[1].target}"):
         if all(service.requests for service in services):
             return
-    pytest.fail("one was never called")
+    pytest.fail("one server was never called")
 
 
 @pytest.mark.parametrize("calls", [models_in_a_thread, models_async])
-async def test_a_server_that_is_not_ready_is_left_out(services, calls):
+async def test_round_robin_skips_a_server_that_is_not_ready(services, calls):
     loading, ready = services
     loading.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.NOT_SERVING)
     ready.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.SERVING)
@@ -201,7 +201,7 @@ async def test_a_server_that_is_not_ready_is_left_out(services, calls):
     assert (len(loading.requests), len(ready.requests)) == (0, 200)
 
 
-async def test_servers_none_of_which_is_ready_are_unavailable(services):
+async def test_round_robin_without_a_ready_server_is_unavailable(services):
     for service in services:
         service.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.NOT_SERVING)
     with pytest.raises(Unavailable):
@@ -210,25 +210,25 @@ async def test_servers_none_of_which_is_ready_are_unavailable(services):
 
 
 @pytest.mark.parametrize("retries", [-1, 5])
-def test_more_retries_than_grpc_makes_are_refused(retries):
+def test_retries_outside_0_to_4_are_rejected(retries):
     with pytest.raises(ValueError, match="0 to 4"):
         TextToImage("127.0.0.1:1", retries=retries)
 
 
 @pytest.fixture
-def nobody() -> Iterator[str]:
-    """An address that is taken, so that no other process gets it, and where nobody listens."""
+def unreachable() -> Iterator[str]:
+    """An address that is bound, so that no other process gets it, and where no server listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 @every
-async def test_nobody_there_is_unavailable_within_seconds_and_names_the_target(nobody, call):
+async def test_an_unreachable_target_is_unavailable_within_seconds_and_is_named(unreachable, call):
     began = time.monotonic()
     with pytest.raises(Unavailable) as caught:
-        await call(nobody)
-    assert str(caught.value).startswith(f"{nobody}: ")
+        await call(unreachable)
+    assert str(caught.value).startswith(f"{unreachable}: ")
     assert time.monotonic() - began < 10
 
 
@@ -240,14 +240,14 @@ async def test_a_deadline_ends_the_call(service, call):
     assert await asyncio.to_thread(service.gone.wait, 10)
 
 
-def test_the_clients_timeout_holds_for_calls_that_set_none(service):
+def test_the_clients_timeout_is_the_default_of_calls(service):
     service.answer(service.hold)
     with TextToImage(service.target, timeout=0.2) as client, pytest.raises(DeadlineExceeded):
         client.generate("cat")
 
 
 @streaming
-async def test_a_stream_without_done_is_the_servers_error(service, call):
+async def test_a_stream_without_done_is_a_server_error(service, call):
     service.answer([STEP])
     with pytest.raises(ServerError, match="before its `done` event"):
         await call(service.target)
@@ -267,7 +267,7 @@ attaching = pytest.mark.parametrize("call", [attach_in_a_thread, attach_async])
 
 
 @attaching
-async def test_attaching_asks_for_what_came_after_an_event_of_the_named_job(service, call):
+async def test_attach_sends_the_name_and_the_number_of_the_last_event(service, call):
     service.answer([STEP, DONE], [DONE])
     assert [type(event) for event in await call(service.target, "mine")] == [Progress, Done]
     assert [type(event) for event in await call(service.target, "mine", 7)] == [Done]
@@ -275,7 +275,7 @@ async def test_attaching_asks_for_what_came_after_an_event_of_the_named_job(serv
 
 
 @attaching
-async def test_after_the_last_event_there_is_nothing_and_that_is_no_error(service, call):
+async def test_attaching_after_the_last_event_yields_nothing(service, call):
     service.answer([], [])
     assert await call(service.target, "mine", 7) == []
     with pytest.raises(ServerError, match="before its `done` event"):
@@ -283,26 +283,26 @@ async def test_after_the_last_event_there_is_nothing_and_that_is_no_error(servic
 
 
 @attaching
-async def test_attaching_to_a_job_that_is_not_kept_is_not_found(service, status, call):
+async def test_attaching_to_an_unknown_job_raises_not_found(service, status, call):
     service.answer(status(grpc.StatusCode.NOT_FOUND, "no longer kept"))
     with pytest.raises(NotFound, match="no longer kept"):
         await call(service.target, "mine")
 
 
-async def test_cancelling_names_the_job(service, status):
-    service.answer(pb.CancelResponse(), pb.CancelResponse(), *[status(grpc.StatusCode.NOT_FOUND, "who?")] * 2)
+async def test_cancel_sends_the_name_of_the_job(service, status):
+    service.answer(pb.CancelResponse(), pb.CancelResponse(), *[status(grpc.StatusCode.NOT_FOUND, "unknown job")] * 2)
     with TextToImage(service.target) as client:
-        async with AsyncTextToImage(service.target) as twin:
+        async with AsyncTextToImage(service.target) as async_client:
             await asyncio.to_thread(client.cancel, "mine")
-            await twin.cancel("yours")
-            with pytest.raises(NotFound, match=r"who\?"):
+            await async_client.cancel("yours")
+            with pytest.raises(NotFound, match="unknown job"):
                 await asyncio.to_thread(client.cancel, "mine")
-            with pytest.raises(NotFound, match=r"who\?"):
-                await twin.cancel("yours")
+            with pytest.raises(NotFound, match="unknown job"):
+                await async_client.cancel("yours")
     assert [each.request_id for each in service.requests] == ["mine", "yours", "mine", "yours"]
 
 
-async def test_a_stream_that_is_not_resumed_knows_where_to_go_on_when_its_connection_breaks(service, status):
+async def test_without_resume_the_stream_has_the_number_to_attach_after(service, status):
     first = [pb.StreamGenerateResponse(progress=STEP.progress, number=4), status(grpc.StatusCode.UNAVAILABLE, "gone")]
     rest = [pb.StreamGenerateResponse(done=pb.Done(), number=5)]
     service.answer(first, rest, first, rest)
@@ -313,11 +313,11 @@ async def test_a_stream_that_is_not_resumed_knows_where_to_go_on_when_its_connec
             await asyncio.to_thread(list, events)
         (done,) = await asyncio.to_thread(list, client.attach("mine", events.number))
         assert (events.number, done.number) == (4, 5)
-    async with AsyncTextToImage(service.target, resubmit=0) as twin:
-        stream = twin.stream("cat", request_id="mine", on_disconnect="detach", resume=False)
+    async with AsyncTextToImage(service.target, resubmit=0) as async_client:
+        stream = async_client.stream("cat", request_id="mine", on_disconnect="detach", resume=False)
         with pytest.raises(Unavailable):
             [event async for event in stream]
-        (done,) = [event async for event in twin.attach("mine", stream.number)]
+        (done,) = [event async for event in async_client.attach("mine", stream.number)]
         assert (stream.number, done.number) == (4, 5)
     assert [each.after for each in service.requests if isinstance(each, pb.AttachRequest)] == [4, 4]
 
@@ -327,7 +327,7 @@ def leave_the_block(client: TextToImage) -> None:
         next(events)
 
 
-def close_it(client: TextToImage) -> None:
+def close_the_stream(client: TextToImage) -> None:
     with contextlib.closing(client.stream("cat")) as events:
         next(events)
 
@@ -338,7 +338,7 @@ def break_out_of_the_loop(client: TextToImage) -> None:
         break
 
 
-@pytest.mark.parametrize("leave", [leave_the_block, close_it, break_out_of_the_loop])
+@pytest.mark.parametrize("leave", [leave_the_block, close_the_stream, break_out_of_the_loop])
 def test_leaving_a_stream_cancels_the_call(service, leave):
     service.answer([STEP, service.hold])
     with TextToImage(service.target) as client:
@@ -351,7 +351,7 @@ async def leave_the_block_async(client: AsyncTextToImage) -> None:
         await anext(events)
 
 
-async def close_it_async(client: AsyncTextToImage) -> None:
+async def close_the_stream_async(client: AsyncTextToImage) -> None:
     async with contextlib.aclosing(client.stream("cat")) as events:
         await anext(events)
 
@@ -375,7 +375,9 @@ async def cancel_the_task(client: AsyncTextToImage) -> None:
         await reading
 
 
-@pytest.mark.parametrize("leave", [leave_the_block_async, close_it_async, break_out_of_the_loop_async, cancel_the_task])
+@pytest.mark.parametrize(
+    "leave", [leave_the_block_async, close_the_stream_async, break_out_of_the_loop_async, cancel_the_task]
+)
 async def test_leaving_an_async_stream_cancels_the_call(service, leave):
     service.answer([STEP, service.hold])
     async with AsyncTextToImage(service.target) as client:
@@ -401,14 +403,22 @@ async def test_a_stream_ends_after_done(service, call):
 
 
 @pytest.mark.parametrize("state", ["SERVING", "NOT_SERVING"])
-async def test_health_tells_the_state_of_a_service(service, state):
+async def test_health_returns_the_status_of_a_service(service, state):
     service.health.set("text_to_image.v1.TextToImageService", HealthCheckResponse.ServingStatus.Value(state))
-    async with AsyncTextToImage(service.target) as twin:
+    async with AsyncTextToImage(service.target) as async_client:
         with TextToImage(service.target) as client:
             assert client.health("text_to_image.v1.TextToImageService") is ServingStatus[state]
             assert client.health("nobody") is ServingStatus.SERVICE_UNKNOWN
-        assert await twin.health("text_to_image.v1.TextToImageService") is ServingStatus[state]
-        assert await twin.health("nobody") is ServingStatus.SERVICE_UNKNOWN
+        assert await async_client.health("text_to_image.v1.TextToImageService") is ServingStatus[state]
+        assert await async_client.health("nobody") is ServingStatus.SERVICE_UNKNOWN
+
+
+async def test_a_newer_health_status_is_unknown(service):
+    service.health.set("", 99)
+    with TextToImage(service.target) as client:
+        assert client.health() is ServingStatus.UNKNOWN
+    async with AsyncTextToImage(service.target) as async_client:
+        assert await async_client.health() is ServingStatus.UNKNOWN
 
 
 async def test_an_answer_of_many_megabytes_arrives(service):

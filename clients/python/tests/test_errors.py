@@ -1,4 +1,4 @@
-"""Errors arrive whole from worker processes, and gRPC's own are not taken for the service's."""
+"""Errors survive pickling, gRPC's own errors are distinguished from the service's, and bad arguments are rejected."""
 
 import asyncio
 import copy
@@ -57,18 +57,18 @@ def described(error: BaseException) -> tuple[Any, ...]:
     return type(error), str(error), error.args, vars(error)
 
 
-def test_every_error_is_tried():
+def test_every_error_class_is_in_the_table():
     assert {type(error) for error in ERRORS} >= set(TextToImageError.__subclasses__())
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_is_copied_whole(error: TextToImageError):
+def test_an_error_survives_pickle_and_copy(error: TextToImageError):
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         assert described(pickle.loads(pickle.dumps(error, protocol))) == described(error)
     assert described(copy.copy(error)) == described(error)
 
 
-def test_an_error_leaves_its_worker_process_whole_and_the_pool_goes_on(service, status):
+def test_an_error_leaves_its_worker_process_unchanged(service, status):
     service.answer(status(grpc.StatusCode.ALREADY_EXISTS, "words"))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for error in ERRORS:
@@ -80,7 +80,7 @@ def test_an_error_leaves_its_worker_process_whole_and_the_pool_goes_on(service, 
         assert (caught.message, caught.code) == ("words", grpc.StatusCode.ALREADY_EXISTS)
 
 
-async def test_an_error_of_asyncio_is_copied_whole(service, status):
+async def test_an_error_of_the_async_client_survives_pickle(service, status):
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"))
     async with AsyncTextToImage(service.target) as client:
         with pytest.raises(ResourceExhausted) as caught:
@@ -99,14 +99,14 @@ async def test_an_error_of_asyncio_is_copied_whole(service, status):
         "grpc: received message larger than max (5 vs. 4)",
     ],
 )
-def test_what_is_too_large_for_grpc_is_no_full_queue(service, words):
+def test_a_size_limit_of_grpc_is_not_a_full_queue(service, words):
     service.answer((grpc.StatusCode.RESOURCE_EXHAUSTED, words))
     with TextToImage(service.target) as client, pytest.raises(MessageTooLarge) as caught:
         client.generate("cat")
     assert str(caught.value) == words
 
 
-def test_what_grpc_itself_finds_too_large_is_so(service):
+def test_metadata_above_grpcs_limit_is_message_too_large(service):
     with (
         TextToImage(service.target, token="x" * 40_000, retries=0) as client,
         pytest.raises(MessageTooLarge, match="metadata"),
@@ -115,13 +115,13 @@ def test_what_grpc_itself_finds_too_large_is_so(service):
     assert service.requests == []
 
 
-def test_what_the_service_refuses_stays_refused_whatever_its_words(service, status):
+def test_the_services_own_status_is_never_message_too_large(service, status):
     service.answer(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message of this request is larger than what waits"))
     with TextToImage(service.target) as client, pytest.raises(ResourceExhausted):
         client.generate("cat")
 
 
-def test_a_client_that_is_closed_says_so(service):
+def test_a_closed_client_raises_cancelled(service):
     with TextToImage(service.target) as client:
         pass
     calls = [
@@ -138,7 +138,7 @@ def test_a_client_that_is_closed_says_so(service):
 
 
 @pytest.mark.parametrize("used", [True, False])
-async def test_an_async_client_that_is_closed_says_so(service, status, used):
+async def test_a_closed_async_client_raises_cancelled(service, status, used):
     service.answer(status(grpc.StatusCode.INTERNAL))
     async with AsyncTextToImage(service.target) as client:
         if used:
@@ -152,12 +152,12 @@ async def test_an_async_client_that_is_closed_says_so(service, status, used):
             await anext(stream())
 
 
-class TestBadInput:
-    """What no message can carry is said together with what the server finds, and nothing is drawn."""
+class TestInvalidRequest:
+    """The client reports its own violations together with the server's, and nothing is drawn."""
 
     @pytest.fixture
     def refusing(self, service, status):
-        """A server that refuses as the real one does: what it finds, and the limit that is asked for to be refused."""
+        """A server that rejects the request as the real one does, the refusable limit included."""
         from google.rpc.error_details_pb2 import BadRequest
 
         violations = [
@@ -177,34 +177,34 @@ class TestBadInput:
             "sampling.steps: must be 1 to 150, is 9999"
         )
         (asked,) = service.requests
-        assert asked.output.max_message_bytes == 1, "less than any server takes"
+        assert asked.output.max_message_bytes == 1, "less than any server accepts"
 
     @pytest.mark.parametrize("method", ["generate", "stream"])
-    def test_all_at_once(self, refusing, method):
+    def test_all_violations_are_reported_at_once(self, refusing, method):
         with TextToImage(refusing.target) as client, pytest.raises(InvalidRequest) as caught:
             getattr(client, method)(None, seed=-1, steps=9999)
         self.check(caught.value, refusing)
 
-    async def test_all_at_once_from_asyncio(self, refusing):
+    async def test_async_generate_reports_all_violations_at_once(self, refusing):
         async with AsyncTextToImage(refusing.target) as client:
             with pytest.raises(InvalidRequest) as caught:
                 await client.generate(None, seed=-1, steps=9999)  # type: ignore[arg-type]
         self.check(caught.value, refusing)
 
-    async def test_all_at_once_from_an_async_stream(self, refusing):
+    async def test_async_stream_reports_all_violations_at_once(self, refusing):
         async with AsyncTextToImage(refusing.target) as client, client.stream(None, seed=-1, steps=9999) as events:  # type: ignore[arg-type]
             with pytest.raises(InvalidRequest) as caught:
                 await anext(events)
         self.check(caught.value, refusing)
 
-    def test_a_server_that_cannot_be_asked_leaves_what_is_known_here(self, service, status):
+    def test_a_failed_validation_call_leaves_the_clients_violations(self, service, status):
         service.answer(status(grpc.StatusCode.UNAUTHENTICATED, "no token"))
         with TextToImage(service.target) as client, pytest.raises(InvalidRequest, match="seed must be a whole number"):
             client.generate("cat", seed=-1)
 
 
 @pytest.mark.parametrize("timeout", ["5", True, [1]])
-def test_a_timeout_that_is_no_number_is_said_so(timeout):
+def test_a_timeout_of_another_type_is_a_type_error(timeout):
     for make in (TextToImage, AsyncTextToImage):
         with pytest.raises(TypeError, match="timeout must be a number of seconds, or None"):
             make("127.0.0.1:1", timeout=timeout)
@@ -213,7 +213,7 @@ def test_a_timeout_that_is_no_number_is_said_so(timeout):
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**400, 1e10, 1e9])
-async def test_a_timeout_that_never_passes_waits_as_long_as_it_takes(service, timeout):
+async def test_an_infinite_timeout_is_no_limit(service, timeout):
     service.health.set("", health_pb2.HealthCheckResponse.SERVING)
     with TextToImage(service.target, timeout=timeout) as client:
         assert client.health() is ServingStatus.SERVING
@@ -223,7 +223,7 @@ async def test_a_timeout_that_never_passes_waits_as_long_as_it_takes(service, ti
 
 
 @pytest.mark.parametrize("timeout", [np.float32(60), np.int64(60), Fraction(60)])
-def test_a_timeout_is_a_number_of_any_library(service, timeout):
+def test_a_timeout_may_be_any_real_number_type(service, timeout):
     service.health.set("", health_pb2.HealthCheckResponse.SERVING)
     with TextToImage(service.target, timeout=timeout) as client:
         assert client.health() is ServingStatus.SERVING
@@ -241,13 +241,13 @@ def test_a_timeout_is_a_number_of_any_library(service, timeout):
         ({"token": 5}, TypeError, "token must be text, not of type int"),
     ],
 )
-def test_arguments_that_cannot_be_are_said_in_words(make, options, kind, words):
+def test_bad_arguments_have_readable_errors(make, options, kind, words):
     with pytest.raises(kind) as caught:
         make("127.0.0.1:1", **options)
     assert str(caught.value) == words
 
 
-def test_retries_are_a_whole_number_of_any_library(service):
+def test_retries_may_be_any_integer_type(service):
     service.health.set("", health_pb2.HealthCheckResponse.SERVING)
     with TextToImage(service.target, retries=np.int64(2), timeout=60) as client:
         assert client.health() is ServingStatus.SERVING
@@ -264,7 +264,7 @@ def test_retries_are_a_whole_number_of_any_library(service):
         ("cancel", (5,), "requestId: request_id must be text of at most 128 characters .*, is 5"),
     ],
 )
-async def test_names_of_jobs_that_cannot_be_are_bad_input(make, method, arguments, words):
+async def test_a_bad_job_name_or_number_is_an_invalid_request(make, method, arguments, words):
     async def call() -> None:
         called = getattr(make("127.0.0.1:1"), method)(*arguments)
         if inspect.isawaitable(called):
@@ -276,7 +276,7 @@ async def test_names_of_jobs_that_cannot_be_are_bad_input(make, method, argument
 
 
 @pytest.mark.parametrize("service_name", [5, b"", "\ud800"])
-async def test_a_service_whose_health_is_asked_for_is_named_by_text(service_name):
+async def test_the_service_of_a_health_check_is_text(service_name):
     with TextToImage("127.0.0.1:1") as client, pytest.raises(TypeError, match="must be the full name of a service"):
         client.health(service_name)
     async with AsyncTextToImage("127.0.0.1:1") as client:
@@ -285,7 +285,7 @@ async def test_a_service_whose_health_is_asked_for_is_named_by_text(service_name
 
 
 @pytest.mark.parametrize("make", [TextToImage, AsyncTextToImage])
-def test_a_client_stays_in_its_process(make):
+def test_a_client_cannot_be_pickled(make):
     with pytest.raises(TypeError, match=f"{make.__name__} cannot be pickled, .*; make one in each"):
         pickle.dumps(make("127.0.0.1:1"))
 
@@ -301,7 +301,7 @@ HELD = pb.StreamGenerateResponse(queued=pb.Queued())
     ],
     ids=["client", "stream"],
 )
-def test_a_stream_that_is_closed_says_so_each_time(service, close, words):
+def test_a_closed_stream_raises_cancelled_each_time(service, close, words):
     service.answer([HELD, service.hold])
     with TextToImage(service.target, timeout=60) as client:
         events = client.stream("cat")
@@ -322,7 +322,7 @@ def test_a_stream_that_is_closed_says_so_each_time(service, close, words):
     ],
     ids=["client", "stream"],
 )
-async def test_an_async_stream_that_is_closed_cancels_no_task(service, close, words):
+async def test_closing_an_async_stream_cancels_no_task(service, close, words):
     service.answer([HELD, service.hold])
     async with AsyncTextToImage(service.target, timeout=60) as client:
         events = client.stream("cat")
@@ -337,7 +337,7 @@ async def test_an_async_stream_that_is_closed_cancels_no_task(service, close, wo
             await anext(events)
 
 
-async def test_a_call_whose_client_is_closed_by_another_task_is_cancelled_in_words(service):
+async def test_closing_the_client_in_another_task_raises_cancelled(service):
     service.answer(service.hold)
     client = AsyncTextToImage(service.target, timeout=60)
     calling = asyncio.create_task(client.generate("cat"))
@@ -348,7 +348,7 @@ async def test_a_call_whose_client_is_closed_by_another_task_is_cancelled_in_wor
         await calling
 
 
-async def test_a_task_that_is_cancelled_stays_so_though_its_client_is_closed(service):
+async def test_a_cancelled_task_stays_cancelled_when_its_client_is_closed(service):
     service.answer(service.hold)
     client = AsyncTextToImage(service.target, timeout=60)
     calling = asyncio.create_task(client.generate("cat"))
@@ -360,7 +360,7 @@ async def test_a_task_that_is_cancelled_stays_so_though_its_client_is_closed(ser
         await calling
 
 
-def test_an_async_client_in_another_loop_says_so(service):
+def test_an_async_client_in_another_loop_is_a_runtime_error(service):
     service.health.set("", health_pb2.HealthCheckResponse.SERVING)
     client = AsyncTextToImage(service.target, timeout=60)
     assert asyncio.run(client.health()) is ServingStatus.SERVING

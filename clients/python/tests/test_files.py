@@ -1,4 +1,4 @@
-"""Files are whole or not there, and none is overwritten that nobody named."""
+"""Files are written atomically, and unnamed files are not overwritten."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ from text_to_image_client._files import write_atomically
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
-def test_a_file_is_written_and_what_was_there_is_replaced_with_its_mode(tmp_path: Path):
+def test_a_file_is_replaced_and_keeps_its_mode(tmp_path: Path):
     path = tmp_path / "cat.jpg"
     assert write_atomically(path, b"one") == path
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
@@ -28,7 +28,7 @@ def _umask() -> int:
     return umask
 
 
-def test_a_symbolic_link_stays_one(tmp_path: Path):
+def test_a_symbolic_link_stays_a_link(tmp_path: Path):
     (tmp_path / "there").mkdir()
     (tmp_path / "cat.jpg").symlink_to(tmp_path / "there" / "real.jpg")
     write_atomically(tmp_path / "cat.jpg", b"one")
@@ -40,7 +40,7 @@ full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this m
 
 
 @full
-def test_a_device_is_written_to_and_stays_one(tmp_path: Path):
+def test_a_device_is_written_and_not_replaced(tmp_path: Path):
     (tmp_path / "cat.jpg").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         write_atomically(tmp_path / "cat.jpg", b"one")
@@ -48,7 +48,7 @@ def test_a_device_is_written_to_and_stays_one(tmp_path: Path):
     assert os.listdir(tmp_path) == ["cat.jpg"]
 
 
-def test_a_name_that_is_taken_gives_way_to_the_first_free_one(tmp_path: Path):
+def test_without_overwrite_the_first_free_name_is_used(tmp_path: Path):
     for number, name in enumerate(("cat.jpg", "cat.1.jpg", "cat.2.jpg")):
         assert write_atomically(tmp_path / "cat.jpg", b"%d" % number, overwrite=False) == tmp_path / name
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
@@ -62,14 +62,14 @@ WRITE = """
 import pathlib, resource, sys
 from text_to_image_client._files import write_atomically
 from text_to_image_client.v1 import text_to_image_pb2 as pb
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as a disk that fills up in the midst of the file
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # like a disk that fills up during the write
 write_atomically(pathlib.Path(sys.argv[1]), b"x" * 5000, overwrite=sys.argv[2] == "overwrite")
 """
 
 
 @pytest.mark.parametrize("overwrite", ["overwrite", "not"])
 @pytest.mark.parametrize("before", [None, b"whole"])
-def test_a_disk_that_fills_up_leaves_what_was_there_before(tmp_path: Path, before: bytes | None, overwrite: str):
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, before: bytes | None, overwrite: str):
     path = tmp_path / "cat.jpg"
     if before is not None:
         path.write_bytes(before)
@@ -88,7 +88,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("large", ["image", "preview", "metadata"])
-def test_t2i_leaves_no_cut_off_file_and_says_why(service, image_metadata, tmp_path: Path, large: str):
+def test_t2i_leaves_no_partial_file_and_reports_the_reason(service, image_metadata, tmp_path: Path, large: str):
     size = {name: 5000 if name == large else 5 for name in ("image", "preview", "metadata")}
     image_metadata.scheduler = "x" * size["metadata"]
     ready = pb.ChoiceReady(choice=pb.Choice(raw=b"x" * size["image"]), metadata=image_metadata)
@@ -113,7 +113,7 @@ def test_t2i_leaves_no_cut_off_file_and_says_why(service, image_metadata, tmp_pa
     ended = subprocess.run(
         [sys.executable, "-c", SAVE, *arguments, "--target", service.target],
         cwd=tmp_path,
-        # Coverage would write a file of its own at the end, and have no room for it either.
+        # Coverage would fail to write its own file, too.
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")},
         capture_output=True,
         text=True,
@@ -127,7 +127,7 @@ def test_t2i_leaves_no_cut_off_file_and_says_why(service, image_metadata, tmp_pa
 
 
 @full
-def test_the_output_of_t2i_itself_may_have_no_room(service, image_metadata):
+def test_a_full_disk_behind_stdout_is_reported(service, image_metadata):
     service.answer(pb.GetModelResponse(name="mini"))
     with open("/dev/full", "w") as full:
         ended = subprocess.run(

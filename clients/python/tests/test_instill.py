@@ -1,4 +1,4 @@
-"""The input of `t2i run -i` is taken strictly, and everything wrong with it is said at once."""
+"""The input of `t2i run -i` is parsed strictly, and all errors are reported at once."""
 
 import pytest
 
@@ -24,7 +24,7 @@ from text_to_image_client.cli._instill import parse_input
         ),
     ],
 )
-def test_the_short_and_the_full_form_are_understood(text: str, options: dict[str, object]):
+def test_the_short_and_the_full_form_are_accepted(text: str, options: dict[str, object]):
     assert parse_input(text) == ("cat napping", options)
 
 
@@ -59,7 +59,7 @@ def test_the_short_and_the_full_form_are_understood(text: str, options: dict[str
         ('{"data": {"prompt": "cat"}, "parameter": null}', {"parameter: must be an object, not null"}),
     ],
 )
-def test_anything_else_is_refused_with_all_that_is_wrong(text: str, complaints: set[str]):
+def test_other_input_is_rejected_with_all_errors(text: str, complaints: set[str]):
     with pytest.raises(InvalidRequest) as caught:
         parse_input(text)
     for complaint in complaints:

@@ -1,4 +1,4 @@
-"""The service that `t2i run` starts is watched while it loads and never left behind."""
+"""The server of `t2i run` is watched while it loads, and stopped at the end."""
 
 import sys
 import time
@@ -32,7 +32,7 @@ def python(code: str) -> ServerCommand:
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL: its log is empty"),
     ],
 )
-def test_a_service_that_ends_while_loading_is_noticed_at_once_with_its_last_words(tmp_path, code, message):
+def test_a_server_that_ends_while_loading_is_reported_at_once(tmp_path, code, message):
     began = time.monotonic()
     with run_server(python(code), tmp_path) as service, pytest.raises(ServerStartError) as caught:
         service.wait_until_serving(60)
@@ -40,34 +40,34 @@ def test_a_service_that_ends_while_loading_is_noticed_at_once_with_its_last_word
     assert time.monotonic() - began < 30
 
 
-def test_a_failure_carries_the_whole_log(tmp_path):
+def test_a_start_error_has_the_whole_log(tmp_path):
     command = python("print('first'); print('last'); exit(1)")
     with run_server(command, tmp_path) as service, pytest.raises(ServerStartError) as caught:
         service.wait_until_serving(60)
     assert caught.value.log == "first\nlast\n"
 
 
-def test_a_service_that_never_gets_ready_is_given_up(tmp_path):
+def test_a_server_that_never_gets_ready_times_out(tmp_path):
     command, message = python("import time; time.sleep(600)"), r"not ready within 0\.2 s"
     with run_server(command, tmp_path) as service, pytest.raises(ServerStartError, match=message):
         service.wait_until_serving(0.2)
     assert service.process.returncode is not None
 
 
-def test_a_service_is_stopped_whatever_happens_to_its_user(tmp_path):
+def test_the_server_is_stopped_after_an_exception(tmp_path):
     with pytest.raises(KeyboardInterrupt), run_server(python("import time; time.sleep(600)"), tmp_path) as service:
         raise KeyboardInterrupt
     assert service.process.returncode is not None
 
 
-def test_an_environment_without_the_service_is_said_so(tmp_path, monkeypatch):
+def test_an_environment_without_the_server_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "server", None)
     with pytest.raises(ServerStartError, match="not installed in this environment"):
         local_server(tmp_path, gpu=False)
 
 
 @pytest.mark.parametrize(("gpu", "device"), [(False, ()), (True, ("--device", "cuda"))])
-def test_the_local_service_takes_a_free_port_and_tells_it_in_its_ready_file(tmp_path: Path, gpu, device):
+def test_the_local_server_reports_its_free_port_in_the_ready_file(tmp_path: Path, gpu, device):
     command = local_server(tmp_path, gpu)
     ready = tmp_path / "ready"
     flags = ("--listen", "127.0.0.1:0", "--ready-file", str(ready))
@@ -77,7 +77,7 @@ def test_the_local_service_takes_a_free_port_and_tells_it_in_its_ready_file(tmp_
     assert command.address() == "127.0.0.1:4711"
 
 
-def test_a_machine_without_docker_and_podman_is_said_so(monkeypatch, tmp_path):
+def test_a_machine_without_docker_and_podman_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServerStartError, match="neither is on the PATH"):
         container_server("latest", gpu=False)
@@ -95,7 +95,7 @@ def put(folder: Path, tool: str, script: str) -> None:
         (["podman", "docker"], "`docker info` and `podman info` fail"),
     ],
 )
-def test_a_tool_without_its_engine_is_said_so(monkeypatch, tmp_path, tools, message):
+def test_a_container_tool_that_fails_is_reported(monkeypatch, tmp_path, tools, message):
     for tool in tools:
         put(tmp_path, tool, "exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -104,7 +104,7 @@ def test_a_tool_without_its_engine_is_said_so(monkeypatch, tmp_path, tools, mess
 
 
 @pytest.mark.parametrize("docker", [None, "exit 1"])
-def test_podman_takes_the_place_of_a_docker_that_does_not_work(monkeypatch, tmp_path, docker):
+def test_podman_replaces_a_docker_that_fails(monkeypatch, tmp_path, docker):
     if docker:
         put(tmp_path, "docker", docker)
     put(tmp_path, "podman", "exit 0")
@@ -122,9 +122,7 @@ def test_podman_takes_the_place_of_a_docker_that_does_not_work(monkeypatch, tmp_
         ("registry.example/team/mine", "registry.example/team/mine"),
     ],
 )
-def test_a_bare_tag_belongs_to_the_services_own_image_and_one_that_is_not_there_is_said_so(
-    monkeypatch, tmp_path, tag, image
-):
+def test_a_tag_names_the_services_image_and_a_missing_image_is_reported(monkeypatch, tmp_path, tag, image):
     put(tmp_path, "docker", f'test "$*" = "image inspect {image}" -o "$1" = info')
     monkeypatch.setenv("PATH", str(tmp_path))
     assert container_server(tag, gpu=False).command[-1] == image
@@ -140,7 +138,7 @@ def test_a_bare_tag_belongs_to_the_services_own_image_and_one_that_is_not_there_
         ("/usr/bin/podman", True, ("--device", "nvidia.com/gpu=all")),
     ],
 )
-def test_a_container_listens_on_loopback_alone_and_gets_the_gpu_when_asked(tool, gpu, flags):
+def test_a_container_listens_on_loopback_and_gets_the_gpu_on_request(tool, gpu, flags):
     command = container_command(tool, "t2i-1", "text-to-image-service:v1", gpu)
     assert command[:7] == (tool, "run", "--rm", "--name", "t2i-1", "--publish", "127.0.0.1::50051")
     assert command[7 : 7 + len(flags)] == flags

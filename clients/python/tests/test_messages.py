@@ -1,9 +1,11 @@
-"""Requests are built, and answers read, without a channel."""
+"""Requests are built and answers are read, without a channel."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from google.protobuf.descriptor import EnumDescriptor, FileDescriptor
 
 from text_to_image_client import (
     ContentFilter,
@@ -25,14 +27,14 @@ from text_to_image_client._messages import _RULES, build_request, read_event, re
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 
-def test_a_bare_prompt_asks_for_raw_bytes_in_messages_as_large_as_the_channel_takes():
+def test_a_prompt_alone_requests_raw_bytes_up_to_the_channels_limit():
     request = build_request("cat napping", {})
     assert request == pb.GenerateRequest(
         data=pb.TaskData(prompt="cat napping"), output=pb.Output(raw=True, max_message_bytes=64 * 1024 * 1024)
     )
 
 
-def test_every_option_has_its_place_in_the_request():
+def test_every_option_has_its_field_in_the_request():
     options: GenerateOptions = {
         "negative_prompt": "dogs",
         "aspect_ratio": "16:9",
@@ -75,24 +77,54 @@ def test_every_format_has_its_number_in_the_contract(format_: Format):
 
 
 @pytest.mark.parametrize("choice", OnDisconnect)
-def test_what_becomes_of_a_job_has_its_number_in_the_contract(choice: OnDisconnect):
+def test_every_on_disconnect_has_its_number_in_the_contract(choice: OnDisconnect):
     request = build_request("cat", {"on_disconnect": choice})
     assert pb.OnDisconnect.Name(request.on_disconnect) == f"ON_DISCONNECT_{choice.name}"
     assert read_request(request) == {"prompt": "cat", "on_disconnect": choice}
 
 
-def test_a_format_newer_than_this_client_is_read_and_refused_when_it_is_asked_for():
+def test_a_newer_format_is_read_and_rejected_in_a_request():
     newer = read_request(pb.GenerateRequest(output=pb.Output(format=99)))  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=r"output\.format: format must be one of jpeg, .* is '99'"):
         build_request("cat", {"format": newer["format"]})
 
 
-def test_seed_zero_is_sent_and_none_is_not():
+def _read_number(enum: str, number: int) -> object:
+    """Return what the client makes of `number` as a value of `enum`."""
+    match enum:
+        case "Format":
+            return read_request(pb.GenerateRequest(output=pb.Output(format=number))).get("format")  # type: ignore[arg-type]
+        case "OnDisconnect":
+            return read_request(pb.GenerateRequest(on_disconnect=number)).get("on_disconnect")  # type: ignore[arg-type]
+        case "Stage":
+            return read_event(pb.StreamGenerateResponse(progress=pb.Progress(stage=number)), {})  # type: ignore[arg-type]
+        case "Warning.Code":
+            metadata = pb.Metadata(warnings=[pb.Warning(code=number)])  # type: ignore[arg-type]
+            return read_result(pb.GenerateResponse(metadata=metadata)).warnings[0].code
+    raise AssertionError(f"no test reads the enum {enum}")
+
+
+def _enums(parent: Any) -> Iterator[EnumDescriptor]:
+    yield from parent.enum_types_by_name.values()
+    messages = parent.message_types_by_name if isinstance(parent, FileDescriptor) else parent.nested_types_by_name
+    for message in messages.values():
+        yield from _enums(message)
+
+
+@pytest.mark.parametrize("enum", _enums(pb.DESCRIPTOR), ids=lambda enum: enum.name)
+def test_every_enum_is_read_by_its_words_and_newer_values_raise_nothing(enum: EnumDescriptor):
+    name = enum.full_name.removeprefix(f"{pb.DESCRIPTOR.package}.")
+    newer = _read_number(name, 99)
+    for value in enum.values[1:]:
+        assert _read_number(name, value.number) not in (None, newer)
+
+
+def test_seed_0_is_sent_and_none_is_not():
     assert build_request("cat", {"seed": 0}).parameter.HasField("seed")
     assert not build_request("cat", {"seed": None}).parameter.HasField("seed")
 
 
-def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
+def test_values_no_message_can_carry_are_named_by_json_path():
     with pytest.raises(InvalidRequest) as caught:
         build_request(
             "\ud800",
@@ -119,7 +151,7 @@ def test_what_a_message_cannot_carry_is_named_field_by_field_in_json_names():
     assert "seed must be a whole number from 0 to 4294967295, is -1" in str(caught.value)
 
 
-def test_an_option_that_does_not_exist_is_a_type_error():
+def test_an_unknown_option_is_a_type_error():
     with pytest.raises(TypeError, match="no such option: sed"):
         build_request("cat", {"sed": 1})  # type: ignore[typeddict-unknown-key]
 
@@ -160,7 +192,7 @@ def test_each_kind_of_event_is_read(metadata: pb.Metadata, image_metadata: pb.Im
         return read_event(pb.StreamGenerateResponse(**event), images)
 
     assert read(queued=queued, number=1) == Queued(2, 2.5, 1)
-    assert read(queued=queued) == Queued(2, 2.5, 0), "as a service that numbers nothing has it"
+    assert read(queued=queued) == Queued(2, 2.5, 0), "from a service that numbers no events"
     assert read(progress=progress, number=3) == Progress(1, Stage.REFINER, 3, 8, None, 3)
     assert read(preview=preview, number=4) == Preview(1, 19, 24, b"small", 4)
     ready = read(choice=choice, number=5)
@@ -176,11 +208,11 @@ def test_each_kind_of_event_is_read(metadata: pb.Metadata, image_metadata: pb.Im
     [pb.StreamGenerateResponse(), pb.StreamGenerateResponse(progress=pb.Progress(stage=99))],  # type: ignore[arg-type]
     ids=["event", "stage"],
 )
-def test_an_event_or_stage_newer_than_this_client_is_passed_over(newer: pb.StreamGenerateResponse):
+def test_a_newer_event_or_stage_is_skipped(newer: pb.StreamGenerateResponse):
     assert read_event(newer, {}) is None
 
 
-def test_a_warning_newer_than_this_client_keeps_its_message():
+def test_a_newer_warning_keeps_its_message():
     response = pb.GenerateResponse()
     response.metadata.warnings.add(code=99, field="data.prompt", message="new")  # type: ignore[arg-type]
     assert read_result(response).warnings == (Warning(WarningCode.UNSPECIFIED, "data.prompt", "new"),)
@@ -222,7 +254,7 @@ def test_the_served_model_is_read_with_its_sizes():
         ("priority", 2**40, "priority: priority must be a whole number from -2 to 2, is 1099511627776"),
     ],
 )
-def test_what_a_message_cannot_carry_is_said_by_keyword_range_and_value(name: str, value: object, words: str):
+def test_values_no_message_can_carry_are_reported_with_range_and_value(name: str, value: object, words: str):
     with pytest.raises(InvalidRequest) as caught:
         build_request(**({"prompt": "cat", "options": {}} | (  # type: ignore[arg-type]
             {"prompt": value} if name == "prompt" else {"options": {name: value}}
@@ -232,5 +264,5 @@ def test_what_a_message_cannot_carry_is_said_by_keyword_range_and_value(name: st
         assert python not in str(caught.value)
 
 
-def test_every_option_has_words_for_what_it_must_be():
+def test_every_option_has_a_rule_for_error_messages():
     assert _RULES.keys() == {"prompt", "after", *GenerateOptions.__annotations__}

@@ -1,4 +1,4 @@
-"""Progress is a quiet display on a terminal and plain lines elsewhere."""
+"""Progress is a live display on a terminal and plain lines elsewhere."""
 
 import io
 
@@ -9,7 +9,7 @@ from text_to_image_client.cli._progress import display_for
 
 
 def show(images: int | None, *events: Queued | Progress, terminal: bool) -> str:
-    """What stands there at the end, each line stripped."""
+    """Returns the output of a display of `events`."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
     with display_for(console, images) as display:
         for event in events:
@@ -23,7 +23,7 @@ def steps(stage: Stage, count: int, choice_index: int = 0) -> list[Progress]:
     return [Progress(choice_index, stage, step + 1, count, 2.0 * (count - step)) for step in range(count)]
 
 
-def test_plain_lines_tell_the_queue_each_stages_end_and_the_file():
+def test_plain_lines_show_the_queue_each_stages_end_and_the_file():
     events = (Queued(2, 75.0), *steps(Stage.BASE, 16), *steps(Stage.REFINER, 4))
     assert show(1, *events, terminal=False).splitlines() == [
         "queued, 2 ahead, 1 min 15 s left",
@@ -41,7 +41,7 @@ def test_plain_lines_name_the_image_when_there_are_several():
     ]
 
 
-def test_plain_lines_number_the_image_when_nobody_knows_how_many_there_are():
+def test_plain_lines_number_the_image_of_an_unknown_total():
     assert show(None, *steps(Stage.BASE, 2, choice_index=1), terminal=False).startswith("image 2 base 2/2")
 
 
@@ -61,12 +61,12 @@ def test_on_a_terminal_a_finished_image_of_several_leaves_one_line():
     assert "image 2 of 2 base" in last
 
 
-def test_on_a_terminal_what_is_repeated_of_a_finished_image_changes_nothing():
+def test_on_a_terminal_a_heartbeat_of_a_finished_image_changes_nothing():
     first = steps(Stage.DECODE, 1)
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     with display_for(console, 2) as display:
         display.show(first[0])
         display.finish(0, "cat.jpg")
-        display.show(first[0])  # the server repeats its newest event in a silence
+        display.show(first[0])  # a heartbeat
     assert isinstance(console.file, io.StringIO)
     assert "decode" not in console.file.getvalue().rsplit("cat.jpg", 1)[1]

@@ -1,4 +1,4 @@
-"""Metadata that was kept: which requests it gives back, what it finds different, and how it refuses what is none."""
+"""Saved metadata: its requests, the differences of a new result, and the rejection of other files."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from text_to_image_client import InvalidRequest, Provenance, Request, Result
 from text_to_image_client._messages import build_request, read_result
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
-ASKED: Request = {
+SAVED: Request = {
     "prompt": 'a "red" apple 🍎\n',
     "negative_prompt": "",
     "n": 1,
@@ -35,8 +35,8 @@ def options_of(request: Request) -> Any:
 
 @pytest.fixture
 def answer(image_metadata: pb.ImageMetadata) -> pb.GenerateResponse:
-    """Two images of one request, as the service answers."""
-    image_metadata.request.CopyFrom(build_request(ASKED["prompt"], options_of(ASKED)))
+    """The service's answer with two images of one request."""
+    image_metadata.request.CopyFrom(build_request(SAVED["prompt"], options_of(SAVED)))
     image_metadata.request.output.ClearField("raw")
     image_metadata.request.output.ClearField("max_message_bytes")
     image_metadata.sha256 = "1" * 64
@@ -67,23 +67,23 @@ def result(answer: pb.GenerateResponse) -> Result:
 
 
 @pytest.fixture
-def made(result: Result) -> Provenance:
+def saved(result: Result) -> Provenance:
     return Provenance(json.loads(json.dumps(result.metadata)))
 
 
-def test_each_image_gives_its_request_back_as_it_was_through_json(made: Provenance, result: Result):
-    assert made.request(0) == result.images[0].request == ASKED
-    assert made.request(1) == result.images[1].request == {**ASKED, "seed": 0}
+def test_each_images_request_survives_json(saved: Provenance, result: Result):
+    assert saved.request(0) == result.images[0].request == SAVED
+    assert saved.request(1) == result.images[1].request == {**SAVED, "seed": 0}
 
 
-def test_all_images_are_one_request_whose_seed_may_wrap_around(made: Provenance):
-    assert made.request() == {**ASKED, "n": 2}
+def test_all_images_are_one_request_whose_seed_wraps_around(saved: Provenance):
+    assert saved.request() == {**SAVED, "n": 2}
 
 
 @pytest.mark.parametrize(
     "shape", ["metadata", "answer", "names as in the proto file"], ids=["metadata", "answer", "proto names"]
 )
-def test_metadata_alone_and_a_whole_answer_are_read_as_well_as_what_grpcurl_prints(
+def test_metadata_and_whole_answers_are_read_with_either_field_names(
     answer: pb.GenerateResponse, tmp_path: Path, shape: str
 ):
     content = MessageToDict(
@@ -92,7 +92,7 @@ def test_metadata_alone_and_a_whole_answer_are_read_as_well_as_what_grpcurl_prin
     )
     file = tmp_path / "cat.json"
     file.write_text(json.dumps(content))
-    assert Provenance.load(file).request() == {**ASKED, "n": 2}
+    assert Provenance.load(file).request() == {**SAVED, "n": 2}
 
 
 @pytest.mark.parametrize(
@@ -107,33 +107,33 @@ def test_metadata_alone_and_a_whole_answer_are_read_as_well_as_what_grpcurl_prin
         ({"format": "jpeg_subsampled"}, {}, set()),
     ],
 )
-def test_what_is_given_changes_what_was_and_nothing_else(
-    made: Provenance, changes: Any, changed: dict[str, object], dropped: set[str]
+def test_given_options_change_the_saved_request(
+    saved: Provenance, changes: Any, changed: dict[str, object], dropped: set[str]
 ):
-    kept = {name: value for name, value in ASKED.items() if name not in dropped}
-    assert made.request(0, **changes) == kept | changed
+    unchanged = {name: value for name, value in SAVED.items() if name not in dropped}
+    assert saved.request(0, **changes) == unchanged | changed
 
 
-def test_images_that_differ_in_more_than_their_seeds_are_made_one_by_one(answer: pb.GenerateResponse):
+def test_images_that_differ_in_more_than_seeds_need_an_index(answer: pb.GenerateResponse):
     answer.metadata.images[1].request.output.quality = 40
-    made = Provenance(MessageToDict(answer.metadata))
+    saved = Provenance(MessageToDict(answer.metadata))
     with pytest.raises(InvalidRequest, match="differ in more than their seeds; choose one, 0 to 1"):
-        made.request()
-    assert made.request(1)["quality"] == 40
+        saved.request()
+    assert saved.request(1)["quality"] == 40
 
 
 @pytest.mark.parametrize("number", [2, -1])
-def test_an_image_that_is_not_there_is_refused(made: Provenance, number: int):
+def test_an_index_without_an_image_is_rejected(saved: Provenance, number: int):
     with pytest.raises(InvalidRequest, match=f"there is no image {number} in the metadata, 0 to 1"):
-        made.request(number)
+        saved.request(number)
 
 
-def test_the_same_made_by_the_same_has_no_differences(made: Provenance, result: Result):
-    assert made.differences(result) == ()
+def test_equal_results_have_no_differences(saved: Provenance, result: Result):
+    assert saved.differences(result) == ()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "differences"),
     [
         ({"fingerprint": "c" * 64}, ["weights: aaaaaaaaaaaa... then, cccccccccccc... now"]),
         ({"fingerprint": "c" * 64, "reference": "c" * 64}, ["weights: aaaaaaaaaaaa... then, cccccccccccc... now"]),
@@ -147,24 +147,26 @@ def test_the_same_made_by_the_same_has_no_differences(made: Provenance, result: 
             ["server: 0.1.0 then, none now", "torch: 2.13.0+cpu then, 2.14.0 now", "cudnn: none then, 9 now"],
         ),
         (
-            {"versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}},  # after FORMAT_JPEG was RGB
+            {
+                "versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}
+            },  # when FORMAT_JPEG stopped to be RGB
             ["coding: none then, 2 now"],
         ),
         ({}, ["environment: in a field that this client is too old to know"]),
     ],
 )
-def test_every_difference_is_named(made: Provenance, result: Result, change: dict[str, Any], told: list[str]):
+def test_every_difference_is_named(saved: Provenance, result: Result, change: dict[str, Any], differences: list[str]):
     weights = change.pop("fingerprint", result.fingerprint)
     environment = replace(result.environment, fingerprint="f" * 64, **change)
-    assert made.differences(replace(result, fingerprint=weights, environment=environment)) == tuple(told)
+    assert saved.differences(replace(result, fingerprint=weights, environment=environment)) == tuple(differences)
 
 
-def test_other_bytes_are_a_difference_of_an_image_that_was_asked_for_as_it_was(made: Provenance, result: Result):
+def test_other_bytes_are_a_difference_if_the_request_is_the_same(saved: Provenance, result: Result):
     first, second = result.images
     other = replace(second, sha256="9" * 64)
-    assert made.differences(replace(result, images=(first, other))) == ("image 1: other bytes",)
+    assert saved.differences(replace(result, images=(first, other))) == ("image 1: other bytes",)
     changed = replace(other, request={**second.request, "steps": 3})
-    assert made.differences(replace(result, images=(first, changed))) == ()
+    assert saved.differences(replace(result, images=(first, changed))) == ()
 
 
 def _without_request(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _with(**fields: object) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "complaint"),
+    ("corrupt", "complaint"),
     [
         (lambda _: b"", "is not JSON: Expecting value"),
         (lambda _: b"\xff\xd8\xff\xee\x00\x0eAdobe", "is not JSON: 'utf-8' codec can't decode"),
@@ -197,10 +199,10 @@ def _with(**fields: object) -> Any:
         (_without_request, "image 0 of the metadata lacks its request; is it of an old service?"),
     ],
 )
-def test_a_file_that_is_no_metadata_is_refused_by_name(
-    answer: pb.GenerateResponse, tmp_path: Path, spoilt: Any, complaint: str
+def test_a_file_without_metadata_is_rejected_by_name(
+    answer: pb.GenerateResponse, tmp_path: Path, corrupt: Any, complaint: str
 ):
-    content = spoilt(copy.deepcopy(MessageToDict(answer.metadata)))
+    content = corrupt(copy.deepcopy(MessageToDict(answer.metadata)))
     file = tmp_path / "cat.json"
     file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(InvalidRequest) as caught:

@@ -1,4 +1,4 @@
-"""What a target may be, and that no proxy comes between a client and its own machine."""
+"""Targets are checked and completed, and loopback targets bypass the proxy."""
 
 import socket
 import subprocess
@@ -35,7 +35,7 @@ from text_to_image_client.launcher import ChildServer, ServerStartError
         ("unix-abstract:t2i", None),
     ],
 )
-def test_a_target_without_a_port_has_the_services(target: str, completed: str | None):
+def test_a_host_alone_gets_the_default_port(target: str, completed: str | None):
     assert complete_target(target) == (completed or target)
     with TextToImage(target) as client:
         assert client.target == AsyncTextToImage(target).target == (completed or target)
@@ -60,7 +60,7 @@ def test_a_target_without_a_port_has_the_services(target: str, completed: str | 
         ("ftp://x", "target must be HOST:PORT"),
     ],
 )
-def test_what_is_no_target_is_said_with_what_to_write(target: str, words: str):
+def test_a_bad_target_is_rejected_with_a_correction(target: str, words: str):
     for make in (TextToImage, AsyncTextToImage):
         with pytest.raises(ValueError, match=words):
             make(target)
@@ -69,7 +69,7 @@ def test_what_is_no_target_is_said_with_what_to_write(target: str, words: str):
     assert "Traceback" not in result.output
 
 
-def test_a_target_that_is_no_text_is_a_type_error():
+def test_a_target_of_another_type_is_a_type_error():
     with pytest.raises(TypeError, match="target must be a string"):
         TextToImage(50051)  # type: ignore[arg-type]
 
@@ -89,7 +89,7 @@ def test_a_target_that_is_no_text_is_a_type_error():
         ),
     ],
 )
-def test_this_machine_is_known_by_every_name(target: str):
+def test_loopback_targets_are_recognized(target: str):
     assert is_loopback(target)
 
 
@@ -97,13 +97,13 @@ def test_this_machine_is_known_by_every_name(target: str):
     "target",
     ["10.0.0.7:1", "images.example.org:1", "ipv4:127.0.0.1:1,10.0.0.7:1", "localhost.example.org:1", "[::2]:1"],
 )
-def test_another_machine_is_not_taken_for_this_one(target: str):
+def test_other_targets_are_not_loopback(target: str):
     assert not is_loopback(target)
 
 
 @pytest.fixture
 def proxy(monkeypatch):
-    """An HTTP proxy that takes connections and never answers, in the environment; and how many it took."""
+    """The accepted connections of an HTTP proxy, named by the environment, that never answers."""
     taken = []
     listening = socket.create_server(("127.0.0.1", 0))
 
@@ -125,7 +125,7 @@ def proxy(monkeypatch):
     listening.close()
 
 
-async def test_no_proxy_stands_before_this_machine(service, proxy):
+async def test_loopback_targets_bypass_the_proxy(service, proxy):
     service.health.set("", HealthCheckResponse.SERVING)
     port = service.target.rpartition(":")[2]
     for target in (service.target, f"localhost:{port}", f"dns:///localhost:{port}", f"ipv4:127.0.0.1:{port}"):
@@ -137,13 +137,13 @@ async def test_no_proxy_stands_before_this_machine(service, proxy):
     assert proxy == []
 
 
-def test_a_proxy_stands_before_other_machines(proxy):
+def test_other_targets_use_the_proxy(proxy):
     with TextToImage("images.example.org:50051", retries=0) as client, pytest.raises(TextToImageError):
         client.health(timeout=2)
     assert proxy
 
 
-def test_t2i_run_awaits_its_service_without_a_proxy_and_says_what_it_last_heard(service, proxy, tmp_path: Path):
+def test_the_launcher_bypasses_the_proxy_and_reports_the_last_error(service, proxy, tmp_path: Path):
     (tmp_path / "log").write_text("loading\n")
     service.health.set("", HealthCheckResponse.SERVING)
     process = subprocess.Popen(["sleep", "600"])
@@ -181,7 +181,7 @@ async def test_a_socket_file_is_a_target(tmp_path: Path):
 
 
 @pytest.mark.parametrize("make", [TextToImage, AsyncTextToImage])
-def test_tls_is_true_or_with_files_and_nothing_else(make):
+def test_tls_is_true_or_files_and_nothing_else(make):
     make("127.0.0.1:1", tls=True)
     make("127.0.0.1:1", tls=TLS())
     make("127.0.0.1:1", tls=False)
@@ -189,8 +189,8 @@ def test_tls_is_true_or_with_files_and_nothing_else(make):
         make("127.0.0.1:1", tls="ca.pem")
 
 
-def test_tls_true_speaks_tls():
-    """A handshake goes over the wire. The service's own certificates are tested in tests/api/test_security.py."""
+def test_tls_true_starts_a_handshake():
+    """The client sends a TLS record. tests/api/test_security.py tests certificates."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         target = f"127.0.0.1:{listening.getsockname()[1]}"
         with ThreadPoolExecutor(1) as pool, TextToImage(target, tls=True, retries=0) as client:

@@ -24,8 +24,8 @@ class ScriptedService(pb_grpc.TextToImageServiceServicer):
     """Answers each call with the next element of `script`: a message, a list of events, a status, or a function.
 
     A pair of code and message ends the call without the service's details, as a proxy or a broken connection does.
-    `hold` waits until the caller is gone; `gone` is set then. `pause` waits a short time; `ended` then has "cancelled" if
-    the caller left, "complete" otherwise.
+    `hold` waits until the caller is gone; `gone` is set then. `pause` waits a short time; `ended` then has "cancelled"
+    if the caller left, "complete" otherwise.
     """
 
     hold, pause = object(), object()

@@ -111,7 +111,7 @@ def _enums(parent: Any) -> Iterator[EnumDescriptor]:
         yield from _enums(message)
 
 
-@pytest.mark.parametrize("enum", _enums(pb.DESCRIPTOR), ids=lambda enum: enum.name)
+@pytest.mark.parametrize("enum", list(_enums(pb.DESCRIPTOR)), ids=lambda enum: enum.name)
 def test_every_enum_is_read_by_its_words_and_newer_values_raise_nothing(enum: EnumDescriptor):
     name = enum.full_name.removeprefix(f"{pb.DESCRIPTOR.package}.")
     newer = _read_number(name, 99)
@@ -256,9 +256,10 @@ def test_the_served_model_is_read_with_its_sizes():
 )
 def test_values_no_message_can_carry_are_reported_with_range_and_value(name: str, value: object, words: str):
     with pytest.raises(InvalidRequest) as caught:
-        build_request(**({"prompt": "cat", "options": {}} | (  # type: ignore[arg-type]
-            {"prompt": value} if name == "prompt" else {"options": {name: value}}
-        )))  # fmt: skip
+        if name == "prompt":
+            build_request(value, {})  # type: ignore[arg-type]
+        else:
+            build_request("cat", {name: value})  # type: ignore[misc]
     assert re.fullmatch(words, str(caught.value)), caught.value
     for python in ("Traceback", "expected", "argument", "object cannot"):
         assert python not in str(caught.value)

@@ -149,7 +149,7 @@ def test_equal_results_have_no_differences(saved: Provenance, result: Result):
         (
             {
                 "versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}
-            },  # when FORMAT_JPEG stopped to be RGB
+            },  # FORMAT_JPEG was RGB then
             ["coding: none then, 2 now"],
         ),
         ({}, ["environment: in a field that this client is too old to know"]),

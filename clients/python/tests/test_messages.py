@@ -255,11 +255,9 @@ def test_the_served_model_is_read_with_its_sizes():
     ],
 )
 def test_values_no_message_can_carry_are_reported_with_range_and_value(name: str, value: object, words: str):
+    given: dict[str, Any] = {"prompt": "cat", name: value}
     with pytest.raises(InvalidRequest) as caught:
-        if name == "prompt":
-            build_request(value, {})  # type: ignore[arg-type]
-        else:
-            build_request("cat", {name: value})  # type: ignore[misc]
+        build_request(given.pop("prompt"), given)  # type: ignore[arg-type]
     assert re.fullmatch(words, str(caught.value)), caught.value
     for python in ("Traceback", "expected", "argument", "object cannot"):
         assert python not in str(caught.value)

@@ -147,9 +147,7 @@ def test_equal_results_have_no_differences(saved: Provenance, result: Result):
             ["server: 0.1.0 then, none now", "torch: 2.13.0+cpu then, 2.14.0 now", "cudnn: none then, 9 now"],
         ),
         (
-            {
-                "versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}
-            },  # FORMAT_JPEG was RGB then
+            {"versions": {"server": "0.1.0", "torch": "2.13.0+cpu", "coding": "2"}},  # FORMAT_JPEG was RGB then
             ["coding: none then, 2 now"],
         ),
         ({}, ["environment: in a field that this client is too old to know"]),

@@ -1,10 +1,4 @@
-"""Flags to settings to a running server, and every way it can end to an exit code.
-
-0 stopped when asked · 1 unexpected error · 2 bad flags · 3 cannot listen · 4 cannot write the ready file ·
-5 the model is loaded but cannot make an image · 6 the device did not answer any more ·
-7 certificates or tokens cannot be used · 8 the content filter cannot be had ·
-10 and up: the checkpoint or the device, see server/ensemble/checkpoint.py
-"""
+"""Run the server: flags to settings to a server, and each of its ends to an exit code (server/errors.py)."""
 
 # Signals come first, since the imports take a second or two.
 
@@ -20,37 +14,24 @@ import os
 import sys
 from functools import partial
 
-from server.api.addresses import CannotListen
-from server.api.auth import Unusable
-from server.api.content_filter import UnusableFilter
-from server.engine.events import DeviceLost
-from server.ensemble.checkpoint import CheckpointError
-from server.lifecycle import CannotWriteReadyFile, Lifecycle
+from server.errors import InvalidSettings, StartupError
+from server.lifecycle import Lifecycle
 from server.observability.logs import log_to_stderr
 from server.observability.stderr_lines import CapturedStderr
-from server.runtime import WarmUpFailed, load
-from server.settings import BadSettings, Settings, read
+from server.runtime import load
+from server.settings import Settings, read
 
 log = logging.getLogger("server")
-
-_EXIT_CODES: dict[type[Exception], int] = {
-    CannotListen: 3,
-    CannotWriteReadyFile: 4,
-    WarmUpFailed: 5,
-    DeviceLost: 6,
-    Unusable: 7,
-    UnusableFilter: 8,
-}
 
 
 def main() -> int:
     """Run the server; returns its exit code."""
     try:
         settings = read(sys.argv[1:])
-    except BadSettings as error:
+    except InvalidSettings as error:
         for problem in error.problems:
             print(f"python -m server: {problem}", file=sys.stderr)  # noqa: T201
-        return 2
+        return error.exit_code
     captured = _start_log(settings)
     code, device_is_busy = asyncio.run(_serve(settings))
     if device_is_busy:
@@ -87,12 +68,9 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
     try:
         server = Lifecycle(settings, partial(load, settings))
         await server.serve()
-    except CheckpointError as error:
+    except StartupError as error:
         log.error("%s", error)
         code = error.exit_code
-    except tuple(_EXIT_CODES) as error:
-        log.error("%s", error)
-        code = _EXIT_CODES[type(error)]
     return code, server is not None and server.device_is_busy
 
 

@@ -27,8 +27,8 @@ from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.api.service_names import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
 from server.api.standard_services import HEALTH, HealthServicer
-from server.engine.events import DeviceLost
 from server.engine.interface import AnyServedModel
+from server.errors import BindError, DeviceHung, ReadyFileError
 from server.runtime import Runtime
 from server.servicer import TextToImageServicer
 from server.settings import Settings
@@ -43,14 +43,10 @@ log = logging.getLogger(__name__)
 _CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
 
 
-class CannotWriteReadyFile(Exception):
-    """The ready file could not be written."""
-
-
 class Lifecycle:
     """A server process from start to stop. `load` brings the model and is called on the device thread.
 
-    Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
+    Raises CredentialsError, ContentFilterError, or whatever making a content filter raised.
     """
 
     def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
@@ -86,7 +82,7 @@ class Lifecycle:
     async def serve(self) -> None:
         """Serve until SIGTERM, SIGINT or the end of its terminal; a second SIGTERM or SIGINT ends the grace period.
 
-        Raises CannotListen, CannotWriteReadyFile, WarmUpFailed, DeviceLost, or whatever loading the model raised.
+        Raises BindError, ReadyFileError, WarmUpError, DeviceHung, or whatever loading the model raised.
         """
         self._try_ready_file()
         self._remove_ready_file()  # that of a server which was killed tells of a port that is no longer ours
@@ -143,7 +139,7 @@ class Lifecycle:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
             try:
                 log.info("health checks on %s", _bind(probed, self._settings.health_listen, None))
-            except addresses.CannotListen:
+            except BindError:
                 addresses.remove_files(address)
                 raise
             self._servers.append(probed)
@@ -160,10 +156,10 @@ class Lifecycle:
         log.info("serving %s on %s", info.name, address)
 
     async def _watch_device(self) -> None:
-        """Raises DeviceLost when a call of the model does not come back; every call has failed with it then."""
+        """Raises DeviceHung when a call of the model does not come back; every call has failed with it then."""
         try:
             await self._runtime.watch_device()
-        except DeviceLost:
+        except DeviceHung:
             await self._set_health(HealthCheckResponse.NOT_SERVING)
             self._engine.abandon()
             self._lost = True
@@ -218,7 +214,7 @@ class Lifecycle:
     def _try_ready_file(self) -> None:
         """Find out before the model is loaded, which may take minutes, whether the file can be written.
 
-        Raises CannotWriteReadyFile.
+        Raises ReadyFileError.
         """
         if (path := self._settings.ready_file) is not None:
             try:
@@ -228,7 +224,7 @@ class Lifecycle:
                     raise FileExistsError(errno.EEXIST, "it is no regular file")
                 _unfinished(path).touch()
             except OSError as error:
-                raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+                raise ReadyFileError(f"cannot write the ready file {path}: {error.strerror}") from error
 
     def _write_ready_file(self, address: str) -> None:
         """Tell whoever waits for the file the bound address: whole or not at all, hence the renaming."""
@@ -240,7 +236,7 @@ class Lifecycle:
             unfinished.replace(path)
         except OSError as error:
             self._remove_ready_file()
-            raise CannotWriteReadyFile(f"cannot write the ready file {path}: {error.strerror}") from error
+            raise ReadyFileError(f"cannot write the ready file {path}: {error.strerror}") from error
 
 
 def _unfinished(ready_file: Path) -> Path:
@@ -268,6 +264,6 @@ async def _let_calls_end() -> None:
 
 
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
-    """The addresses that the server is then bound to. Raises CannotListen."""
+    """The addresses that the server is then bound to. Raises BindError."""
     secure = credentials and partial(server.add_secure_port, server_credentials=credentials)
     return addresses.bind(listen, secure or server.add_insecure_port)

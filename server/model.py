@@ -55,9 +55,10 @@ from server.domain import (
 )
 from server.engine.interface import LaunchedStep
 from server.ensemble import checkpoint, preview, provenance
-from server.ensemble.checkpoint import CannotCompile, Checkpoint, Experts, MissingPart, NoDevice, NotEnoughMemory
+from server.ensemble.checkpoint import Checkpoint, Experts
 from server.ensemble.residency import Residency
 from server.ensemble.text_encoder import TextEncoder
+from server.errors import CompileError, MissingPart, NoDevice, NotEnoughMemory
 
 log = logging.getLogger(__name__)
 
@@ -424,11 +425,11 @@ class Ensemble:
         return {name: layer.observed().cpu() for name, layer in every.items()}
 
     def _make_over(self, network: torch.nn.Module) -> None:
-        """Let a U-Net's or a decoder's layers take fewer passes. Raises CannotCompile if they are unusual."""
+        """Let a U-Net's or a decoder's layers take fewer passes. Raises CompileError if they are unusual."""
         try:
             layers.fuse(network, self._device.type)
         except layers.CannotFuse as error:
-            raise CannotCompile(f"{error}; leave --compile off, and --precision auto") from error
+            raise CompileError(f"{error}; leave --compile off, and --precision auto") from error
         if isinstance(network, UNet2DConditionModel) and self.info.precision != "fp8":  # in which `quantise` does this
             self._convolve_for_batches(network)
 
@@ -465,7 +466,7 @@ class Ensemble:
     def warm_up(self) -> ModelInfo:
         """Compile the calls for images of the sizes that it was loaded for, by making one of each.
 
-        Returns the `info` with which images are made by them. Raises CannotCompile.
+        Returns the `info` with which images are made by them. Raises CompileError.
         """
         began = time.monotonic()
         environment = replace(self.info.environment, compiled=self._compiled_for())
@@ -1024,7 +1025,7 @@ def _loading_on(device: str) -> Iterator[None]:
 
 def _check_sides(sizes: Sequence[tuple[int, int]], multiple: int) -> None:
     if wrong := [size for size in sizes if any(side % multiple for side in size)]:
-        raise CannotCompile(f"sides must be multiples of {multiple}: --compile-sizes cannot have {_told(wrong)}")
+        raise CompileError(f"sides must be multiples of {multiple}: --compile-sizes cannot have {_told(wrong)}")
 
 
 def _told(sizes: Sequence[tuple[int, int]]) -> str:
@@ -1037,18 +1038,18 @@ def _compiling() -> Iterator[None]:
         yield
     except (torch._dynamo.exc.TorchDynamoException, BuildError, OSError) as error:
         reason, advice = compilation.explain(error)
-        raise CannotCompile(
+        raise CompileError(
             f"the networks cannot be compiled here ({reason}); {advice}, or leave --compile off"
         ) from error
 
 
 def _check_compiles_while_serving(device: str) -> None:
     if device != "cuda":
-        raise CannotCompile(f"--compile-while-serving is for CUDA, and the device is {device}; leave it out")
+        raise CompileError(f"--compile-while-serving is for CUDA, and the device is {device}; leave it out")
 
 
 def _keeps(cache: Path, compile: compilation.Mode, device: str) -> bool:  # noqa: A002
-    """Whether the cache can be written to, which inductor and Triton have to. Raises CannotCompile.
+    """Whether the cache can be written to, which inductor and Triton have to. Raises CompileError.
 
     the C++ kernels have to if they must be built, and say so themselves.
     """
@@ -1058,7 +1059,7 @@ def _keeps(cache: Path, compile: compilation.Mode, device: str) -> bool:  # noqa
         compilation.check_writable(cache)
     except compilation.CannotKeep as error:
         if compile == "blocks":
-            raise CannotCompile(f"{error}; let --compile-cache name another folder, or leave it out") from error
+            raise CompileError(f"{error}; let --compile-cache name another folder, or leave it out") from error
         log.warning("%s; what is compiled is not kept there", error)
         return False
     return True

@@ -27,11 +27,11 @@ from server.api.decoding import DecodeErrorInterceptor
 from server.api.frontend import Frontend
 from server.domain import ImageRequest, ModelInfo, default_request
 from server.engine.engine import Engine
-from server.engine.events import DeviceLost, Event, Failed, Finished, ImageReady, Observation
+from server.engine.events import Event, Failed, Finished, ImageReady, Observation
 from server.engine.interface import AnyServedModel, Submission
 from server.engine.scheduling import Order
 from server.ensemble import checkpoint
-from server.ensemble.checkpoint import CheckpointError
+from server.errors import DeviceHung, StartupError, WarmUpError
 from server.observability.interceptor import TelemetryInterceptor
 from server.observability.metrics import LiveCollector, Metrics
 from server.observability.traces import traces_from_environment
@@ -63,14 +63,10 @@ class Silence:
         return self._silent
 
 
-class WarmUpFailed(Exception):
-    """The model is loaded but cannot make an image."""
-
-
 class Runtime:
     """All of a service but its port. `load` brings the model and is called on the device thread.
 
-    Raises auth.Unusable, UnusableFilter, or whatever making a content filter raised.
+    Raises CredentialsError, ContentFilterError, or whatever making a content filter raised.
     """
 
     def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
@@ -99,7 +95,7 @@ class Runtime:
             self._traces.observe(observation)
 
     def serve_metrics(self) -> None:
-        """Serve metrics to Prometheus, where the settings name an address for it. Raises CannotListen."""
+        """Serve metrics to Prometheus, where the settings name an address for it. Raises BindError."""
         if self._settings.metrics_listen is None:
             return
         self.metrics.registry.register(LiveCollector(self.engine, lambda: self.frontend.detached))
@@ -109,7 +105,7 @@ class Runtime:
     async def open(self) -> ModelInfo:
         """Load the model, make one real image, and admit calls from then on; compile meanwhile, if that is so set.
 
-        Raises WarmUpFailed, or whatever loading the model raised.
+        Raises WarmUpError, or whatever loading the model raised.
         """
         model = await asyncio.wrap_future(self.engine.start(self._load))
         info = model.info
@@ -146,7 +142,7 @@ class Runtime:
             info = await self._serve(model, *await asyncio.wrap_future(made))
         except Exception as error:  # the wall between what would be faster and what is served
             self.metrics.set_compilation("failed")
-            told = None if isinstance(error, CheckpointError | WarmUpFailed) else error
+            told = None if isinstance(error, StartupError) else error
             log.error("%s; images are still made by calls that are not compiled", error, exc_info=told)
         else:
             log.info(
@@ -161,7 +157,7 @@ class Runtime:
         try:
             await asyncio.to_thread(self._screening.objects_to, first)
         except Exception as error:  # an operator's own code, which may raise anything
-            raise WarmUpFailed(f"the content filter cannot judge the first image: {error}") from error
+            raise WarmUpError(f"the content filter cannot judge the first image: {error}") from error
         found = self._screening.info
         told = {"content_filter": f"{found.name} from {found.threshold:g}"}
         environment = replace(info.environment, versions={**info.environment.versions, **told})
@@ -185,11 +181,11 @@ class Runtime:
         self.engine.submit(Submission("warm-up", request), deliver)
         terminal = await ended.get()
         if isinstance(terminal, Failed):
-            raise WarmUpFailed(f"the model could not make its first image: {terminal.error}") from terminal.error
+            raise WarmUpError(f"the model could not make its first image: {terminal.error}") from terminal.error
         return pixels[0]
 
     async def watch_device(self) -> None:
-        """Raises DeviceLost when a call of the model does not come back; no more calls are admitted then.
+        """Raises DeviceHung when a call of the model does not come back; no more calls are admitted then.
 
         The calls that are under way fail with `engine.abandon`, which is for the one who awaits this.
         """
@@ -197,7 +193,7 @@ class Runtime:
         silence = Silence(patience / _LOOKS)
         while (silent := silence.after_look(self.engine.busy)) < patience:
             await asyncio.sleep(patience / _LOOKS)
-        raise DeviceLost(f"the device has not answered for {silent:.0f} s; it needs a new process, or a look")
+        raise DeviceHung(f"the device has not answered for {silent:.0f} s; it needs a new process, or a look")
 
     async def close(self, device_seconds: float) -> bool:
         """Let go of the device, within so many seconds, and of what compiles, at once; whether their calls had ended.

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from server.api import addresses
 from server.engine.scheduling import QueueLimits
+from server.errors import InvalidSettings
 
 OPEN_NSFW = "open-nsfw"  # the content filter that is shipped
 _HUGE = 2**53  # beyond it a float does not hold every whole number
@@ -59,10 +60,11 @@ class Settings(BaseSettings):
     """Text to image over gRPC with the Stable Diffusion XL ensemble of experts.
 
     Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops; SIGHUP reads tokens and
-    certificates again or, when the terminal is gone, drains. Exit codes: 0 stopped when asked, 1 unexpected error,
-    2 bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image, 6 the device did not answer
-    any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 and up: the checkpoint or the
-    device, each said in one sentence.
+    certificates again or, when the terminal is gone, drains. Exit codes: 0 stopped when asked, 1 unexpected error, 2
+    bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image, 6 the device does not answer
+    any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 an incomplete checkpoint, 11 a
+    checkpoint cloned without its weights, 12 a truncated weights file, 13 base and refiner mixed up, 14 not enough
+    memory, 15 no such device, 16 other weights than named, 17 networks that cannot be compiled.
     """
 
     model_config = SettingsConfigDict(
@@ -296,25 +298,17 @@ class Settings(BaseSettings):
         return self.base, self.refiner
 
 
-class BadSettings(Exception):
-    """Flags or variables that cannot be used. `problems` has a sentence for each, with the name that was typed."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
-
-
 def read(arguments: Sequence[str] = ()) -> Settings:
-    """Read the settings from flags and from T2I_... variables. Raises BadSettings; --help ends the process."""
+    """Read the settings from flags and from T2I_... variables. Raises InvalidSettings; --help ends the process."""
     try:
         return Settings(_cli_parse_args=list(arguments), _cli_exit_on_error=False)
     except SettingsError as error:
         words = "".join(
             c if c.isprintable() else ascii(c)[1:-1] for c in str(error).removeprefix("error parsing CLI: ")
         )
-        raise BadSettings([f"{_shortened(words, 4 * _LONGEST_ECHO)}; --help lists the flags"]) from error
+        raise InvalidSettings([f"{_shortened(words, 4 * _LONGEST_ECHO)}; --help lists the flags"]) from error
     except ValidationError as error:
-        raise BadSettings([words for each in error.errors() for words in _words(each, arguments)]) from error
+        raise InvalidSettings([words for each in error.errors() for words in _words(each, arguments)]) from error
 
 
 def _words(error: Any, arguments: Sequence[str]) -> list[str]:

@@ -1,14 +1,15 @@
 """`python -m server.verify`: are the weights whole, and those that are wanted? Says so without loading them.
 
 For a step before the server starts, such as an init container. It takes the server's own --base and --refiner, or
-T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints (server/ensemble/checkpoint.py).
+T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints (server/errors.py).
 """
 
 import argparse
 import sys
 
 from server.ensemble import checkpoint
-from server.settings import BadSettings, Settings, read
+from server.errors import FingerprintMismatch, InvalidSettings, StartupError
+from server.settings import Settings, read
 
 
 def main() -> int:
@@ -23,13 +24,13 @@ def main() -> int:
     wanted = given.pop("fingerprint")
     try:
         folders = read([f"--{flag}={folder}" for flag, folder in given.items() if folder is not None]).experts
-    except BadSettings as error:
+    except InvalidSettings as error:
         parser.error(str(error))
     try:
         found = checkpoint.inspect(*folders).fingerprint()
         if wanted is not None and found != wanted:
-            raise checkpoint.OtherWeights(f"these weights have the fingerprint {found}, not {wanted}")
-    except checkpoint.CheckpointError as error:
+            raise FingerprintMismatch(f"these weights have the fingerprint {found}, not {wanted}")
+    except StartupError as error:
         print(f"python -m server.verify: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     print(found)  # noqa: T201

@@ -30,9 +30,8 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 from serving import PATIENCE, ROOT
 
-from server import __main__ as program
-from server.ensemble import checkpoint
-from server.settings import BadSettings, Settings, read
+from server.errors import InvalidSettings, exit_codes
+from server.settings import Settings, read
 from text_to_image_client import cli
 
 _DIGITS = "9" * 5000
@@ -222,7 +221,7 @@ def _ends_parsing(typed: Typed) -> bool:
     try:
         with _environment(typed.variables):
             read(typed.flags)
-    except BadSettings as error:
+    except InvalidSettings as error:
         return not error.problems[0].startswith(_name(typed))
     return False
 
@@ -232,7 +231,7 @@ def _refused(typed: Typed, names: Sequence[str]) -> list[str]:
     try:
         with _environment(typed.variables):
             read(typed.flags)
-    except BadSettings as error:
+    except InvalidSettings as error:
         if len(error.problems) == 1 and error.problems[0].startswith(f"argument {names[0]}"):
             return _unfit(typed, error.problems)
         unnamed = [name for name in names if sum(each.startswith(f"{name}: ") for each in error.problems) != 1]
@@ -248,7 +247,7 @@ def _taken_or_refused(typed: Typed) -> list[str] | None:
     try:
         with _environment(typed.variables):
             read(typed.flags)
-    except BadSettings as error:
+    except InvalidSettings as error:
         return _unfit(typed, error.problems)
     except Exception as error:  # noqa: BLE001  # whatever it is, it is none of ours
         return [f"{type(error).__name__}: {error}\n  {typed.command()}"]
@@ -284,9 +283,7 @@ def _environment(variables: Sequence[tuple[str, str]]) -> Iterator[None]:
         os.environ.update(before)
 
 
-CODES = frozenset(
-    {2, *program._EXIT_CODES.values(), *(each.exit_code for each in checkpoint.CheckpointError.__subclasses__())}
-)
+CODES = frozenset(exit_codes().keys() - {0, 1})
 """What a server may end with when it cannot serve, each documented."""
 
 

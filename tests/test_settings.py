@@ -2,7 +2,8 @@
 
 import pytest
 
-from server.settings import BadSettings, read
+from server.errors import InvalidSettings
+from server.settings import read
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +12,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def problems(flags: list[str]) -> list[str]:
-    with pytest.raises(BadSettings) as caught:
+    with pytest.raises(InvalidSettings) as caught:
         read(flags)
     return list(caught.value.problems)
 

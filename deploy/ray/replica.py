@@ -116,7 +116,7 @@ class Replica:
     __call__ = _job("/model.ray.v1alpha.UserDefinedService/__call__")
 
     async def check_health(self) -> None:
-        """Raises DeviceLost when the device does not answer any more: Ray then ends this process and starts another."""
+        """Raises DeviceHung when the device does not answer any more: Ray then ends this process and starts another."""
         if self._watching.done():
             self._runtime.metrics.set_state("lost")
             self._runtime.engine.abandon()  # every call ends with a status before

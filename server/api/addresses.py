@@ -13,14 +13,12 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from server.errors import BindError
+
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)  # of a family that this machine lacks
 WILDCARDS = ("0.0.0.0", "::")
 _PATH_BYTES = 107  # of a socket's file, by the kernel
 _TRIES = 20  # at a free port that all addresses of a name have
-
-
-class CannotListen(Exception):
-    """An address could not be bound."""
 
 
 def checked(value: str) -> str:
@@ -69,14 +67,14 @@ def socket_path(address: str) -> str:
 def bind(addresses: str, add: Callable[[str], int]) -> str:
     """Bind all of these addresses, by calls of `add` with literal ones; what they are with the ports that they got.
 
-    `add` returns the port, or 0 or raises RuntimeError where it could not bind. Raises CannotListen, and leaves no
+    `add` returns the port, or 0 or raises RuntimeError where it could not bind. Raises BindError, and leaves no
     socket's file then.
     """
     bound: list[str] = []
     try:
         for each in addresses.split(","):
             bound.append(_bind_file(each, add) if each.startswith("unix:") else _bind_name(each, add))
-    except CannotListen:
+    except BindError:
         remove_files(",".join(bound))
         raise
     return ",".join(bound)
@@ -97,25 +95,25 @@ def literal_addresses(address: str) -> list[tuple[str, int]]:
     """The hosts, as numbers, and the port by which all addresses of a name are bound.
 
     Those of a family that this machine lacks are left out. A wildcard is one for both families. Port 0 stays 0 only
-    where one address takes it. Raises CannotListen when any of them is in use, or there is none.
+    where one address takes it. Raises BindError when any of them is in use, or there is none.
     """
     host, port = host_and_port(address)
     if host in WILDCARDS:
         if port and (reason := _first_reason([each for each in WILDCARDS if not _is_absent(each)], port)):
-            raise CannotListen(f"cannot listen on {address}: {reason}")
+            raise BindError(f"cannot listen on {address}: {reason}")
         return [(host, port)]
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no name of a host"
-        raise CannotListen(f"cannot listen on {address}: {reason}") from error
+        raise BindError(f"cannot listen on {address}: {reason}") from error
     hosts = [each for each in dict.fromkeys(str(where[0]) for *_, where in found) if not _is_absent(each)]
     if not hosts:
-        raise CannotListen(f"cannot listen on {address}: no address of this machine")
+        raise BindError(f"cannot listen on {address}: no address of this machine")
     if port == 0 and len(hosts) > 1:
         port = _free_port(hosts)
     if reason := _first_reason(hosts, port):
-        raise CannotListen(f"cannot listen on {address}: {reason}")
+        raise BindError(f"cannot listen on {address}: {reason}")
     return [(each, port) for each in hosts]
 
 
@@ -130,7 +128,7 @@ def _bind_name(address: str, add: Callable[[str], int]) -> str:
         except RuntimeError:  # older versions of gRPC return port 0 instead
             bound = 0
         if bound == 0:
-            raise CannotListen(f"cannot listen on {address}: {joined(host, port)} is in use")
+            raise BindError(f"cannot listen on {address}: {joined(host, port)} is in use")
     return f"{address.rpartition(':')[0]}:{bound}"
 
 
@@ -141,7 +139,7 @@ def _bind_file(address: str, add: Callable[[str], int]) -> str:
         add(f"unix:{path}")
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else _why_no_file(path)
-        raise CannotListen(f"cannot listen on {address}: {reason}") from error
+        raise BindError(f"cannot listen on {address}: {reason}") from error
     return f"unix:{path}"
 
 

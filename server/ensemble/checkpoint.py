@@ -3,16 +3,6 @@
 A checkpoint is a folder as `git clone` of a published diffusers repository leaves it: model_index.json, and one folder
 per component with its configuration and safetensors files, whole or sharded, fp16 variant beside fp32 or alone.
 Everything here is read before a single weight is loaded, so that a broken folder is told within a second.
-
-CheckpointError
-├── MissingPart      10: no checkpoint, or a part of it is not there or not readable
-├── GitLfsPointer    11: the repository was cloned without its weights
-├── TruncatedFile    12: a weights file is not whole
-├── WrongExpert      13: a base where the refiner belongs, or the other way round
-├── NotEnoughMemory  14: the device cannot hold the weights
-├── NoDevice         15: the device that was asked for is not there
-├── OtherWeights     16: whole, but not the weights that were named (server/verify.py)
-└── CannotCompile    17: the networks cannot be compiled on this machine
 """
 
 import dataclasses
@@ -31,6 +21,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from pydantic_core import ErrorDetails
 from safetensors import SafetensorError, safe_open
 
+from server.errors import GitLfsPointer, MissingPart, TruncatedFile, WrongExpert
+
 BASE_PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 REFINER_PARTS = ("text_encoder_2", "unet")  # and the autoencoder, which is the base's
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -40,58 +32,6 @@ _WEIGHTS = re.compile(
 )
 _LFS = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 4 << 20  # bytes that are hashed at a time: threads that do it seldom ask for the interpreter
-
-
-class CheckpointError(Exception):
-    """The weights cannot be served; `exit_code` says why to whoever started the server."""
-
-    exit_code = 10
-
-
-class MissingPart(CheckpointError):
-    """No checkpoint, or a part of it is not there or not readable."""
-
-
-class GitLfsPointer(CheckpointError):
-    """The repository was cloned without its weights."""
-
-    exit_code = 11
-
-
-class TruncatedFile(CheckpointError):
-    """A weights file is not whole."""
-
-    exit_code = 12
-
-
-class WrongExpert(CheckpointError):
-    """A base where the refiner belongs, or the other way round."""
-
-    exit_code = 13
-
-
-class NotEnoughMemory(CheckpointError):
-    """The device cannot hold the weights."""
-
-    exit_code = 14
-
-
-class NoDevice(CheckpointError):
-    """The device that was asked for is not there."""
-
-    exit_code = 15
-
-
-class OtherWeights(CheckpointError):
-    """Whole, but not the weights that were named."""
-
-    exit_code = 16
-
-
-class CannotCompile(CheckpointError):
-    """The networks cannot be compiled on this machine."""
-
-    exit_code = 17
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 from numpy.typing import NDArray
 
-from server.ensemble.checkpoint import MissingPart
+from server.errors import MissingPart
 
 _LEVELS = 4  # of red, of green and of blue: 64 colours, in a chart of 8 x 8 patches
 _PATCH = 4  # latents to a patch's side; the encoder sees that far around each

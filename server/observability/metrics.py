@@ -29,7 +29,6 @@ from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
 from prometheus_client.registry import Collector
 
 from server.api import addresses
-from server.api.addresses import CannotListen
 from server.domain import ModelInfo, Stage
 from server.engine.events import (
     DeviceTimeAttributed,
@@ -40,6 +39,7 @@ from server.engine.events import (
     Observation,
     PreviewDropped,
 )
+from server.errors import BindError
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
@@ -213,7 +213,7 @@ class Metrics:
     def listen(self, address: str) -> str:
         """Serve the metrics over HTTP from threads of their own and return the bound HOST:PORT.
 
-        Like gRPC, bind a wildcard for IPv4 and IPv6, and a name at each of its addresses. Raises CannotListen.
+        Like gRPC, bind a wildcard for IPv4 and IPv6, and a name at each of its addresses. Raises BindError.
         """
         application = make_wsgi_app(self.registry)
         for host, port in addresses.literal_addresses(address):
@@ -222,7 +222,7 @@ class Metrics:
             try:
                 server = make_server("::" if wildcard else host, port, application, server_class, _QuietHandler)
             except OSError as error:
-                raise CannotListen(f"cannot listen on {address}: {error.strerror}") from error
+                raise BindError(f"cannot listen on {address}: {error.strerror}") from error
             threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return f"{address.rpartition(':')[0]}:{server.server_port}"
 

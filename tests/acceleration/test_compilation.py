@@ -31,7 +31,7 @@ from server.domain import Environment, ImageRequest, OutOfMemory, default_reques
 from server.engine.events import Failed, Finished
 from server.engine.interface import Submission
 from server.ensemble import checkpoint
-from server.ensemble.checkpoint import CannotCompile
+from server.errors import CompileError
 from server.observability.metrics import Metrics
 from server.runtime import Runtime
 from server.settings import Settings
@@ -205,9 +205,7 @@ def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(f
         "to, has room, and is not mounted noexec; what is built is not kept"
     ]
     cpu_library._load.cache_clear()
-    with pytest.raises(
-        CannotCompile, match=f"nothing can be written to {cache}: Not a directory.; let --compile-cache"
-    ):
+    with pytest.raises(CompileError, match=f"nothing can be written to {cache}: Not a directory.; let --compile-cache"):
         model.load(experts, device="cpu", compile="blocks", compile_cache=cache)
 
 
@@ -223,7 +221,7 @@ def test_a_folder_that_inductor_cannot_use_is_named_with_the_true_reason(folders
         told, cache = f"{folder}/inductor: Not a directory.; let --compile-cache, or TMPDIR without one, name", None
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
         monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(folder / "inductor"))
-    with pytest.raises(CannotCompile, match=told):
+    with pytest.raises(CompileError, match=told):
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_cache=cache)
 
 
@@ -246,7 +244,7 @@ def test_what_goes_without_compiled_networks_is_not_built(folders, changes: dict
 
 
 def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):
-    with pytest.raises(CannotCompile, match="multiples of 2: --compile-sizes cannot have 33x64"):
+    with pytest.raises(CompileError, match="multiples of 2: --compile-sizes cannot have 33x64"):
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
 
 
@@ -258,7 +256,7 @@ def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, as_instal
         cwd=as_installed, env={"PATH": str(tmp_path), "CXX": NO_COMPILER}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
-    assert server.returncode == CannotCompile.exit_code, server.stderr
+    assert server.returncode == CompileError.exit_code, server.stderr
     assert "the networks cannot be compiled here" in server.stderr
     assert "Traceback" not in server.stderr
 
@@ -267,7 +265,7 @@ def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, as_instal
 def test_compile_while_serving_is_refused_on_a_device_other_than_cuda(folders, device: str):
     if device == "auto" and torch.cuda.is_available():
         pytest.skip("auto is CUDA here")
-    with pytest.raises(CannotCompile, match="--compile-while-serving is for CUDA"):
+    with pytest.raises(CompileError, match="--compile-while-serving is for CUDA"):
         model.load(checkpoint.inspect(*folders), device=device, compile="blocks", compile_while_serving=True)
 
 
@@ -428,7 +426,7 @@ def test_where_no_built_library_can_be_loaded_auto_warns_and_serves_and_blocks_s
     assert server.stop() == 0
     assert "Traceback" not in server.log
     server = start("--compile", "blocks", TMPDIR=str(folder))
-    assert server.wait() == CannotCompile.exit_code
+    assert server.wait() == CompileError.exit_code
     assert re.search(f"cannot be compiled here .{told}".replace("noexec;", "noexec.;"), server.log)
     assert "Traceback" not in server.log
     assert "install a C" not in server.log

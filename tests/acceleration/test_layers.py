@@ -18,7 +18,7 @@ from server.acceleration import layers
 from server.acceleration.kernels import convolution, cpu, tiles
 from server.domain import Stage, default_request
 from server.ensemble import checkpoint
-from server.ensemble.checkpoint import CannotCompile, NoDevice
+from server.errors import CompileError, NoDevice
 from server.settings import EMBEDDED, Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_draw
         raise layers.CannotFuse("UNet2DConditionModel has an unusual Transformer2DModel")
 
     monkeypatch.setattr(layers, "fuse", odd)
-    with pytest.raises(CannotCompile, match="unusual Transformer2DModel; leave --compile off, and --precision auto"):
+    with pytest.raises(CompileError, match="unusual Transformer2DModel; leave --compile off, and --precision auto"):
         load(precision="fp8")
     assert np.array_equal(drawn(load()), plain)
 

@@ -21,6 +21,7 @@ from serving import PATIENCE, ROOT, ServerProcess
 
 from server.api import addresses
 from server.api.standard_services import HealthServicer
+from server.errors import BindError
 from server.observability import metrics
 from server.observability.metrics import Metrics
 from server.settings import Settings
@@ -83,9 +84,9 @@ class TestANameOfTwoAddresses:
     @pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "[::]"])
     def test_is_not_bound_at_all_where_one_of_them_is_anothers(self, taken, host):
         bound: list[str] = []
-        with pytest.raises(addresses.CannotListen, match=rf"cannot listen on .*:{taken}: .*:{taken} is in use"):
+        with pytest.raises(BindError, match=rf"cannot listen on .*:{taken}: .*:{taken} is in use"):
             addresses.bind(f"{host}:{taken}", bound.append)
-        with pytest.raises(addresses.CannotListen, match=f":{taken} is in use"):
+        with pytest.raises(BindError, match=f":{taken} is in use"):
             Metrics(1).listen(f"{host}:{taken}")
         assert bound == []
 
@@ -129,7 +130,7 @@ class TestANameOfTwoAddresses:
     ids=["unknown", "of another machine", "no name"],
 )
 def test_a_name_that_cannot_be_bound_is_said_with_the_reason(address, words):
-    with pytest.raises(addresses.CannotListen, match=words):
+    with pytest.raises(BindError, match=words):
         addresses.bind(address, lambda _: pytest.fail("nothing is to be bound"))
 
 
@@ -177,7 +178,7 @@ class TestFiles:
             path.mkdir()
         server = grpc.server(None)
         words = "No such file or directory" if kind == "no folder" else "the file is there and is no socket"
-        with pytest.raises(addresses.CannotListen, match=f"cannot listen on unix:{path}: {words}"):
+        with pytest.raises(BindError, match=f"cannot listen on unix:{path}: {words}"):
             addresses.bind(f"unix:{path}", server.add_insecure_port)
         server.stop(None)
         assert kind != "a file" or path.read_text() == "somebody's"

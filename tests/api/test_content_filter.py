@@ -166,7 +166,8 @@ class TestWhatIsTold:
             command = [sys.executable, "-m", "text_to_image_client", "--target", target, *arguments]
             return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
 
-        assert "content filter  blueness 1.0, replaces images from 0.5 on" in t2i(screened.target, "model").stdout
+        model = t2i(screened.target, "model").stdout
+        assert "content filter  blueness 1.0, replaces images of score 0.5 or more" in model
         assert "content filter  none" in t2i(server.target, "model").stdout
         metadata, image = str(tmp_path / "blue.json"), str(tmp_path / "blue.jpg")
         drawn = t2i(

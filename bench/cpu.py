@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def stock(options: argparse.Namespace, compiled: bool) -> Draw:
     )
 
 
-def ours(options: argparse.Namespace, mode: str) -> Draw:
+def ours(options: argparse.Namespace, mode: Any) -> Draw:
     from dataclasses import replace
 
     from server import model

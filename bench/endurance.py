@@ -103,7 +103,7 @@ async def _call(channel: grpc.aio.Channel, choose: random.Random, record: Record
     images, done = 0, False
     try:
         async with asyncio.timeout(_HUNG_SECONDS):  # not a deadline, by which the server would refuse
-            async for event in stream:
+            async for event in stream:  # type: ignore[attr-defined]
                 if leaves and event.HasField("queued"):
                     stream.cancel()
                     return "left"

@@ -70,7 +70,7 @@ async def main() -> None:
                 if way == "bare":
                     alone, took[way] = await thread.bare_loop(engine, prompt)
                 else:
-                    async for event in stub.StreamGenerate(request):
+                    async for event in stub.StreamGenerate(request):  # type: ignore[attr-defined]
                         if event.HasField("choice"):
                             through_grpc = event.choice.choice.raw
                     took[way] = time.perf_counter() - began
@@ -81,7 +81,7 @@ async def main() -> None:
                 served.append(took["served"])
         if options.trace:
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                async for _ in stub.StreamGenerate(request):
+                async for _ in stub.StreamGenerate(request):  # type: ignore[attr-defined]
                     pass
             profiler.export_chrome_trace(str(options.trace))
     await server.stop(None)
@@ -149,12 +149,18 @@ class Bare:
         began = time.perf_counter()
         trajectory = self._ensemble.plan(request, self._ensemble.encode(request), 1)
         for _ in trajectory.stages:
-            self._ensemble.step([trajectory])
+            self._ensemble.launch([trajectory]).wait()
         pixels = self._ensemble.decode(trajectory)
         coded = images.code(pixels, images.JPEG, 95).data
         self._made.set_result((coded, time.perf_counter() - began))
         environment = self.info.environment
         return SimpleNamespace(pixels=pixels, warnings=(), environment=environment, stages=())  # nothing is left to do
+
+    def limit_batch(self, images: int) -> None:
+        """Do nothing: a call of one image cannot be smaller."""
+
+    def preview(self, trajectory: Any) -> Any:
+        return self._ensemble.preview(trajectory)
 
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any:
         if isinstance(conditioning, SimpleNamespace):  # of a bare loop, after which another may have been asked for

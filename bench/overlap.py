@@ -164,7 +164,11 @@ def run(ensemble: model.Ensemble, requests: Sequence[ImageRequest], overlaps: bo
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     began = time.perf_counter()
     for job, request in enumerate(requests):
-        engine.submit(Submission(f"job {job}", request), lambda event, job=job: events.put((job, event)))
+
+        def put(event: Event, job: int = job) -> None:
+            events.put((job, event))
+
+        engine.submit(Submission(f"job {job}", request), put)
     images: dict[tuple[int, int], NDArray[np.uint8]] = {}
     ended = 0
     while ended < len(requests):

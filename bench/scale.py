@@ -243,7 +243,7 @@ async def measured(options: argparse.Namespace) -> None:
                 grpc.aio.insecure_channel(ray.target, [*LOCAL, ("grpc.enable_retries", 0)]) as through,
             ):
                 bare, stub = (pb_grpc.TextToImageServiceStub(channel) for channel in (straight, through))
-                info = await stub.GetModel(pb.GetModelRequest())
+                info = await stub.GetModel(pb.GetModelRequest())  # type: ignore[misc]
                 print(f"{info.name} on {info.device}, {os.cpu_count()} cores, a thread to each process.\n")
                 await overhead(bare, stub, options.pairs, options.calls)
                 server.stop()

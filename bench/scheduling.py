@@ -136,7 +136,8 @@ def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) ->
 def _errors(told: list[tuple[int, float, float]], finishes: Floats) -> Floats:
     numbers, moments, etas = (np.array(each) for each in zip(*told, strict=True))
     truths = finishes[numbers.astype(int)] - moments
-    return np.abs(etas - truths) / truths
+    errors: Floats = np.abs(etas - truths) / truths
+    return errors
 
 
 def round_robin(trace: Trace) -> Served:

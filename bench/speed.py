@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.cpu import decibels
 from bench.stock import Stock
 from server import model
+from server.acceleration.compilation import Mode
 from server.domain import ImageRequest, Stage, default_request
 from server.ensemble import checkpoint
 
@@ -127,7 +128,7 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
         checkpoint.inspect(options.base, options.refiner),
         "cuda",
         precision or options.precision,
-        compile="off" if offload else mode,
+        compile="off" if offload else cast(Mode, mode),
         compile_cache=options.cache,
         offload=offload,
     )

@@ -146,7 +146,7 @@ async def call(target: str, arrival: Arrival, telling: bool, seed: int, began: f
                 timeout=arrival.deadline if telling and arrival.deadline < math.inf else None,
                 metadata=(("authorization", f"Bearer {arrival.caller}"),),
             )
-            async for event in stream:
+            async for event in stream:  # type: ignore[attr-defined]
                 if eta is None and event.HasField("queued"):
                     eta = event.queued.eta.ToTimedelta().total_seconds()
         except grpc.aio.AioRpcError as error:

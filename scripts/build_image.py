@@ -64,7 +64,8 @@ def working_tool() -> str | None:
 
 
 def version() -> str:
-    return re.findall(r'^__version__ = "(.+)"$', (ROOT / "server" / "__init__.py").read_text("utf-8"), re.MULTILINE)[0]
+    source = (ROOT / "server" / "__init__.py").read_text("utf-8")
+    return str(re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)[0])
 
 
 def revision() -> str:

@@ -90,6 +90,7 @@ def _scalars(field: FieldDescriptor, words: tuple[str, ...]) -> st.SearchStrateg
     if kind == FieldDescriptor.CPPTYPE_BOOL:
         return st.booleans()
     if kind == FieldDescriptor.CPPTYPE_ENUM:
+        assert field.enum_type is not None
         return _numbers(field.enum_type)
     if field.type == FieldDescriptor.TYPE_BYTES:
         return st.binary(max_size=40) | st.sampled_from(words).map(str.encode) | st.sampled_from(words).map(_counted)

@@ -195,7 +195,7 @@ def _watch_health(target: str, heard: list[str]) -> None:
     """Collect every status of the service until the server goes."""
     with grpc.insecure_channel(target) as channel:
         try:
-            for each in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICES[0])):
+            for each in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICES[0])):  # type: ignore[attr-defined]
                 heard.append(health_pb2.HealthCheckResponse.ServingStatus.Name(each.status))
         except grpc.RpcError:
             return
@@ -260,11 +260,11 @@ def make(channel: grpc.Channel, call: Call) -> str:
     """Make a call; the name of its status. Raises Violation."""
     began = time.monotonic()
     method = _methods().get(call.method)
-    ask = channel.stream_stream(call.method) if method is None or method.client_streaming else None
+    ask: Any = channel.stream_stream(call.method) if method is None or method.client_streaming else None
     answers = (
         ask(iter(call.messages), timeout=call.seconds, metadata=call.metadata)
         if ask
-        else channel.unary_stream(call.method)(call.messages[0], timeout=call.seconds, metadata=call.metadata)
+        else channel.unary_stream(call.method)(call.messages[0], timeout=call.seconds, metadata=call.metadata)  # type: ignore[arg-type]
     )
     size = 0
     try:
@@ -295,7 +295,7 @@ def make(channel: grpc.Channel, call: Call) -> str:
         wrong.append(f"took {took:.0f} s with a deadline of {call.seconds} s")
     if wrong:
         raise Violation(f"{call.method}: {', '.join(wrong)}; {code.name} {details[:500]!r}")
-    return code.name
+    return str(code.name)
 
 
 # What calls there are.

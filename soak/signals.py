@@ -272,7 +272,7 @@ class Caller(threading.Thread):
         method = stub.Attach if isinstance(message, pb.AttachRequest) else stub.StreamGenerate
         admitted = event = None
         try:
-            for each in method(message, timeout=_DEADLINE):
+            for each in method(message, timeout=_DEADLINE):  # type: ignore[arg-type]
                 admitted, event = admitted or time.monotonic(), each
             assert event is not None
             assert event.HasField("done")
@@ -303,5 +303,5 @@ class Caller(threading.Thread):
             self.outcomes.append(Outcome(self.kind, "OK", "", None, time.monotonic()))
 
     def _ended(self, error: grpc.RpcError | None, admitted: float | None) -> None:
-        code, words = ("OK", "") if error is None else (error.code().name, error.details())
+        code, words = ("OK", "") if error is None else (error.code().name, error.details() or "")
         self.outcomes.append(Outcome(self.kind, code, words, admitted, time.monotonic()))

@@ -145,9 +145,9 @@ def campaign(count: int, seed: int, seconds: float, real: bool = True) -> Report
             report.violations += found
     for name, check in (("256 MiB less memory than it needs", _less_memory), ("the clock set back", _clock)):
         if real or check is _clock:
-            words, found = check()
-            (report.skipped.append(words) if found is None else report.counts.update([f"{name}: {words}"]))
-            report.violations += [f"{name}: {each}" for each in found or []]
+            words, broken = check()
+            (report.skipped.append(words) if broken is None else report.counts.update([f"{name}: {words}"]))
+            report.violations += [f"{name}: {each}" for each in broken or []]
     report.seconds = time.monotonic() - began
     return report
 

@@ -114,7 +114,9 @@ def _trained(
     training.averaged()
     if rank == 0:
         for part, network in parts.items():
-            network.half().save_pretrained(RUNS / (name if done else f"{name}-so-far") / part)
+            network.half().save_pretrained(  # type: ignore[operator]
+                RUNS / (name if done else f"{name}-so-far") / part
+            )
         if not done:
             training.save(checkpoint)
     _wait()

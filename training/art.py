@@ -117,7 +117,8 @@ def fetch(folder: Path, packages: Iterable[tuple[str, str]]) -> None:
 def render(folder: Path) -> Art:
     """Render every drawing of every concept from the packages in a folder."""
     icons = {style: _read(folder, style, "icons.json") for style in SETS}
-    concepts, drawings = [], []
+    concepts: list[Any] = []
+    drawings: list[Any] = []
     for entry, group in _entries(folder):
         names = _names(entry)
         styles = {style: names & _all_names(icons[style]) for style in SETS}
@@ -198,4 +199,6 @@ def _clean(words: str) -> str:
 def _read(folder: Path, package: str, file: str) -> Any:
     (archive,) = folder.glob(f"{'iconify-json-' if package in SETS else ''}{package}-[0-9]*.tgz")
     with tarfile.open(archive) as content:
-        return json.load(content.extractfile(f"package/{file}"))
+        member = content.extractfile(f"package/{file}")
+        assert member is not None
+        return json.load(member)

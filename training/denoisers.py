@@ -103,7 +103,7 @@ def prepared(
 def tokens(tokenizer: CLIPTokenizer, texts: list[str], length: int = CONTEXT) -> torch.Tensor:
     """Token ids of texts, (n, length)."""
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return ids["input_ids"]  # type: ignore[no-any-return]
+    return ids["input_ids"]
 
 
 def _bucket(

@@ -158,7 +158,7 @@ class Trainer:
         loss.backward()
         with torch.no_grad():
             gradients = [master.grad for master in self._masters]
-            torch._foreach_copy_(gradients, [parameter.grad for parameter in self._parameters])
+            torch._foreach_copy_(gradients, [parameter.grad for parameter in self._parameters])  # type: ignore[arg-type, misc]
             if distributed.is_initialized():
                 distributed.all_reduce(self._gradient, distributed.ReduceOp.AVG)
             norm = torch.linalg.vector_norm(self._gradient)
@@ -170,5 +170,5 @@ class Trainer:
             self._optimizer.step()
             torch._foreach_copy_([parameter.data for parameter in self._parameters], self._masters)
             torch._foreach_lerp_(self._average, self._masters, 1 - self._decay)
-            torch._foreach_zero_([parameter.grad for parameter in self._parameters])
+            torch._foreach_zero_([parameter.grad for parameter in self._parameters])  # type: ignore[misc]
             self._loss.copy_(torch.where(finite, self._loss.lerp(loss.detach().float(), 0.02), self._loss))

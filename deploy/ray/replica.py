@@ -95,7 +95,7 @@ class Replica:
     is empty, and its context has the status: the ingress drops the one and takes the other.
     """
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
         settings = read()
         log_to_stderr(settings.log_level, settings.log_format)
         self._runtime = Runtime(settings, partial(load, settings))
@@ -142,7 +142,7 @@ class Replica:
         except Exception:
             log.exception("%s failed", method)
             with contextlib.suppress(grpc.aio.AbortError):
-                await abort(context, InternalError())
+                await abort(context, InternalError())  # type: ignore[arg-type]
         finally:
             context.end()
 
@@ -177,7 +177,7 @@ class Context:
         return [(key, value) for key, value in self._passed.invocation_metadata() if key != SECONDS_LEFT]
 
     def peer(self) -> str:
-        return self._passed.peer()
+        return str(self._passed.peer())
 
     def time_remaining(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())

@@ -82,7 +82,7 @@ def two_families(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_families")
 class TestANameOfTwoAddresses:
     @pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "[::]"])
-    def test_is_not_bound_at_all_where_one_of_them_is_anothers(self, taken, host):
+    def test_is_not_bound_at_all_where_another_socket_has_one_of_them(self, taken, host):
         bound: list[str] = []
         with pytest.raises(BindError, match=rf"cannot listen on .*:{taken}: .*:{taken} is in use"):
             addresses.bind(f"{host}:{taken}", bound.append)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from serving import PATIENCE, ServerProcess
 
@@ -21,7 +22,7 @@ def grpcurl(server: ServerProcess, *arguments: str, data: str | None = None) -> 
     )
 
 
-def messages(output: str) -> list[dict]:
+def messages(output: str) -> list[dict[str, Any]]:
     """The JSON messages that grpcurl prints one after the other."""
     decoder, found = json.JSONDecoder(), []
     while output := output.lstrip():

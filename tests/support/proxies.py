@@ -67,7 +67,7 @@ class Proxy:
         if name == "nginx":
             servers = " ".join(f"server {target};" for target in targets)
             config.write_text(_NGINX.format(folder=folder, port=port, servers=servers, settings=settings))
-            command = [program, "-e", self._log, "-p", folder, "-c", config]
+            command: list[str | Path] = [program, "-e", self._log, "-p", folder, "-c", config]
         else:
             servers = "\n    ".join(f"server s{place} {target} proto h2" for place, target in enumerate(targets))
             config.write_text(_HAPROXY.format(port=port, servers=servers, settings=settings))

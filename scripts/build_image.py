@@ -2,8 +2,8 @@
 
     python scripts/build_image.py --variant cuda --tag text-to-image-service:v1 --build-arg BASE=...
 
-Flags that are not its own go to the tool as they are. pip looks inside the build where it looks on this machine: its
-configuration, and the certificates that it is told to trust, come in as secrets, which no layer keeps.
+Other flags are passed to the tool unchanged. In the build, pip uses the indexes of this machine: its configuration and
+its certificates are mounted as secrets, which no layer keeps.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def working_tool() -> str | None:
-    """The first tool that answers: a docker client is often there without an engine behind it."""
+    """Return the first tool that answers: a docker client is often installed without an engine."""
     for tool in TOOLS:
         if shutil.which(tool) and subprocess.run([tool, "info"], capture_output=True, check=False).returncode == 0:
             return tool
@@ -69,13 +69,13 @@ def version() -> str:
 
 
 def revision() -> str:
-    """The commit, marked if files differ from it; empty outside of a clone."""
+    """Return the commit, marked if files differ from it; empty outside of a clone."""
     command = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def configured() -> dict[str, str]:
-    """pip's options on this machine, by name, those of its environment variables last as they hold over files."""
+    """Return pip's options on this machine by name; environment variables override configuration files."""
     listed = subprocess.run(
         (sys.executable, "-m", "pip", "config", "list"), capture_output=True, text=True, check=True
     ).stdout
@@ -84,7 +84,7 @@ def configured() -> dict[str, str]:
 
 
 def pip_arguments(tool: str, options: Mapping[str, str], secrets: Path) -> list[str]:
-    """What the tool is to be told so that pip in the build has these options, as far as they mean something there."""
+    """Return the tool's arguments that give pip in the build these options, as far as they apply there."""
     kept = {name: options[name] for name in PIP_OPTIONS if name in options}
     arguments = []
     if certificates := kept.pop("cert", None):

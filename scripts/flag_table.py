@@ -1,4 +1,7 @@
-"""Write the table of flags in docs/configuration.md from server/settings.py. Run: python scripts/flag_table.py"""
+"""Write the table of flags in docs/configuration.md from server/settings.py.
+
+Run: python scripts/flag_table.py
+"""
 
 import re
 from pathlib import Path
@@ -10,7 +13,7 @@ _TABLE = re.compile(r"(?<=<!-- flags -->\n).*?(?=<!-- /flags -->)", re.DOTALL)
 
 
 def rows() -> list[str]:
-    """The table's lines: one for each flag, in the order of the settings."""
+    """Return the lines of the table: one for each flag, in the order of the settings."""
     lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default

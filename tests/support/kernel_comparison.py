@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def compare(call: Callable[..., object], *tensors: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(call: Callable[..., Any], *tensors: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the kernel's results for some tensors with those of the reference in fp32."""
     assert common.runs_triton(torch.empty(0, device=DEVICE)), "there is no kernel to compare"
     results = call(*tensors)

@@ -131,8 +131,8 @@ def test_values_no_message_can_carry_are_named_by_json_path():
             {
                 "seed": -1,
                 "n": 2**32,
-                "negative_prompt": 3,
-                "high_noise_frac": "x",
+                "negative_prompt": 3,  # type: ignore[typeddict-item]
+                "high_noise_frac": "x",  # type: ignore[typeddict-item]
                 "format": "gif",
                 "on_disconnect": "stay",
             },

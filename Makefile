@@ -95,7 +95,9 @@ test-ray: .venv-ray/.done ## the service on Ray Serve: replicas, ingress, what i
 lint: $(VENV)/.dev generate-check ## ruff, mypy --strict, buf lint and breaking, hadolint, shell syntax
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/typos
 	$(BIN)/mypy
+	$(BIN)/mypy clients/python/tests
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/released.json
 	$(BIN)/hadolint Dockerfile deploy/ray/Dockerfile

@@ -1,8 +1,8 @@
-"""A thousand streams at once for five minutes: is every call ended as it should be, and does memory stay flat?
+"""Keep a thousand streams open for five minutes and check that every call ends as it should and memory stays flat.
 
-One server on the embedded ensemble, and callers that each keep one stream open all the time: as soon as it has ended
-they begin another, of small quick images, and one in twenty leaves as soon as it has heard where it stands. A call is
-lost if it ends in any other way than with its image or by leaving, and hung if it has not ended after fifteen minutes.
+The server runs the embedded ensemble. Each caller keeps one stream open all the time: when a stream ends, the caller
+opens another, for one small image. One stream in twenty is cancelled at its first `queued` event. A call is lost if it
+ends neither with its image nor by its own cancellation, and hung if it has not ended after fifteen minutes.
 Run: python -m bench.endurance --plot docs/endurance.png
 """
 
@@ -23,20 +23,20 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 _STREAMS_PER_CONNECTION = 100
-_LEAVES = 1 / 20
+_CANCELLED_SHARE = 1 / 20
 _HUNG_SECONDS = 900.0
-_SETTLED = 0.2  # of the time, after which memory should not grow any more
+_SETTLED_SHARE = 0.2  # of the time, after which memory should no longer grow
 _MIB = 2**20
 
 
 @dataclass
 class Record:
-    """What has been seen so far."""
+    """The outcomes and measurements so far."""
 
     began: float = field(default_factory=time.monotonic)
     ends: collections.Counter[str] = field(default_factory=collections.Counter)
     took: list[float] = field(default_factory=list)  # seconds of each call that got its image
-    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds since the beginning, resident MiB
+    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds since the start, resident MiB
     open: int = 0
     most_open: int = 0
 
@@ -48,7 +48,7 @@ async def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the server's memory into this file")
     options = parser.parse_args()
 
-    # Room for those who have left, too, until the server hears of it.
+    # With room for cancelled calls until the server notices.
     with serving.served("--max-queue", str(2 * options.streams)) as (target, service):
         record = await endure(target, psutil.Process(service.process.pid), options.streams, options.seconds)
         print(service.log(), end="")
@@ -58,7 +58,7 @@ async def main() -> None:
 
 
 async def endure(target: str, server: psutil.Process, streams: int, seconds: float) -> Record:
-    """Keep so many streams open for so long, then let them end."""
+    """Keep so many streams open for so many seconds, then let them end."""
     record = Record()
     watching = asyncio.create_task(_watch(server, record))
     channels = [
@@ -90,23 +90,23 @@ async def _caller(channel: grpc.aio.Channel, number: int, record: Record, second
 
 
 async def _call(channel: grpc.aio.Channel, choose: random.Random, record: Record) -> str:
-    """How one call ended."""
+    """Make one call and return how it ended."""
     request = pb.GenerateRequest(
         data=pb.TaskData(prompt="cat napping"),
         parameter=pb.TaskParameter(seed=choose.getrandbits(31)),
         sampling=pb.Sampling(steps=2, guidance_scale=1, width=64, height=64),
         output=pb.Output(raw=True),
     )
-    leaves = choose.random() < _LEAVES
+    cancels = choose.random() < _CANCELLED_SHARE
     began = time.monotonic()
     stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request)
     images, done = 0, False
     try:
-        async with asyncio.timeout(_HUNG_SECONDS):  # not a deadline, by which the server would refuse
+        async with asyncio.timeout(_HUNG_SECONDS):  # not a deadline: the server would refuse one that it cannot meet
             async for event in stream:  # type: ignore[attr-defined]
-                if leaves and event.HasField("queued"):
+                if cancels and event.HasField("queued"):
                     stream.cancel()
-                    return "left"
+                    return "cancelled"
                 images += event.HasField("choice")
                 done = event.HasField("done")
     except TimeoutError:
@@ -121,15 +121,15 @@ async def _call(channel: grpc.aio.Channel, choose: random.Random, record: Record
 
 def report(record: Record, seconds: float) -> str:
     times, memory = np.array(record.memory).T
-    settled = (times >= _SETTLED * seconds) & (times <= seconds)
+    settled = (times >= _SETTLED_SHARE * seconds) & (times <= seconds)
     slope = np.polyfit(times[settled] / 60, memory[settled], 1)[0]
     took = ", ".join(f"p{share} {np.percentile(record.took, share):.1f} s" for share in (50, 95, 99))
     return "\n".join((
         f"{record.most_open} streams open at once, {sum(record.ends.values())} calls in {times[-1]:.0f} s: "
         + ", ".join(f"{count} {end}" for end, count in record.ends.most_common()),
-        f"calls that got their image took {took}, at most {max(record.took):.1f} s",
-        f"memory of the server: {memory[0]:.0f} MiB at first, {memory[settled][0]:.0f} after "
-        f"{_SETTLED * seconds:.0f} s, {memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; "
+        f"calls with an image took {took}, at most {max(record.took):.1f} s",
+        f"memory of the server: {memory[0]:.0f} MiB at the start, {memory[settled][0]:.0f} after "
+        f"{_SETTLED_SHARE * seconds:.0f} s, {memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; "
         f"{slope:+.2f} MiB a minute in between",
     ))  # fmt: skip
 

@@ -1,13 +1,12 @@
-"""What it gains that prompts are encoded and images decoded beside the steps of other jobs.
+"""Measure the gain from encoding prompts and decoding images during the steps of other jobs.
 
-Some jobs are submitted to the engine at once, each with images and a prompt of its own, and made with and without that
-overlap: both ways in turn, A B B A ..., so that a device whose speed drifts slows both. Told are the seconds until the
-last image, the shares of them in which no call of the model was under way, and no step, how many images shared a step,
-and the gaps from one step's end to the next one's beginning. On the way it proves that every image has the same bytes
-both ways.
+Jobs with their own prompts are submitted to the engine at once, with and without overlap, in the order A B B A ..., so
+that a drift of the device's speed affects both. The report has the seconds until the last image, the shares of that
+time without a call of the model and without a step, the images per step, and the gaps between steps. The benchmark
+fails unless every image has the same bytes with and without overlap.
 
-Run: python -m bench.overlap. The model is the embedded ensemble, or what --base and --refiner say. On the CPU, where
-the service does not do so, the ratio shows why.
+Run: python -m bench.overlap. The model is the embedded ensemble, or the one of --base and --refiner. On a CPU, where
+the service does not overlap calls, the ratio shows why.
 """
 
 import argparse
@@ -39,15 +38,15 @@ Result = TypeVar("Result")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=8, help="jobs submitted at once (default: 8)")
-    parser.add_argument("--images", type=int, default=2, help="images of each (default: 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that count, after one that does not (default: 3)")
+    parser.add_argument("--images", type=int, default=2, help="images per job (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after one warm-up round (default: 3)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--side", type=int, help="width and height in pixels (default: what the model was trained on)")
+    parser.add_argument("--side", type=int, help="width and height in pixels (default: the model's native size)")
     parser.add_argument("--max-batch", type=int, default=1, help="images that share a network call (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 or fp8 (default: auto)")
     parser.add_argument("--compile", default="off", help="off or blocks (default: off)")
-    parser.add_argument("--compile-cache", type=Path, help="folder for what is compiled")
+    parser.add_argument("--compile-cache", type=Path, help="folder for compiled code")
     parser.add_argument("--base", type=Path, help="folder of the base (default: embedded)")
     parser.add_argument("--refiner", type=Path, help="folder of the refiner (default: embedded, or none with --base)")
     options = parser.parse_args()
@@ -78,46 +77,46 @@ def main() -> None:
     expected: list[NDArray[np.uint8]] | None = None
     for round_number in range(-1, options.rounds):
         for overlaps in (False, True) if round_number % 2 else (True, False):
-            made = run(ensemble, requests, overlaps)
-            expected = made.images if expected is None else expected
-            assert len(made.images) == len(expected) == options.jobs * options.images
-            assert all(map(np.array_equal, made.images, expected)), "an image must have the same bytes both ways"
+            result = run(ensemble, requests, overlaps)
+            expected = result.images if expected is None else expected
+            assert len(result.images) == len(expected) == options.jobs * options.images
+            assert all(map(np.array_equal, result.images, expected)), "overlap must not change an image's bytes"
             if round_number >= 0:
-                runs[overlaps].append(made)
+                runs[overlaps].append(result)
 
     print(
         f"{info.name} on {info.device} in {info.precision}, compiled: {info.environment.compiled}, "
         f"{one.width} x {one.height}, {one.steps} steps, {options.jobs} jobs of {options.images} images, "
         f"{options.max_batch} to a call, median of {options.rounds} rounds; all {options.jobs * options.images} images "
-        "equal both ways"
+        "equal with and without overlap"
     )
     print(
-        f"{'':12}{'seconds':>10}{'images/s':>10}{'no call':>10}{'no step':>10}{'shared by':>10}"
+        f"{'':12}{'seconds':>10}{'images/s':>10}{'no call':>10}{'no step':>10}{'per step':>10}"
         f"{'encode':>12}{'decode':>12}{'median gap':>12}{'longest gap':>12}"
     )
-    for overlaps, of_this_way in runs.items():
-        figures = [statistics.median(getattr(each, name) for each in of_this_way) for name in Run.FIGURES]
+    for overlaps, results in runs.items():
+        figures = [statistics.median(getattr(each, name) for each in results) for name in Run.FIGURES]
         seconds, no_call, no_step, shared, *times = figures
         print(
-            f"{'overlapping' if overlaps else 'one by one':12}{seconds:10.3f}"
+            f"{'overlapping' if overlaps else 'sequential':12}{seconds:10.3f}"
             f"{options.jobs * options.images / seconds:10.3f}{no_call:10.1%}{no_step:10.1%}{shared:10.2f}"
             + "".join(f"{1e3 * each:9.2f} ms" for each in times)
         )
     ratios = [a.seconds / b.seconds for a, b in zip(runs[False], runs[True], strict=True)]
     by_round = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    print(f"overlap makes it {statistics.median(ratios):.3f} x as fast (by round: {by_round})")
+    print(f"overlap is {statistics.median(ratios):.3f} x as fast (by round: {by_round})")
 
 
 @dataclass
 class Run:
-    """One way through all requests: the images in order, when each call began and ended, images by step."""
+    """One run of all requests: the images in order, the begin and end of each call, and the images per step."""
 
-    FIGURES = ("seconds", "no_call", "no_step", "shared_by", "encode", "decode", "median_gap", "longest_gap")
+    FIGURES = ("seconds", "no_call", "no_step", "images_per_step", "encode", "decode", "median_gap", "longest_gap")
 
     images: list[NDArray[np.uint8]]
     seconds: float
     calls: dict[str, list[tuple[float, float]]]
-    shared_by: float
+    images_per_step: float
 
     @property
     def no_call(self) -> float:
@@ -144,12 +143,12 @@ class Run:
         return max(self._gaps())
 
     def _gaps(self) -> list[float]:
-        """Seconds from the end of each step to the beginning of the next."""
+        """Return the seconds from the end of each step to the beginning of the next."""
         return [begin - end for (_, end), (begin, _) in pairwise(self.calls["step"])]
 
 
 def _covered(calls: list[tuple[float, float]]) -> float:
-    """Seconds in which at least one of the calls was under way."""
+    """Return the seconds in which at least one of the calls was in flight."""
     covered, until = 0.0, 0.0
     for begin, end in sorted(calls):
         covered += max(0.0, end - max(begin, until))
@@ -188,11 +187,11 @@ def run(ensemble: model.Ensemble, requests: Sequence[ImageRequest], overlaps: bo
 
 @dataclass
 class Timed:
-    """The ensemble, with the times at which its calls began and ended, told whether it overlaps them."""
+    """The ensemble with a record of when its calls began and ended; `overlaps` decides whether they overlap."""
 
     ensemble: model.Ensemble
     overlaps: bool
-    images: int = 0  # that steps were made for
+    images: int = 0  # summed over all steps
     calls: dict[str, list[tuple[float, float]]] = field(
         default_factory=lambda: {"encode": [], "step": [], "decode": []}
     )

@@ -1,9 +1,8 @@
-"""The scheduling core against first come, first served and round robin: a simulation of a million jobs.
+"""Compare the scheduler with first come, first served and round robin: a simulation of a million jobs.
 
-The class that the server runs is driven on simulated time: it is told of arrivals and of calls that were made, learns
-what they cost, and says whose call is next. Every policy gets the same jobs. Run: python -m bench.scheduling
-
-The device is an H200 with full-size SDXL, as far as calls go: only ratios between costs matter to the result.
+The simulation drives the server's own scheduling class on simulated time. The class learns the costs of calls as it
+does in the server. Every policy gets the same jobs. The costs are those of full-size SDXL on an H200; only their ratios
+affect the result. Run: python -m bench.scheduling
 """
 
 import argparse
@@ -28,11 +27,11 @@ from server.engine.task import ImageTask
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
-# Seconds of one call at 1024 x 1024 on an H200, with guidance; a shape's share of it goes by pixels.
+# Seconds of one call at 1024 x 1024 on an H200, with guidance. Other sizes scale with their pixels.
 SECONDS = {Stage.ENCODE: 0.012, Stage.BASE: 0.030, Stage.REFINER: 0.033, Stage.DECODE: 0.035}
 BATCH = 8
 SIDES = (512, 768, 1024)
-SHARE = 0.2  # of jobs have a deadline
+DEADLINE_SHARE = 0.2  # of jobs
 UNBOUNDED = QueueLimits(jobs=sys.maxsize)
 
 Floats = NDArray[np.float64]
@@ -40,7 +39,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Trace:
-    """Jobs in the order of arrival. A job's calls each cost `pace` times what is usual for their kind."""
+    """Jobs in the order of arrival. Each call of a job costs `pace` times the usual cost of its kind."""
 
     arrivals: list[float] = field(default_factory=list)
     callers: list[str] = field(default_factory=list)
@@ -58,7 +57,7 @@ def usual(kind: CallKind) -> float:
 
 
 def make_trace(jobs: int, load: float, bursty: bool, seed: int, callers: int = 20) -> Trace:
-    """Poisson arrivals, one by one or in bursts of 1 to 8 at a time; the k-th caller sends in proportion to 1 / k."""
+    """Make Poisson arrivals of single jobs or of bursts of 1 to 8; the k-th caller's share is proportional to 1 / k."""
     rng = random.Random(seed)
     trace = Trace()
     names, weights = [f"caller {k}" for k in range(1, callers + 1)], [1 / k for k in range(1, callers + 1)]
@@ -77,32 +76,32 @@ def make_trace(jobs: int, load: float, bursty: bool, seed: int, callers: int = 2
         now += rng.expovariate(rate / (4.5 if bursty else 1))
         trace.arrivals += [now] * min(burst, jobs - len(trace.arrivals))
     for arrival, size in zip(trace.arrivals, trace.sizes, strict=True):
-        trace.deadlines.append(arrival + 1 + size * rng.uniform(2, 10) if rng.random() < SHARE else math.inf)
+        trace.deadlines.append(arrival + 1 + size * rng.uniform(2, 10) if rng.random() < DEADLINE_SHARE else math.inf)
     return trace
 
 
 @dataclass
-class Served:
-    """When each job ended, NaN for those refused, and how far forecasts were off, as a share of the time it took."""
+class Outcome:
+    """The end of each job, NaN if it was refused, and the errors of forecasts, relative to the time that was left."""
 
     finishes: Floats
     first_errors: Floats
     later_errors: Floats
 
 
-def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) -> Served:
-    """Run the core. Calls that certainly follow each other are made in one go, which makes no difference but in speed.
+def run_schedule(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) -> Outcome:
+    """Run the scheduler. Consecutive calls of one job are made in one go where the choice cannot change between them.
 
-    Every so many arrivals all forecasts are noted: those of the jobs that have just come, and those of the others.
+    At one in `sample` arrivals the forecasts of all jobs are recorded, of the new job and of the others apart.
     """
     rng = random.Random(0)
     times = CallTimes()
     schedule = Schedule(UNBOUNDED, times, order)
     numbers: dict[ImageTask, int] = {}
     finishes = np.full(len(trace.arrivals), math.nan)
-    told: dict[bool, list[tuple[int, float, float]]] = {True: [], False: []}
-    coming = iter(enumerate(trace.arrivals))
-    number, arrival = next(coming)
+    forecasts_of: dict[bool, list[tuple[int, float, float]]] = {True: [], False: []}
+    arriving = iter(enumerate(trace.arrivals))
+    number, arrival = next(arriving)
     now = 0.0
     while True:
         while arrival <= now:
@@ -112,8 +111,8 @@ def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) ->
                 numbers[task] = number
                 if rng.random() < 1 / sample:
                     for forecast in schedule.forecasts(arrival):
-                        told[forecast.task is task].append((numbers[forecast.task], arrival, forecast.eta))
-            number, arrival = next(coming, (0, math.inf))
+                        forecasts_of[forecast.task is task].append((numbers[forecast.task], arrival, forecast.eta))
+            number, arrival = next(arriving, (0, math.inf))
         batch = schedule.choose(now)
         if not batch:
             if arrival == math.inf:
@@ -130,31 +129,31 @@ def serve(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) ->
         if not task.calls:
             schedule.remove(task, now)
             finishes[numbers.pop(task)] = now
-    return Served(finishes, *(_errors(told[new], finishes) for new in (True, False)))
+    return Outcome(finishes, *(_errors(forecasts_of[new], finishes) for new in (True, False)))
 
 
-def _errors(told: list[tuple[int, float, float]], finishes: Floats) -> Floats:
-    numbers, moments, etas = (np.array(each) for each in zip(*told, strict=True))
+def _errors(forecasts_of: list[tuple[int, float, float]], finishes: Floats) -> Floats:
+    numbers, moments, etas = (np.array(each) for each in zip(*forecasts_of, strict=True))
     truths = finishes[numbers.astype(int)] - moments
     errors: Floats = np.abs(etas - truths) / truths
     return errors
 
 
-def round_robin(trace: Trace) -> Served:
-    """One call of each job in turn."""
+def round_robin(trace: Trace) -> Outcome:
+    """Run one call of each job in turn."""
     finishes = np.empty(len(trace.arrivals))
     ring: deque[tuple[int, int, float]] = deque()
-    coming = iter(enumerate(trace.arrivals))
-    number, arrival = next(coming)
+    arriving = iter(enumerate(trace.arrivals))
+    number, arrival = next(arriving)
     now = 0.0
     while True:
         while arrival <= now:
             calls = sum(count for _, count in trace.calls[number])
             ring.append((number, calls, trace.sizes[number] / calls))
-            number, arrival = next(coming, (0, math.inf))
+            number, arrival = next(arriving, (0, math.inf))
         if not ring:
             if arrival == math.inf:
-                return Served(finishes, np.empty(0), np.empty(0))
+                return Outcome(finishes, np.empty(0), np.empty(0))
             now = arrival
             continue
         job, calls, cost = ring.popleft()
@@ -165,10 +164,10 @@ def round_robin(trace: Trace) -> Served:
             finishes[job] = now
 
 
-def summary(trace: Trace, served: Served) -> dict[str, float]:
-    """Latencies in seconds; slowdown is latency over the job's own device time; a refused job missed its deadline."""
+def summary(trace: Trace, outcome: Outcome) -> dict[str, float]:
+    """Summarize latencies in seconds. Slowdown is latency over device time; a refused job misses its deadline."""
     arrivals, sizes, deadlines = (np.array(each) for each in (trace.arrivals, trace.sizes, trace.deadlines))
-    latency = served.finishes - arrivals
+    latency = outcome.finishes - arrivals
     slowdown = latency / sizes
     longest = sizes >= np.quantile(sizes, 0.99)
     bound = deadlines < math.inf
@@ -177,19 +176,19 @@ def summary(trace: Trace, served: Served) -> dict[str, float]:
         **{f"latency p{p}": float(np.nanpercentile(latency, p)) for p in (50, 95, 99)},
         "slowdown": float(np.nanmean(slowdown)),
         **{f"slowdown p{p}": float(np.nanpercentile(slowdown, p)) for p in (50, 95, 99)},
-        "missed": float(np.mean(~(served.finishes[bound] <= deadlines[bound]))),
+        "missed": float(np.mean(~(outcome.finishes[bound] <= deadlines[bound]))),
         "longest wait": float(np.nanmax(latency)),
         "longest jobs": float(np.nanpercentile(latency[longest], 99)),
-        "first error": float(np.median(served.first_errors)) if len(served.first_errors) else math.nan,
-        "later error": float(np.median(served.later_errors)) if len(served.later_errors) else math.nan,
+        "first error": float(np.median(outcome.first_errors)) if len(outcome.first_errors) else math.nan,
+        "later error": float(np.median(outcome.later_errors)) if len(outcome.later_errors) else math.nan,
     }
 
 
-POLICIES: dict[str, Callable[[Trace], Served]] = {
-    "first come": lambda trace: serve(trace, Order.FIRST_COME),
+POLICIES: dict[str, Callable[[Trace], Outcome]] = {
+    "first come": lambda trace: run_schedule(trace, Order.FIRST_COME),
     "round robin": round_robin,
-    "shortest": lambda trace: serve(trace, Order.SHORTEST),
-    "shortest, refusing": lambda trace: serve(trace, Order.SHORTEST, refuse=True),
+    "shortest": lambda trace: run_schedule(trace, Order.SHORTEST),
+    "shortest, refusing": lambda trace: run_schedule(trace, Order.SHORTEST, refuse=True),
 }
 
 
@@ -212,8 +211,8 @@ def simulate(jobs: int, bursty: bool, seed: int, callers: int) -> dict[float, di
     return results
 
 
-def compared(rows: dict[str, dict[str, float]]) -> str:
-    """The order that is served against first come, first served."""
+def comparison(rows: dict[str, dict[str, float]]) -> str:
+    """Describe the scheduler's result against first come, first served."""
     ours, theirs = rows["shortest"], rows["first come"]
     return (
         f"mean slowdown {theirs['slowdown'] / ours['slowdown']:.2f} x lower, deadlines missed "
@@ -222,8 +221,8 @@ def compared(rows: dict[str, dict[str, float]]) -> str:
     )
 
 
-def costs(waiting: int) -> None:
-    """Print what each operation costs with so many jobs waiting, half of them with deadlines."""
+def print_costs(waiting: int) -> None:
+    """Print the cost of each operation with so many jobs waiting, half of them with deadlines."""
     trace = make_trace(2 * waiting, 1.0, False, seed=0)
     trace.deadlines = [math.inf if number % 2 else 10 * sum(trace.sizes) + number for number in range(2 * waiting)]
     times = CallTimes()
@@ -237,7 +236,7 @@ def costs(waiting: int) -> None:
         took.setdefault(name, []).append(1e6 * (time.perf_counter() - began))
         return result
 
-    for pressing in ("", ", a deadline presses"):
+    for urgency in ("", ", with an urgent deadline"):
         tracemalloc.start()
         schedule = Schedule(UNBOUNDED, times)
         tasks = [trace.task(number) for number in range(waiting)]
@@ -245,20 +244,20 @@ def costs(waiting: int) -> None:
             schedule.add(task, 0.0)
         held = tracemalloc.get_traced_memory()[0] / waiting
         tracemalloc.stop()
-        if pressing:
+        if urgency:
             tight = ImageTask("", [(trace.calls[0][1][0], 10**6)])
             schedule.add(tight, 0.0)
             schedule.remove(tight, 0.0)
             tight.deadline = 1.02 * tight.remaining
             schedule.add(tight, 0.0)
         for number, task in enumerate(tasks):
-            coming = trace.task(waiting + number)
-            timed("refusal", schedule.refusal, coming, 0.0)
-            timed("add", schedule.add, coming, 0.0)
-            batch = timed("choose" + pressing, schedule.choose, 0.0)
-            timed(f"choose up to {BATCH}" + pressing, schedule.choose, 0.0, BATCH)
-            timed("forecast of the job that runs", schedule.forecast, batch[0], 0.0)
-            timed("record_call" + pressing, schedule.record_call, batch, usual(batch[0].kind))
+            arriving = trace.task(waiting + number)
+            timed("refusal", schedule.refusal, arriving, 0.0)
+            timed("add", schedule.add, arriving, 0.0)
+            batch = timed("choose" + urgency, schedule.choose, 0.0)
+            timed(f"choose up to {BATCH}" + urgency, schedule.choose, 0.0, BATCH)
+            timed("forecast of the running job", schedule.forecast, batch[0], 0.0)
+            timed("record_call" + urgency, schedule.record_call, batch, usual(batch[0].kind))
             timed("remove", schedule.remove, task, 0.0)
     timed("forecasts of all", lambda: list(schedule.forecasts(0.0)))
     print(f"With {waiting} jobs waiting, half of them with deadlines; {held:.0f} bytes a job.\n")
@@ -299,23 +298,23 @@ def main() -> None:
     parser.add_argument(
         "--callers", type=int, default=20, help="the k-th sends 1 / k as many as the first (default: 20)"
     )
-    parser.add_argument("--again", type=int, default=2, help="other seeds for Poisson at load 0.9 (default: 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="more seeds for Poisson at load 0.9 (default: 2)")
     parser.add_argument("--waiting", type=int, default=10_000, help="jobs waiting when operations are timed")
     parser.add_argument("--plot", type=Path, help="write a figure of the Poisson results into this file")
     options = parser.parse_args()
 
     began = time.perf_counter()
-    costs(options.waiting)
+    print_costs(options.waiting)
     for bursty in (False, True):
         print(f"\n{'Bursts of 1 to 8 jobs' if bursty else 'Poisson'}, {options.jobs} jobs at each load:\n")
         results = simulate(options.jobs, bursty, options.seed, options.callers)
-        print(f"\nAt load 0.9: {compared(results[0.9])}.", flush=True)
+        print(f"\nAt load 0.9: {comparison(results[0.9])}.", flush=True)
         if options.plot and not bursty:
             plot(results, options.plot)
-    for seed in range(options.seed + 1, options.seed + 1 + options.again):
+    for seed in range(options.seed + 1, options.seed + 1 + options.repeats):
         trace = make_trace(options.jobs, 0.9, False, seed, options.callers)
         rows = {name: summary(trace, POLICIES[name](trace)) for name in ("first come", "shortest")}
-        print(f"\nPoisson at load 0.9, seed {seed}: {compared(rows)}.", flush=True)
+        print(f"\nPoisson at load 0.9, seed {seed}: {comparison(rows)}.", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s in all.")
 
 

@@ -1,6 +1,6 @@
 """The engine: runs the schedule's calls on the device, ends jobs, and reports events.
 
-One thread, the device thread, makes the calls of the model. A job is a script of such calls. Between any two calls the
+One thread, the device thread, makes the calls of the model. A job is a script of calls. Between any two calls the
 thread asks the schedule whose call is next. A job that is cancelled, expired or abandoned therefore wastes at most the
 call in flight, and a short job need not wait for a long one. On a GPU the next call of the same jobs may already have
 been launched, so that the device is never idle between steps.

@@ -1,6 +1,6 @@
-"""What an engine tells of its jobs, and the ways in which they can end without their images.
+"""The events of a job, the errors that it can end with, and the observations of the engine.
 
-Events are for whoever waits for a job, observations for whoever watches the service.
+Events are for the caller of a job. Observations are for the operator of the service: metrics and traces.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ class EngineError(Exception):
 
 
 class Draining(EngineError):
-    """The server is on its way out."""
+    """The server is shutting down."""
 
 
 class DeviceLost(EngineError):
-    """The device does not answer any more, and this job has a part in the call that does not come back."""
+    """The device no longer answers, and this job is part of the call that does not return."""
 
 
 class DeviceUnavailable(EngineError):
-    """The device does not answer any more, and the job has no part in that: it is refused, or waits between calls."""
+    """The device no longer answers, and the job is not part of the cause: it is refused, or waits between calls."""
 
 
 class ResourceExhausted(EngineError):
-    """No room for the job, or no time; `retry_after` seconds from now there should be, infinite for never."""
+    """The queue has no room or no time for the job. `retry_after` seconds later it should; infinity means never."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -37,24 +37,27 @@ class ResourceExhausted(EngineError):
 
 
 class DeadlineExceeded(EngineError):
-    """The deadline passed before the job was finished, or is too early for it even were it alone."""
+    """The deadline passed before the job had finished, or is too early even for an idle device."""
 
 
 class Cancelled(EngineError):
-    """Nobody waits for the job any more."""
+    """The caller cancelled the job or has gone away."""
 
 
 class ModelFailed(EngineError):
-    """The model raised on this job. The cause is in the log, and only there."""
+    """The model raised an error on this job. Only the log has the cause."""
 
 
 class DeviceFull(EngineError):
-    """The device's memory has no room for images as large as this job's."""
+    """Images of this job's size do not fit in the device's memory."""
 
 
 @dataclass(frozen=True)
 class Queued:
-    """Admitted: `position` jobs go first, `eta` seconds until the last image. Told anew when it has changed."""
+    """The job is admitted: `position` jobs go first, and its last image is ready in `eta` seconds.
+
+    Repeated when either has changed notably.
+    """
 
     position: int
     eta: float
@@ -73,7 +76,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """What image `index` is about to become, a small RGB picture, after `step` of `steps` calls of both experts."""
+    """A small RGB picture of what image `index` will become, after `step` of `steps` calls of both experts."""
 
     index: int
     step: int
@@ -83,7 +86,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class ImageReady:
-    """Image `index` is finished: RGB pixels of shape (height, width, 3)."""
+    """Image `index` is finished: RGB `pixels` of shape (height, width, 3)."""
 
     index: int
     seed: int
@@ -94,9 +97,10 @@ class ImageReady:
 
 @dataclass(frozen=True)
 class Finished:
-    """All images are out. `waited` seconds from admission to the first call, `ran` seconds from there to the last.
+    """All images are finished.
 
-    `environment` is what made them.
+    `waited` is the time from admission to the first call and `ran` the time from there to the end, in seconds.
+    `environment` made the images.
     """
 
     warnings: tuple[Warning, ...]
@@ -117,9 +121,10 @@ Event = Queued | Progress | Preview | ImageReady | Finished | Failed
 
 @dataclass
 class StageSpan:
-    """Calls of one stage for one image, or for several from image `index` on that share them, from first to last.
+    """The calls of one stage for image `index`, or for several images from there on that share them.
 
-    Times are on the engine's clock. `device` is what of them is this job's: calls of other jobs may come between.
+    Times are on the engine's clock, from the first call to the last; calls of other jobs may run in between. `device`
+    is this job's share of the device time, in seconds.
     """
 
     stage: Stage
@@ -132,14 +137,14 @@ class StageSpan:
 
 @dataclass(frozen=True)
 class JobStarted:
-    """A job's first call is about to be made, `waited` seconds after its admission."""
+    """A job's first call is about to begin, `waited` seconds after its admission."""
 
     waited: float
 
 
 @dataclass(frozen=True)
 class ModelCall:
-    """A call of the model for so many images has ended, whether it failed or not."""
+    """A call of the model for so many images has ended, whether or not it failed."""
 
     stage: Stage
     images: int
@@ -148,7 +153,7 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class PreviewDropped:
-    """A preview came too late to be drawn or told."""
+    """A preview came too late to be drawn or delivered."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,9 @@ class JobEnded:
 
 @dataclass(frozen=True)
 class ImageEncoded:
-    """A finished image was judged, where that is asked for, and coded to a file of `size` bytes.
+    """A finished image has passed the content filter, if there is one, and is encoded to a file of `size` bytes.
 
-    That was from `began` to `ended` on the monotonic clock. `filtered` tells that the file shows something else.
+    `began` and `ended` are on the monotonic clock. `filtered` means that the filter replaced the image.
     """
 
     pixels: int
@@ -182,7 +187,7 @@ class ImageEncoded:
 
 @dataclass(frozen=True)
 class DeviceTimeAttributed:
-    """What a job's `device` seconds were good for is known: whether somebody got all of its images."""
+    """The use of a job's `device` seconds is known: `delivered` means that a caller got all of its images."""
 
     device: float
     delivered: bool
@@ -191,9 +196,9 @@ class DeviceTimeAttributed:
 Observation = JobStarted | ModelCall | PreviewDropped | JobEnded | ImageEncoded | DeviceTimeAttributed
 
 Observe = Callable[[Observation], None]
-"""Called from any thread, an engine's lock held, so it must neither block nor raise. What is told of one job is told
-in the context (contextvars) of the call that began it."""
+"""Takes observations. It is called from any thread with the engine's lock held, so it must neither block nor raise.
+Observations of a job arrive in the context (contextvars) of its submission."""
 
 
 def no_observer(observation: Observation) -> None:
-    """Nobody watches."""
+    """Ignore the observation."""

@@ -216,7 +216,7 @@ class Schedule:
         longer call makes no deadline late. A call that more tasks share goes first: a task that has finished its part
         of one expert waits for others to reach the next expert. A task is postponed for at most `max_batch` - 1 calls
         for each of its own, as many as its own would have empty places, and never past a deadline. With `join`, a task
-        that reaches the batch's kind after one call of another kind, such as a prompt's encoding, gets that call first,
+        that reaches the batch's kind after one call of another kind (the encoding of its prompt) gets that call first,
         even if it was admitted last: the call is needed anyway, and an empty place in all calls until then costs more.
         """
         first = self._next_task(now)
@@ -263,8 +263,8 @@ class Schedule:
     def record_call(self, tasks: Sequence[ImageTask], seconds: float, calls: int = 1) -> None:
         """Record the next call of these tasks, made in one call together that took `seconds` of the device.
 
-        `calls` is the number of such calls in a row, if more than one of the same kind was made; `seconds` is their
-        sum. Tasks that have been removed since are ignored.
+        `calls` counts them if more than one of the same kind was made in a row; `seconds` is their sum. Tasks that have
+        been removed since are ignored.
         """
         self._times.record(tasks[0].kind, seconds / calls, len(tasks))
         for task in tasks:

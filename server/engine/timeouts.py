@@ -9,7 +9,7 @@ from server.engine.job import Job
 
 
 class Timeouts:
-    """A heap of jobs by deadline. Jobs that end earlier stay in it until most of it is such jobs."""
+    """A heap of jobs by deadline. Jobs that end earlier stay in it until they are the majority."""
 
     def __init__(self, is_active: Callable[[Job], bool]) -> None:
         self._is_active = is_active

@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-cpu bench-endurance \
-	bench-ready bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock docs docs-serve \
+	bench-ready bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock docs docs-serve plots \
 	image instill-model weights evaluate clean
 
 help: ## list these targets
@@ -26,7 +26,7 @@ bench-overhead: $(VENV)/.runtime ## what the service costs beyond the bare loop 
 	$(BIN)/python -m bench.overhead $(ARGS)
 
 bench-scheduling: $(VENV)/.dev ## simulate a million jobs against other orders; ARGS="--jobs 5000" is quick
-	$(BIN)/python -m bench.scheduling --plot docs/scheduling.png $(ARGS)
+	$(BIN)/python -m bench.scheduling --plot docs/scheduling.png --json docs/scheduling.json $(ARGS)
 
 bench-trace: $(VENV)/.runtime ## two hundred callers through gRPC, against first come, first served
 	$(BIN)/python -m bench.trace $(ARGS)
@@ -166,6 +166,10 @@ weights: $(VENV)/.training ## train the embedded ensemble anew: see training/REA
 
 docs: .venv-docs/.done ## build docs/ as a site in out/docs; a broken link or anchor fails
 	.venv-docs/bin/sphinx-build --conf-dir docs --fail-on-warning --keep-going --quiet . out/docs
+
+plots: $(VENV)/.dev ## draw the figures of docs/ whose data is in the repository, without measuring again
+	$(BIN)/python -m bench.loadgen --of docs/loadgen.json --plot docs/loadgen.png
+	$(BIN)/python -m bench.scheduling --of docs/scheduling.json --plot docs/scheduling.png
 
 docs-serve: docs ## show the site on http://127.0.0.1:8000
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory out/docs 8000

@@ -136,16 +136,14 @@ def report(record: Record, seconds: float) -> str:
 
 def plot(record: Record, path: Path) -> None:
     """Draw the server's memory over time."""
-    from matplotlib.figure import Figure  # an extra of development, not needed for the report
+    from bench import plotting  # which needs matplotlib, an extra of development
 
     times, memory = np.array(record.memory).T
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(times, memory, color="tab:blue")
-    axes.set(xlabel="seconds", ylabel="resident memory, MiB", ylim=(0, 1.15 * memory.max()))
-    axes.set_title(f"the server under {record.most_open} open streams", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure, (axes,) = plotting.panels(1, width=7, height=2.8)
+    axes.plot(times, memory, color=plotting.BLUE)
+    axes.set_ylim(0, 1.15 * memory.max())
+    plotting.style(axes, f"The server with {record.most_open} open streams", "seconds", "resident memory, MiB")
+    plotting.save(figure, path)
 
 
 if __name__ == "__main__":

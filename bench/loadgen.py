@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -57,12 +58,6 @@ PROMPTS = [
 ]
 SEEDS = {"qsl_rng_seed": 1, "sample_index_rng_seed": 2, "schedule_rng_seed": 3}
 PERCENTILES = ("50.00", "90.00", "95.00", "97.00", "99.00")
-COLOURS = {
-    "service": "#0072b2",
-    "service-fp8": "#009e73",
-    "stock": "#d55e00",
-    "stock-compiled": "#e69f00",
-}  # Okabe and Ito's
 _SHORTEST = 0.01  # seconds of a sample: by this LoadGen decides how many to get ready
 
 
@@ -271,36 +266,44 @@ def row(result: Result) -> str:
     return f"| {' | '.join([*cells, result.invalid or 'yes', outcomes])} |"
 
 
-def plot(told: dict[str, Any], path: Path) -> None:
-    """Draw a panel for each scenario: images a second where all come at once, and else latencies by percentile."""
-    from matplotlib.figure import Figure  # an extra of development, not needed for the table
+def plot(recorded: dict[str, Any], path: Path) -> None:
+    """Draw a panel for each scenario: images per second of Offline, else latencies by percentile."""
+    from bench import plotting  # which needs matplotlib, an extra of development
 
-    results = [Result(**each) for each in told["results"]]
-    scenarios = [each for each in SCENARIOS if any(result.scenario == each for result in results)]
-    figure = Figure(figsize=(3.4 * len(scenarios), 3.4), layout="constrained")
-    for axes, scenario in zip(figure.subplots(1, len(scenarios), squeeze=False)[0], scenarios, strict=True):
-        for result in (each for each in results if each.scenario == scenario):
-            color = COLOURS[result.way]
+    looks = {
+        "service-fp8": ("service, fp8", plotting.GREEN),
+        "service": ("service", plotting.BLUE),
+        "stock-compiled": ("diffusers, compiled", plotting.ORANGE),
+        "stock": ("diffusers", plotting.VERMILION),
+    }
+    results = {(each["way"], each["scenario"]): Result(**each) for each in recorded["results"]}
+    scenarios = [each for each in SCENARIOS if any(scenario == each for _, scenario in results)]
+    titles = {"SingleStream": "one after the other", "Offline": "all at once", "Server": "at random times"}
+    places = [-math.log10(1 - float(each) / 100) for each in PERCENTILES]  # each factor of ten in rarity has one width
+    figure, panels = plotting.panels(len(scenarios))
+    for axes, scenario in zip(panels, scenarios, strict=True):
+        title = f"{scenario}: {titles[scenario]}"
+        for way, (label, color) in looks.items():
+            if (result := results.get((way, scenario))) is None:
+                continue
             if scenario == "Offline":
-                axes.bar_label(axes.bar(result.way, result.samples_per_second, color=color), fmt="%.2f", fontsize=8)
+                bars = axes.bar(label.replace(", ", ",\n"), result.samples_per_second, color=color)
+                axes.bar_label(bars, fmt="%.2f", fontsize=9)
             else:
-                percentiles, latencies = [f"{float(each):g}" for each in PERCENTILES], list(result.latencies.values())
-                axes.plot(percentiles, latencies, color=color, marker="o", markersize=4, label=result.way)
+                latencies = list(result.latencies.values())
+                axes.plot(places, latencies, color=color, marker="o", markersize=4, label=label)
         if scenario == "Offline":
-            axes.set_ylabel("images/s", fontsize=9)
-            axes.tick_params(axis="x", labelrotation=20)
+            plotting.style(axes, title, y="images per second")
+            axes.margins(y=0.1)
         else:
-            axes.set_xlabel("percentile", fontsize=9)
-            axes.set_ylabel("latency, s", fontsize=9)
-            axes.set_ylim(bottom=0)
-            axes.legend(frameon=False, fontsize=8)
-        axes.set_title(scenario, fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="y", alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{told['device']}, {told['date']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+            plotting.style(axes, title, "percentile, scaled by rarity", "latency, s (logarithmic)")
+            axes.set_xticks(places, [f"{float(each):g}" for each in PERCENTILES])
+            plotting.logarithmic(axes)
+    curves = next((axes for axes, each in zip(panels, scenarios, strict=True) if each != "Offline"), None)
+    if curves is not None:
+        plotting.legend(figure, curves)
+    figure.suptitle(f"{recorded['device']}, {recorded['date']}, one run", fontsize=11)
+    plotting.save(figure, path)
 
 
 def main() -> None:
@@ -344,7 +347,7 @@ def main() -> None:
                     results.append(run(way, scenario, system, options, options.qps or 0.7 * before, Path(folder)))
                 print(row(results[-1]), flush=True)
     print(f"\nOn {device}, base alone, {work.steps} steps, guidance {work.guidance:g}, {options.batch} at once")
-    told = {
+    recorded = {
         "device": device,
         "date": time.strftime("%Y-%m-%d"),
         "loadgen": version("mlcommons-loadgen"),
@@ -352,9 +355,9 @@ def main() -> None:
         "results": [asdict(each) for each in results],
     }
     if options.json:
-        options.json.write_text(json.dumps(told, indent=2) + "\n")
+        options.json.write_text(json.dumps(recorded, indent=2) + "\n")
     if options.plot:
-        plot(told, options.plot)
+        plot(recorded, options.plot)
     if failed := [each for each in results if set(each.outcomes) != {"OK"}]:
         raise SystemExit(f"{len(failed)} of {len(results)} runs had calls that failed: see the column of outcomes")
 

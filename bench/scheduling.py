@@ -6,6 +6,7 @@ affect the result. Run: python -m bench.scheduling
 """
 
 import argparse
+import json
 import math
 import random
 import sys
@@ -26,8 +27,13 @@ from server.engine.scheduling import Order, QueueLimits, Schedule
 from server.engine.task import ImageTask
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
-COLOURS = {"first come": "#d55e00", "round robin": "#e69f00", "shortest": "#0072b2"}  # Okabe and Ito's
-# Seconds of one call at 1024 x 1024 on an H200, with guidance. Other sizes scale with their pixels.
+SHOWN = ("first come", "round robin", "shortest")  # in figures, in the order of the tables
+PANELS = (
+    ("slowdown", "Mean slowdown", "latency / own time"),
+    ("missed", "Missed deadlines", "% of jobs with a deadline"),
+    ("longest jobs", "Longest 1 % of jobs", "p99 of latency, s"),
+)
+# Seconds of one call at 1024 x 1024 on an H200, with guidance; a shape's share of it goes by pixels.
 SECONDS = {Stage.ENCODE: 0.012, Stage.BASE: 0.030, Stage.REFINER: 0.033, Stage.DECODE: 0.035}
 BATCH = 8
 SIDES = (512, 768, 1024)
@@ -267,28 +273,20 @@ def print_costs(waiting: int) -> None:
 
 
 def plot(results: dict[float, dict[str, dict[str, float]]], path: Path) -> None:
-    """Draw slowdown, missed deadlines and the latency of the longest jobs over load."""
-    from matplotlib.figure import Figure  # an extra of development, not needed for the table
+    """Draw slowdown, missed deadlines and the latency of the longest jobs over load, for Poisson arrivals."""
+    from bench import plotting  # which needs matplotlib, an extra of development
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 3),
-        ("slowdown", "missed", "longest jobs"),
-        ("Mean slowdown", "Deadlines missed, %", "p99 latency of the longest 1 % of jobs, s"),
-        strict=True,
-    ):
-        for (name, colour), marker in zip(COLOURS.items(), "s^o", strict=True):
+    figure, panels = plotting.panels(3)
+    for axes, (key, title, unit) in zip(panels, PANELS, strict=True):
+        colours = (plotting.VERMILION, plotting.ORANGE, plotting.BLUE)
+        for name, color, marker in zip(SHOWN, colours, "s^o", strict=True):
             values = [rows[name][key] * (100 if key == "missed" else 1) for rows in results.values()]
-            axes.plot(list(results), values, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("load")
+            axes.plot(list(results), values, color=color, marker=marker, markersize=5, linewidth=1.8, label=name)
+        plotting.style(axes, title, "load", unit)
         axes.set_xticks(list(results), [f"{load:g}" for load in results])
-        axes.tick_params(labelsize=8)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+    plotting.legend(figure, panels[0])
+    plotting.save(figure, path)
 
 
 def main() -> None:
@@ -301,7 +299,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="more seeds for Poisson at load 0.9 (default: 2)")
     parser.add_argument("--waiting", type=int, default=10_000, help="jobs waiting when operations are timed")
     parser.add_argument("--plot", type=Path, help="write a figure of the Poisson results into this file")
+    parser.add_argument("--json", type=Path, help="write what the figure shows into this file")
+    parser.add_argument("--of", type=Path, metavar="JSON", help="draw what an earlier run wrote, and run nothing")
     options = parser.parse_args()
+    if options.of:
+        if not options.plot:
+            parser.error("--of needs --plot, which names the figure's file")
+        plot({float(load): rows for load, rows in json.loads(options.of.read_text("utf-8")).items()}, options.plot)
+        return
 
     began = time.perf_counter()
     print_costs(options.waiting)
@@ -311,7 +316,13 @@ def main() -> None:
         print(f"\nAt load 0.9: {comparison(results[0.9])}.", flush=True)
         if options.plot and not bursty:
             plot(results, options.plot)
-    for seed in range(options.seed + 1, options.seed + 1 + options.repeats):
+        if options.json and not bursty:
+            keys = [key for key, _, _ in PANELS]
+            shown = {
+                load: {name: {key: rows[name][key] for key in keys} for name in SHOWN} for load, rows in results.items()
+            }
+            options.json.write_text(json.dumps(shown, indent=2) + "\n", "utf-8")
+    for seed in range(options.seed + 1, options.seed + 1 + options.again):
         trace = make_trace(options.jobs, 0.9, False, seed, options.callers)
         rows = {name: summary(trace, POLICIES[name](trace)) for name in ("first come", "shortest")}
         print(f"\nPoisson at load 0.9, seed {seed}: {comparison(rows)}.", flush=True)

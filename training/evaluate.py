@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 
+from bench import plotting
 from server import model
 from server.domain import ASPECT_RATIOS, ImageRequest, default_request, size_of
 from server.ensemble import checkpoint
@@ -279,9 +279,11 @@ def variety(it: Subject) -> Iterator[Row]:
     yield Row("variety: to the nearest training picture", "shown in a sheet", f"{copied:.3f}", None)
     if it.sheet:
         training = autoencoder.on_white(it.gallery.pictures(nearest.tolist())).unflatten(0, drawn.shape[:2])
-        beside = torch.stack([drawn, training], dim=2)[:_SHOWN, ..., ::2, ::2]  # (prompts, seeds, 2, 3, height, width)
-        sheet = beside.permute(0, 4, 1, 2, 5, 3).flatten(0, 1).flatten(1, 3)
-        Image.fromarray(sheet.contiguous().numpy()).save(it.sheet, optimize=True)
+        pairs = torch.stack([drawn, training], dim=2)[:_SHOWN].flatten(1, 2)  # (prompts, 2 x seeds, 3, height, width)
+        names = it.names(asked)[:_SHOWN]
+        rows = [(name, list(each.permute(0, 2, 3, 1).numpy())) for name, each in zip(names, pairs, strict=True)]
+        columns = [label for seed in SEEDS for label in (f"seed {seed}", "nearest")]
+        plotting.sheet(rows, columns, side=112, path=it.sheet)
 
 
 def aspect_ratios(it: Subject) -> Iterator[Row]:

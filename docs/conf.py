@@ -1,7 +1,7 @@
-"""Configure Sphinx: the Markdown of this repository as a site. Run: make docs
+"""Configure Sphinx: the Markdown of this repository as a site.
 
 Sphinx with MyST and Furo instead of mkdocs-material: it checks anchors as well as links, turns links to files of the
-repository into downloads, and no page loads anything from elsewhere.
+repository into downloads, and no page loads anything from elsewhere. Run: make docs
 """
 
 import re

@@ -68,8 +68,8 @@ def sheet(
     left = 12 + max(int(font.getlength(label)) for label, _ in rows)
     whole = Image.new("RGB", (left + len(columns) * (side + _GAP), _LABEL + len(rows) * (side + _GAP)), "white")
     pen = ImageDraw.Draw(whole)
-    for number, column in enumerate(columns):
-        pen.text((left + number * (side + _GAP) + side / 2, _LABEL / 2), column, "black", font, anchor="mm")
+    for number, heading in enumerate(columns):
+        pen.text((left + number * (side + _GAP) + side / 2, _LABEL / 2), heading, "black", font, anchor="mm")
     for number, (label, pictures) in enumerate(rows):
         top = _LABEL + number * (side + _GAP)
         pen.text((left - 8, top + side / 2), label, "black", font, anchor="rm")

@@ -317,7 +317,7 @@ class TestLettingGo:
         assert self.cancelled_calls(server, "vanished", "Cancelled") < 100
         stub.Generate(request(sampling={"steps": 1}), timeout=PATIENCE)
 
-    def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_time(self, stub):
+    def test_unmeetable_deadline_is_refused_with_the_predicted_time(self, stub):
         with pytest.raises(grpc.RpcError) as caught:
             stub.Generate(request(**LONG_JOB), timeout=1)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED

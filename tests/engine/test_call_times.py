@@ -1,4 +1,4 @@
-"""What a call is expected to cost."""
+"""Test the expected times of calls."""
 
 import pytest
 
@@ -15,24 +15,24 @@ def measured(*seconds: float, kind: CallKind = BASE, jobs: int = 1) -> CallTimes
     return times
 
 
-def test_nothing_is_expected_of_what_nothing_is_known_of():
+def test_unknown_stage_has_no_expectation():
     assert CallTimes().expect(BASE) == 0
     assert measured(3.0).expect(BASE._replace(stage=Stage.DECODE)) == 0
 
 
-def test_what_was_measured_is_expected_again():
+def test_expectation_is_the_measurement():
     assert measured(0.5).expect(BASE) == 0.5
 
 
-def test_a_first_call_that_compiles_counts_no_more_after_the_second():
+def test_slow_first_call_is_ignored_after_the_second():
     assert measured(60.0, 0.5).expect(BASE) == 0.5
 
 
-def test_outliers_do_not_count():
+def test_outliers_are_ignored():
     assert measured(0.5, 0.5, 90.0, 0.5, 0.5, 70.0, 0.5).expect(BASE) == 0.5
 
 
-def test_a_lasting_change_counts():
+def test_lasting_change_is_adopted():
     assert measured(*[0.5] * 20, *[0.8] * 9).expect(BASE) == 0.8
 
 
@@ -45,30 +45,30 @@ def test_a_lasting_change_counts():
         (BASE._replace(stage=Stage.REFINER), 1, 0.5),
     ],
 )
-def test_what_was_never_measured_is_scaled_from_the_nearest(kind: CallKind, jobs: int, seconds: float):
+def test_unmeasured_kind_is_scaled_from_the_nearest_size(kind: CallKind, jobs: int, seconds: float):
     assert measured(0.5).expect(kind, jobs) == pytest.approx(seconds)
 
 
-def test_the_nearest_size_counts_and_not_the_first():
+def test_scaling_starts_from_the_nearest_size():
     times = measured(0.5)
     times.record(BASE._replace(width=256), 0.2)
     assert times.expect(BASE._replace(width=128)) == pytest.approx(0.1)
 
 
-def test_a_measured_batch_is_expected_instead_of_its_parts():
+def test_measured_batch_overrides_scaling():
     times = measured(0.5)
     times.record(BASE, 1.5, jobs=4)
     assert times.expect(BASE, 4) == 1.5
     assert times.expect(BASE) == 0.5
 
 
-def test_the_deviation_is_how_far_calls_are_from_what_was_expected_of_them():
+def test_deviation_is_the_mean_relative_error_of_expectations():
     assert measured(1.0).deviation == 0.0
     assert measured(1.0, 1.0, 1.3, 0.9).deviation == pytest.approx(0.4 / 3)
     assert measured(1.0, 60.0).deviation == 1.0
 
 
-def test_the_version_tells_of_notable_changes_only():
+def test_version_changes_with_notable_changes_only():
     times = measured(0.5)
     version = times.version
     times.record(BASE, 0.51)

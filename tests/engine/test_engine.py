@@ -1,4 +1,4 @@
-"""What the engine promises, driven by a model whose every call waits for the word of the test: no torch, no gRPC."""
+"""Test the engine with a model whose calls each wait for the test: no torch, no gRPC."""
 
 import contextvars
 import math
@@ -56,7 +56,7 @@ def engine(model: SteppedModel, clock: Clock) -> Iterator[Engine]:
 
 
 def measure(engine: Engine, model: SteppedModel, clock: Clock, request: ImageRequest = REQUEST) -> None:
-    """Run one job whose every call takes a second."""
+    """Run one job whose calls take a second each."""
     events = Events()
     engine.submit(Submission("measured", request), events)
     for _ in range(5):
@@ -66,16 +66,16 @@ def measure(engine: Engine, model: SteppedModel, clock: Clock, request: ImageReq
     assert isinstance(events.to_the_end()[-1], Finished)
 
 
-def test_a_job_reports_every_real_model_call_and_ends_with_one_terminal_event(engine: Engine, model: SteppedModel):
+def test_job_reports_every_model_call_and_one_terminal_event(engine: Engine, model: SteppedModel):
     model.allow(100)
     events = Events()
     engine.submit(Submission("job", replace(REQUEST, seeds=(5, 6))), events)
     queued, *steps, finished = events.to_the_end()
     assert isinstance(queued, Queued)
     assert queued.position == 0
-    told = [(e.index, e.stage, e.step, e.steps) if isinstance(e, Progress) else (e.index, e.seed) for e in steps]
+    reported = [(e.index, e.stage, e.step, e.steps) if isinstance(e, Progress) else (e.index, e.seed) for e in steps]
     one_image = [(Stage.BASE, 1, 2), (Stage.BASE, 2, 2), (Stage.REFINER, 1, 1), (Stage.DECODE, 1, 1)]
-    assert told == [
+    assert reported == [
         (0, Stage.ENCODE, 1, 1),
         *((0, *call) for call in one_image),
         (0, 5),
@@ -117,7 +117,7 @@ def test_progress_of_a_step_is_reported_while_the_next_step_runs(clock: Clock):
     assert reported[7:] == [base, "wait", refiner, Stage.DECODE.value]
 
 
-def test_jobs_run_in_the_order_in_which_they_came(engine: Engine, model: SteppedModel):
+def test_equal_jobs_run_in_order_of_arrival(engine: Engine, model: SteppedModel):
     first, second = Events(), Events()
     engine.submit(Submission("job", REQUEST), first)
     engine.submit(Submission("job", replace(REQUEST, seeds=(9,))), second)
@@ -129,7 +129,7 @@ def test_jobs_run_in_the_order_in_which_they_came(engine: Engine, model: Stepped
     assert seeds == [5] * 5 + [9] * 5
 
 
-def test_a_cancelled_job_costs_the_device_no_more_than_the_call_in_flight(engine: Engine, model: SteppedModel):
+def test_cancelled_job_wastes_at_most_the_call_in_flight(engine: Engine, model: SteppedModel):
     events = Events()
     job = engine.submit(Submission("job", REQUEST), events)
     model.allow(2)
@@ -143,7 +143,7 @@ def test_a_cancelled_job_costs_the_device_no_more_than_the_call_in_flight(engine
     assert model.calls.empty()
 
 
-def test_a_waiting_job_can_be_cancelled_without_reaching_the_device(engine: Engine, model: SteppedModel):
+def test_cancelled_waiting_job_never_reaches_the_device(engine: Engine, model: SteppedModel):
     running, waiting = Events(), Events()
     engine.submit(Submission("job", REQUEST), running)
     engine.cancel(engine.submit(Submission("job", replace(REQUEST, seeds=(9,))), waiting))
@@ -154,7 +154,7 @@ def test_a_waiting_job_can_be_cancelled_without_reaching_the_device(engine: Engi
     assert {model.calls.get_nowait()[1] for _ in range(5)} == {5}
 
 
-def test_cancelling_twice_or_after_the_end_changes_nothing(engine: Engine, model: SteppedModel):
+def test_cancel_is_idempotent_and_ignored_after_the_end(engine: Engine, model: SteppedModel):
     model.allow(100)
     events = Events()
     job = engine.submit(Submission("job", REQUEST), events)
@@ -167,7 +167,7 @@ def test_cancelling_twice_or_after_the_end_changes_nothing(engine: Engine, model
     assert events.is_over()
 
 
-def test_a_passed_deadline_ends_running_and_waiting_jobs_after_the_call_in_flight(
+def test_expired_deadline_ends_running_and_waiting_jobs_after_the_call_in_flight(
     engine: Engine, model: SteppedModel, clock: Clock
 ):
     running, waiting, patient = Events(), Events(), Events()
@@ -185,7 +185,7 @@ def test_a_passed_deadline_ends_running_and_waiting_jobs_after_the_call_in_fligh
     assert {model.calls.get_nowait()[1] for _ in range(5)} == {9}
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine, model: SteppedModel, clock: Clock):
+def test_full_queue_refuses_with_retry_after(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     jobs = [Events() for _ in range(3)]
     for events in jobs:
@@ -202,7 +202,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine,
     engine.submit(Submission("job", REQUEST), jobs[0])
 
 
-def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clock: Clock):
+def test_queue_bounds_pixels_bytes_and_jobs_per_caller(model: SteppedModel, clock: Clock):
     for limits, words in (
         (QueueLimits(9, pixels=100), "100 pixels"),
         (QueueLimits(9, bytes=500), "500 bytes"),
@@ -217,9 +217,7 @@ def test_pixels_and_bytes_of_what_waits_are_bounded_too(model: SteppedModel, clo
             events.to_the_end()
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_time(
-    engine: Engine, model: SteppedModel, clock: Clock
-):
+def test_unmeetable_deadline_is_refused_with_the_predicted_time(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, were it alone"):
         engine.submit(Submission("job", REQUEST, timeout=3), Events())
@@ -231,9 +229,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_predicted_tim
         engine.submit(Submission("job", replace(REQUEST, seeds=(7,)), timeout=5.9), Events())
 
 
-def test_a_deadline_goes_before_what_came_earlier_but_no_sooner_than_it_must(
-    engine: Engine, model: SteppedModel, clock: Clock
-):
+def test_deadline_preempts_an_earlier_job_as_late_as_possible(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     patient, urgent = Events(), Events()
     engine.submit(Submission("patient", REQUEST), patient)
@@ -245,12 +241,12 @@ def test_a_deadline_goes_before_what_came_earlier_but_no_sooner_than_it_must(
         model.allow()
         seeds.append(model.calls.get(timeout=60)[1])
     model.allow()
-    assert seeds == [5] + [9] * 5 + [5] * 3  # a second one of the patient's would have been too many
+    assert seeds == [5] + [9] * 5 + [5] * 3  # a second call of the patient job would have made the urgent one late
     assert isinstance(urgent.to_the_end()[-1], Finished)
     assert isinstance(patient.to_the_end()[-1], Finished)
 
 
-def test_a_short_job_goes_before_a_long_one_between_two_of_its_calls(engine: Engine, model: SteppedModel, clock: Clock):
+def test_short_job_preempts_a_long_one_between_calls(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     long, short = Events(), Events()
     engine.submit(Submission("long", replace(REQUEST, seeds=tuple(range(10, 40)))), long)
@@ -275,9 +271,7 @@ def test_first_come_runs_every_job_to_its_end(model: SteppedModel, clock: Clock)
     assert 5 not in seeds
 
 
-def test_waiting_jobs_are_told_anew_when_their_turn_has_come_nearer_or_farther(
-    engine: Engine, model: SteppedModel, clock: Clock
-):
+def test_queued_is_reported_again_when_position_or_eta_changes(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     first, second = Events(), Events()
     job = engine.submit(Submission("first", REQUEST), first)
@@ -292,9 +286,7 @@ def test_waiting_jobs_are_told_anew_when_their_turn_has_come_nearer_or_farther(
     assert isinstance(second.to_the_end()[-1], Finished)
 
 
-def test_what_the_device_did_for_a_cancelled_job_is_counted_and_is_less_than_a_call(
-    engine: Engine, model: SteppedModel, clock: Clock
-):
+def test_device_time_after_a_cancel_counts_as_wasted(engine: Engine, model: SteppedModel, clock: Clock):
     events = Events()
     job = engine.submit(Submission("job", REQUEST), events)
     model.calls.get(timeout=60)
@@ -308,20 +300,20 @@ def test_what_the_device_did_for_a_cancelled_job_is_counted_and_is_less_than_a_c
     assert done.outcomes == {"Cancelled": 1}
 
 
-def test_the_error_of_foretold_times_is_published(engine: Engine, model: SteppedModel, clock: Clock):
+def test_statistics_have_the_error_of_predicted_ends(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     events = Events()
     engine.submit(Submission("job", REQUEST), events)
     for _ in range(5):
         model.calls.get(timeout=60)
-        clock.now += 2  # a slower machine all at once: 5 s were foretold
+        clock.now += 2  # twice the predicted time
         model.allow()
     events.to_the_end()
     measure(engine, model, clock)
     assert 0 < engine.statistics().eta_error <= 1
 
 
-def test_images_share_network_calls_up_to_the_largest_batch(model: SteppedModel, clock: Clock):
+def test_jobs_share_network_calls_up_to_max_batch(model: SteppedModel, clock: Clock):
     model.max_batch = 4
     with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(4)]
@@ -336,20 +328,20 @@ def test_images_share_network_calls_up_to_the_largest_batch(model: SteppedModel,
     assert sorted(seed for batch in model.batches for seed in batch) == sorted([1, 10, 11, 12] * 3)
 
 
-def test_the_images_of_one_request_share_network_calls(model: SteppedModel, clock: Clock):
+def test_images_of_one_request_share_network_calls(model: SteppedModel, clock: Clock):
     model.max_batch = 4
     model.allow(1000)
     with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         events = Events()
         engine.submit(Submission("job", replace(REQUEST, seeds=(1, 2, 3, 4, 5, 6))), events)
-        told = events.to_the_end()
+        reported = events.to_the_end()
     assert model.batches == [[1, 2, 3, 4]] * 3 + [[5, 6]] * 3
-    assert [event.seed for event in told if hasattr(event, "seed")] == [1, 2, 3, 4, 5, 6]
-    base = [(e.index, e.step, e.steps) for e in told if isinstance(e, Progress) and e.stage == Stage.BASE]
+    assert [event.seed for event in reported if hasattr(event, "seed")] == [1, 2, 3, 4, 5, 6]
+    base = [(e.index, e.step, e.steps) for e in reported if isinstance(e, Progress) and e.stage == Stage.BASE]
     assert base == [(i, step, 2) for step in (1, 2) for i in range(4)] + [(i, s, 2) for s in (1, 2) for i in (4, 5)]
 
 
-def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
+def test_images_of_different_batch_keys_share_no_network_call(clock: Clock):
     class TwoWays(SteppedModel):
         def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
             return Path(seed, batch_key="compiled" if seed >= 20 else "not compiled")
@@ -368,7 +360,7 @@ def test_images_that_are_made_in_two_ways_share_no_network_call(clock: Clock):
     assert max(map(len, model.batches)) >= 2
 
 
-def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clock):
+def test_failure_in_a_shared_call_fails_one_job(model: SteppedModel, clock: Clock):
     model.max_batch, model.broken_seed = 4, 11
     with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
         blocker, *others = [Events() for _ in range(4)]
@@ -382,7 +374,7 @@ def test_what_fails_in_a_shared_call_fails_alone(model: SteppedModel, clock: Clo
     assert isinstance(ends[2].error, ModelFailed)  # type: ignore[union-attr]
 
 
-def test_what_does_not_fit_together_is_split_and_calls_stay_smaller_from_then_on(model: SteppedModel, clock: Clock):
+def test_batch_is_halved_after_out_of_memory_and_stays_smaller(model: SteppedModel, clock: Clock):
     model.max_batch, model.fitting = 8, 2
     model.allow(1000)
     with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
@@ -390,19 +382,19 @@ def test_what_does_not_fit_together_is_split_and_calls_stay_smaller_from_then_on
         engine.submit(Submission("job", replace(REQUEST, seeds=tuple(range(8)))), events)
         finished = events.to_the_end()[-1]
         engine.submit(Submission("job", replace(REQUEST, seeds=(8, 9))), after)
-        undisturbed = after.to_the_end()[-1]
+        unaffected = after.to_the_end()[-1]
     assert model.batches == [[0, 1], [2, 3], [4, 5], [6, 7]] * 3 + [[8, 9]] * 3
-    assert sum(name == "step" for name, _ in list(model.calls.queue)) == len(model.batches) + 2  # of eight and of four
+    assert (
+        sum(name == "step" for name, _ in list(model.calls.queue)) == len(model.batches) + 2
+    )  # failed attempts with eight and with four
     assert isinstance(finished, Finished)
-    assert isinstance(undisturbed, Finished)
+    assert isinstance(unaffected, Finished)
     assert [each.notice for each in finished.warnings] == [Notice.PROMPT_TRUNCATED, Notice.BATCH_REDUCED]
-    assert [each.notice for each in undisturbed.warnings] == [Notice.PROMPT_TRUNCATED]
-    assert (finished.environment.max_batch, undisturbed.environment.max_batch) == (2, 2)
+    assert [each.notice for each in unaffected.warnings] == [Notice.PROMPT_TRUNCATED]
+    assert (finished.environment.max_batch, unaffected.environment.max_batch) == (2, 2)
 
 
-def test_a_job_too_large_for_the_memory_fails_alone_and_its_like_are_refused_for_a_while(
-    engine: Engine, model: SteppedModel, clock: Clock
-):
+def test_too_large_job_fails_and_equal_sizes_are_refused_for_a_while(engine: Engine, model: SteppedModel, clock: Clock):
     model.allow(1000)
     model.fitting = 0
     events = Events()
@@ -422,20 +414,20 @@ def test_a_job_too_large_for_the_memory_fails_alone_and_its_like_are_refused_for
     assert isinstance(events.to_the_end()[-1], Finished)
 
 
-def test_previews_come_at_their_interval_and_never_after_the_end(engine: Engine, model: SteppedModel):
+def test_previews_follow_their_interval_and_never_the_terminal_event(engine: Engine, model: SteppedModel):
     events = Events()
     engine.submit(Submission("job", replace(REQUEST, seeds=(5,)), preview_interval=2), events)
-    model.allow(3)  # the prompt's call and two of the base
+    model.allow(3)  # the prompt and two base calls
     while not isinstance(event := events.next(), Preview):
         assert not isinstance(event, Finished | Failed)
     assert (event.index, event.step, event.pixels.tolist()) == (0, 2, [[[5, 5, 5]]])
     model.allow(100)
-    told = events.to_the_end()
-    assert not any(isinstance(each, Preview) for each in told)  # the third call is between two previews
+    reported = events.to_the_end()
+    assert not any(isinstance(each, Preview) for each in reported)  # the third call is not a multiple of the interval
     assert events.is_over()
 
 
-def test_previews_that_cannot_keep_up_are_told_as_dropped(clock: Clock):
+def test_slow_previews_are_observed_as_dropped(clock: Clock):
     drawing, drawn = threading.Event(), threading.Event()
 
     class SlowToDraw(SteppedModel):
@@ -447,26 +439,26 @@ def test_previews_that_cannot_keep_up_are_told_as_dropped(clock: Clock):
     model, events, observed = SlowToDraw(), Events(), []
     with running(Engine(QueueLimits(jobs=1), clock=clock, observe=observed.append), model) as engine:
         engine.submit(Submission("job", REQUEST, preview_interval=1), events)
-        model.allow(2)  # the prompt's call and the first step, whose preview is begun
+        model.allow(2)  # the prompt and the first step, whose preview is being drawn
         assert drawing.wait(60)
-        model.allow(3)  # two steps, of which the later takes the other's place, and the image
+        model.allow(3)  # two steps, of which the later replaces the earlier, and the image
         events.to_the_end()
         drawn.set()
     assert observed.count(PreviewDropped()) == 3
     assert events.is_over()
 
 
-def test_an_observer_hears_of_every_call_and_at_the_end_what_the_job_did_when(model: SteppedModel, clock: Clock):
+def test_observer_gets_every_call_and_the_spans_of_the_job(model: SteppedModel, clock: Clock):
     observed: list[Observation] = []
-    mine = contextvars.ContextVar("mine", default="")
+    submitter = contextvars.ContextVar("submitter", default="")
 
     def observe(observation: Observation) -> None:
         observed.append(observation)
         if isinstance(observation, JobStarted | JobEnded):
-            assert mine.get() == "the submitter's", "what is told of a job is told in its context"
+            assert submitter.get() == "test", "observations of a job arrive in the context of its submission"
 
     with running(Engine(QueueLimits(jobs=1), clock=clock, observe=observe), model) as engine:
-        mine.set("the submitter's")
+        submitter.set("test")
         measure(engine, model, clock)
     calls = [each for each in observed if isinstance(each, ModelCall)]
     stages = [Stage.ENCODE, Stage.BASE, Stage.BASE, Stage.REFINER, Stage.DECODE]
@@ -481,7 +473,7 @@ def test_an_observer_hears_of_every_call_and_at_the_end_what_the_job_did_when(mo
     assert observed[-1] == JobEnded("finished", 0.0, 0.0, 5.0, 0.0, spans)
 
 
-def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: SteppedModel, clock: Clock):
+def test_abandon_fails_every_job_of_a_hung_device(model: SteppedModel, clock: Clock):
     engine = Engine(QueueLimits(jobs=3), clock=clock)
     engine.start(lambda: model).result(timeout=60)
     jobs = [Events(), Events()]
@@ -492,7 +484,7 @@ def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: Ste
     assert engine.busy == 100
     engine.abandon()
     endings = [events.to_the_end()[-1] for events in jobs]
-    assert [type(each.error) for each in endings] == [DeviceLost, DeviceUnavailable]  # the second only waited
+    assert [type(each.error) for each in endings] == [DeviceLost, DeviceUnavailable]  # the second job only waited
     with pytest.raises(DeviceUnavailable):
         engine.submit(Submission("job", REQUEST), Events())
     model.allow(100)
@@ -500,7 +492,7 @@ def test_abandoning_fails_every_job_though_the_device_does_not_answer(model: Ste
     assert all(events.is_over() for events in jobs)
 
 
-def test_every_job_of_the_shared_call_that_hangs_is_lost_and_no_other(model: SteppedModel):
+def test_all_jobs_of_a_hung_shared_call_and_no_others_are_device_lost(model: SteppedModel):
     model.max_batch = 2
     engine = Engine(QueueLimits(jobs=3))
     engine.start(lambda: model).result(timeout=60)
@@ -518,7 +510,7 @@ def test_every_job_of_the_shared_call_that_hangs_is_lost_and_no_other(model: Ste
 
 
 @pytest.mark.parametrize("call", ["encode", "step", "decode"])
-def test_a_job_that_makes_the_model_fail_fails_alone_and_its_cause_stays_in_the_log(
+def test_model_error_fails_one_job_and_its_cause_stays_in_the_log(
     engine: Engine, model: SteppedModel, call: str, caplog: pytest.LogCaptureFixture
 ):
     model.allow(100)
@@ -536,7 +528,7 @@ def test_a_job_that_makes_the_model_fail_fails_alone_and_its_cause_stays_in_the_
     assert isinstance(after.to_the_end()[-1], Finished)
 
 
-def test_draining_refuses_new_jobs_and_finishes_the_old(engine: Engine, model: SteppedModel):
+def test_drain_refuses_new_jobs_and_finishes_admitted_ones(engine: Engine, model: SteppedModel):
     events = Events()
     engine.submit(Submission("job", REQUEST), events)
     engine.drain()
@@ -546,7 +538,7 @@ def test_draining_refuses_new_jobs_and_finishes_the_old(engine: Engine, model: S
     assert isinstance(events.to_the_end()[-1], Finished)
 
 
-def test_stopping_ends_every_job_after_the_call_in_flight(engine: Engine, model: SteppedModel):
+def test_stop_ends_every_job_after_the_call_in_flight(engine: Engine, model: SteppedModel):
     running, waiting = Events(), Events()
     engine.submit(Submission("job", REQUEST), running)
     engine.submit(Submission("job", REQUEST), waiting)
@@ -561,7 +553,7 @@ def test_stopping_ends_every_job_after_the_call_in_flight(engine: Engine, model:
     assert model.calls.empty()
 
 
-def test_what_loading_raises_reaches_whoever_waits_for_the_model():
+def test_load_error_is_set_on_the_future():
     def load() -> SteppedModel:
         raise FileNotFoundError("no weights")
 
@@ -571,20 +563,18 @@ def test_what_loading_raises_reaches_whoever_waits_for_the_model():
     assert engine.join(60)
 
 
-def test_the_eta_counts_guidance_and_pixels_when_only_another_size_was_measured(
-    engine: Engine, model: SteppedModel, clock: Clock
-):
+def test_eta_scales_an_unmeasured_size_by_rows_and_pixels(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock, replace(REQUEST, guidance_scale=1.0))
     events = Events()
     engine.submit(Submission("job", replace(REQUEST, width=16)), events)
-    # Two rows instead of one in the experts' three calls, twice the pixels in all five.
+    # Two rows instead of one in the three U-Net calls, and twice the pixels in all five.
     assert events.next() == Queued(0, eta=pytest.approx(3 * 2 * 2 + 2 * 2))
     model.allow(100)
     events.to_the_end()
 
 
-def test_the_eta_counts_what_planning_showed_of_a_scheduler(engine: Engine, model: SteppedModel, clock: Clock):
-    measure(engine, model, clock, replace(REQUEST, steps=1, scheduler="heun"))  # which made three calls of the step
+def test_eta_uses_the_calls_per_step_of_earlier_plans(engine: Engine, model: SteppedModel, clock: Clock):
+    measure(engine, model, clock, replace(REQUEST, steps=1, scheduler="heun"))  # the plan has three calls for one step
     events = Events()
     engine.submit(Submission("job", replace(REQUEST, steps=2, scheduler="heun")), events)
     assert events.next() == Queued(0, eta=pytest.approx(1 + 6 + 1))
@@ -592,7 +582,7 @@ def test_the_eta_counts_what_planning_showed_of_a_scheduler(engine: Engine, mode
     events.to_the_end()
 
 
-def test_jobs_that_have_ended_are_let_go_though_their_deadlines_are_far(engine: Engine, model: SteppedModel):
+def test_ended_jobs_are_freed_before_their_deadlines(engine: Engine, model: SteppedModel):
     model.allow(1000)
     jobs = []
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""What the engine promises when prompts are encoded and images decoded beside the steps of other jobs."""
+"""Test the engine with prompts encoded and images decoded during the steps of other jobs."""
 
 import threading
 from collections.abc import Iterator
@@ -39,30 +39,30 @@ class OverlappingModel(SteppedModel):
 
     overlaps: bool = True
     side_allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    crowded: bool = False  # memory has room for one call at a time
-    error: Exception = field(default_factory=lambda: RuntimeError("a bug at /secret/path"))  # of what fails
-    made: list[str] = field(default_factory=list)  # calls that came back without an error
+    crowded: bool = False  # memory has no room for two calls at once
+    error: Exception = field(default_factory=lambda: RuntimeError("a bug at /secret/path"))  # raised by `fails_on`
+    made: list[str] = field(default_factory=list)  # calls that returned without an error
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._in_flight: dict[bool, list[bool]] = {}  # by whether it is a step
+        self._in_flight: dict[bool, list[bool]] = {}  # by whether the call is a step
 
     def allow_on_side(self, count: int = 1) -> None:
         self.side_allowed.release(count)
 
     def _call(self, name: str, seed: int) -> None:
-        mine = [False]  # whether another call was in flight at any time
+        overlapped = [False]  # whether another call was in flight at any time
         with self._lock:
-            assert (name == "step") not in self._in_flight, "only a step and another call may be beside one another"
+            assert (name == "step") not in self._in_flight, "only a step and another call may overlap"
             for other in self._in_flight.values():
-                mine[0] = other[0] = True
-            self._in_flight[name == "step"] = mine
+                overlapped[0] = other[0] = True
+            self._in_flight[name == "step"] = overlapped
         try:
             self.calls.put((name, seed))
             assert (self.allowed if name == "step" else self.side_allowed).acquire(timeout=60)
             if name == self.fails_on:
                 raise self.error
-            if self.crowded and mine[0]:
+            if self.crowded and overlapped[0]:
                 raise OutOfMemory("no room for two")
             self.made.append(name)
         finally:
@@ -96,45 +96,43 @@ def request(seed: int, images: int = 1) -> ImageRequest:
 def two_in_flight(
     engine: Engine, model: OverlappingModel, images: int = 1
 ) -> tuple[tuple[Job, Events], tuple[Job, Events]]:
-    """Two jobs: the first decode of the one, with seed 10, and the first step of the other, seed 20, are in flight."""
+    """Submit two jobs and return with a decode of the first (seed 10) and a step of the second (seed 20) in flight."""
     first, second = Events(), Events()
     decoding = engine.submit(Submission("decoding", request(10, images)), first)
     stepping = engine.submit(Submission("stepping", request(20)), second)
     model.allow_on_side(2)
-    model.allow(3)  # those of the first, which has come first
+    model.allow(3)  # the steps of the first job
     seen = [model.calls.get(timeout=60) for _ in range(7)]
     assert sorted(seen) == [("decode", 10), ("encode", 10), ("encode", 20), *[("step", 10)] * 3, ("step", 20)]
     return (decoding, first), (stepping, second)
 
 
-def test_steps_of_others_go_on_while_an_image_is_decoded(engine: Engine, model: OverlappingModel):
+def test_steps_of_other_jobs_run_during_a_decode(engine: Engine, model: OverlappingModel):
     (_, decoding), (_, stepping) = two_in_flight(engine, model)
     model.allow(3)
     assert [model.calls.get(timeout=60) for _ in range(2)] == [("step", 20)] * 2
     model.allow_on_side(1)
-    told = decoding.to_the_end()
-    assert [type(each) for each in told[-2:]] == [ImageReady, Finished]
+    reported = decoding.to_the_end()
+    assert [type(each) for each in reported[-2:]] == [ImageReady, Finished]
     model.allow_on_side(1)
     assert isinstance(stepping.to_the_end()[-1], Finished)
     assert decoding.is_over()
     assert stepping.is_over()
 
 
-def test_a_job_has_the_same_events_with_and_without_overlap(clock: Clock):
-    told = []
+def test_events_are_the_same_with_and_without_overlap(clock: Clock):
+    reported = []
     for overlaps in (False, True):
         model, events = OverlappingModel(overlaps=overlaps), Events()
         model.allow(1000)
         model.allow_on_side(1000)
         with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
             engine.submit(Submission("job", request(10, images=2)), events)
-            told.append([repr(each) for each in events.to_the_end()])
-    assert told[0] == told[1]
+            reported.append([repr(each) for each in events.to_the_end()])
+    assert reported[0] == reported[1]
 
 
-def test_the_next_prompt_is_encoded_ahead_of_its_turn_and_no_more_than_a_step_has_room_for(
-    engine: Engine, model: OverlappingModel
-):
+def test_prompts_are_encoded_ahead_as_many_as_a_step_has_room_for(engine: Engine, model: OverlappingModel):
     now, later, last = Events(), Events(), Events()
     engine.submit(Submission("now", request(100)), now)
     model.allow_on_side(1000)
@@ -149,10 +147,10 @@ def test_the_next_prompt_is_encoded_ahead_of_its_turn_and_no_more_than_a_step_ha
     for events in (now, later, last):
         assert isinstance(events.to_the_end()[-1], Finished)
     rest = [model.calls.get_nowait() for _ in range(model.calls.qsize())]
-    assert rest.index(("encode", 20)) > rest.index(("decode", 100))  # one more step of the first job came before
+    assert rest.index(("encode", 20)) > rest.index(("decode", 100))  # the queue had room for one prompt only
 
 
-def test_whoever_is_encoded_ahead_is_told_when_its_turn_will_end(engine: Engine, model: OverlappingModel, clock: Clock):
+def test_eta_of_a_job_encoded_ahead_includes_its_wait(engine: Engine, model: OverlappingModel, clock: Clock):
     measured, now, later = Events(), Events(), Events()
     engine.submit(Submission("measured", REQUEST), measured)
     for _ in range(5):
@@ -169,11 +167,11 @@ def test_whoever_is_encoded_ahead_is_told_when_its_turn_will_end(engine: Engine,
     model.allow_on_side(1)
     while not isinstance(event := later.next(), Progress):
         pass
-    assert event.eta >= 3 + 4  # seconds: two steps and a decoding of the other's, three steps and a decoding of its own
+    assert event.eta >= 3 + 4  # seconds: two steps and a decode of the other job, three steps and a decode of its own
 
 
 @pytest.mark.parametrize(("short_jobs", "steps_go_on"), [(3, True), (4, False)])
-def test_while_too_much_waits_for_the_side_thread_no_step_adds_to_it(
+def test_no_step_runs_while_the_side_queue_is_full(
     engine: Engine, model: OverlappingModel, clock: Clock, short_jobs: int, steps_go_on: bool
 ):
     measured, long, *short = [Events() for _ in range(2 + short_jobs)]
@@ -188,12 +186,12 @@ def test_while_too_much_waits_for_the_side_thread_no_step_adds_to_it(
     assert [model.calls.get(timeout=60) for _ in range(2)] == [("encode", 100), ("step", 100)]
     for number, events in enumerate(short):
         engine.submit(Submission("short", request(10 * number), priority=9), events)
-    model.allow(1)  # and from now on the prompts of the short jobs go first: one is in flight, and two may wait
+    model.allow(1)  # from now on the prompts of the short jobs run first: one is in flight, and two may wait
     if steps_go_on:
         assert {model.calls.get(timeout=60) for _ in range(2)} == {("encode", 0), ("step", 100)}
     else:
         assert model.calls.get(timeout=60) == ("encode", 0)
-        for _ in range(2):  # between the two, the device thread has looked for a step to make
+        for _ in range(2):  # between the two, the device thread has looked for a step
             ended = Events()
             engine.cancel(engine.submit(Submission("fence", REQUEST), ended))
             ended.to_the_end()
@@ -204,9 +202,7 @@ def test_while_too_much_waits_for_the_side_thread_no_step_adds_to_it(
         assert isinstance(events.to_the_end()[-1], Finished)
 
 
-def test_a_job_cancelled_while_its_call_waits_for_the_side_thread_ends_at_once(
-    engine: Engine, model: OverlappingModel, clock: Clock
-):
+def test_job_cancelled_in_the_side_queue_ends_at_once(engine: Engine, model: OverlappingModel, clock: Clock):
     hanging, cancelled, late = Events(), Events(), Events()
     engine.submit(Submission("hanging", request(10)), hanging)
     assert model.calls.get(timeout=60) == ("encode", 10)
@@ -227,16 +223,14 @@ def test_a_job_cancelled_while_its_call_waits_for_the_side_thread_ends_at_once(
     assert model.calls.empty()
 
 
-def test_a_job_cancelled_while_it_is_decoded_ends_after_that_call(
-    engine: Engine, model: OverlappingModel, clock: Clock
-):
+def test_job_cancelled_during_its_decode_ends_after_that_call(engine: Engine, model: OverlappingModel, clock: Clock):
     (job, decoding), (_, stepping) = two_in_flight(engine, model, images=2)
     engine.cancel(job)
     clock.now += 2
     model.allow_on_side(1)
-    told = decoding.to_the_end()
-    assert isinstance(told[-1], Failed)
-    assert isinstance(told[-1].error, Cancelled)
+    reported = decoding.to_the_end()
+    assert isinstance(reported[-1], Failed)
+    assert isinstance(reported[-1].error, Cancelled)
     assert decoding.is_over()
     assert engine.statistics().wasted == pytest.approx(2)
     model.allow(1000)
@@ -245,9 +239,11 @@ def test_a_job_cancelled_while_it_is_decoded_ends_after_that_call(
 
 
 @pytest.mark.parametrize("call", ["encode", "decode"])
-@pytest.mark.parametrize(("error", "told"), [(RuntimeError("a bug"), ModelFailed), (OutOfMemory("80 GiB"), DeviceFull)])
-def test_what_fails_on_the_side_fails_alone(
-    engine: Engine, model: OverlappingModel, clock: Clock, call: str, error: Exception, told: type[Exception]
+@pytest.mark.parametrize(
+    ("error", "reported"), [(RuntimeError("a bug"), ModelFailed), (OutOfMemory("80 GiB"), DeviceFull)]
+)
+def test_failure_on_the_side_thread_fails_one_job(
+    engine: Engine, model: OverlappingModel, clock: Clock, call: str, error: Exception, reported: type[Exception]
 ):
     model.allow(1000)
     model.allow_on_side(1000)
@@ -256,15 +252,15 @@ def test_what_fails_on_the_side_fails_alone(
     engine.submit(Submission("broken", request(10)), broken)
     terminal = broken.to_the_end()[-1]
     assert isinstance(terminal, Failed)
-    assert isinstance(terminal.error, told)
+    assert isinstance(terminal.error, reported)
     model.fails_on = None
-    clock.now += 60  # until when what did not fit is refused
+    clock.now += 60  # the size that did not fit is refused until then
     engine.submit(Submission("after", request(20)), after)
     assert isinstance(after.to_the_end()[-1], Finished)
 
 
 @pytest.mark.parametrize("first_to_end", ["step", "decode"])
-def test_where_memory_has_no_room_for_two_calls_they_are_made_again_one_after_the_other(
+def test_overlapping_calls_are_serialized_after_out_of_memory(
     engine: Engine, model: OverlappingModel, first_to_end: str
 ):
     model.crowded = True
@@ -282,7 +278,7 @@ def test_where_memory_has_no_room_for_two_calls_they_are_made_again_one_after_th
     assert sorted(model.made) == ["decode"] * 2 + ["encode"] * 2 + ["step"] * 6
 
 
-def test_calls_overlap_again_after_a_while(engine: Engine, model: OverlappingModel, clock: Clock):
+def test_overlap_resumes_after_the_backoff(engine: Engine, model: OverlappingModel, clock: Clock):
     model.crowded = True
     (_, decoding), (_, stepping) = two_in_flight(engine, model)
     model.allow(6)
@@ -298,7 +294,7 @@ def test_calls_overlap_again_after_a_while(engine: Engine, model: OverlappingMod
     two_in_flight(engine, model)
 
 
-def test_a_call_that_hangs_on_the_side_is_seen_and_can_be_abandoned(model: OverlappingModel, clock: Clock):
+def test_hung_side_call_counts_as_busy_and_can_be_abandoned(model: OverlappingModel, clock: Clock):
     engine = Engine(QueueLimits(jobs=9), clock=clock)
     engine.start(lambda: model).result(timeout=60)
     (_, decoding), (_, stepping) = two_in_flight(engine, model)
@@ -318,15 +314,15 @@ def test_a_call_that_hangs_on_the_side_is_seen_and_can_be_abandoned(model: Overl
     assert stepping.is_over()
 
 
-def test_stopping_ends_every_job_after_the_calls_in_flight(engine: Engine, model: OverlappingModel):
+def test_stop_ends_every_job_after_both_calls_in_flight(engine: Engine, model: OverlappingModel):
     (_, decoding), (_, stepping) = two_in_flight(engine, model, images=2)
     engine.stop()
     model.allow(1000)
     model.allow_on_side(1000)
     for events in (decoding, stepping):
-        told = events.to_the_end()
-        assert isinstance(told[-1], Failed)
-        assert isinstance(told[-1].error, Draining)
+        reported = events.to_the_end()
+        assert isinstance(reported[-1], Failed)
+        assert isinstance(reported[-1].error, Draining)
     assert engine.join(60)
     assert model.calls.empty()
 
@@ -339,7 +335,7 @@ def test_stopping_ends_every_job_after_the_calls_in_flight(engine: Engine, model
     max_batch=st.sampled_from([1, 2, 4]),
     crowded=st.booleans(),
 )
-def test_every_job_ends_once_whatever_overlaps(jobs: list[tuple[int, str]], max_batch: int, crowded: bool):
+def test_every_job_ends_exactly_once_under_random_overlap(jobs: list[tuple[int, str]], max_batch: int, crowded: bool):
     model = OverlappingModel(max_batch=max_batch, broken_seed=13, crowded=crowded)
     with running(Engine(QueueLimits(jobs=99)), model) as engine:
         model.allow(10_000)
@@ -354,18 +350,18 @@ def test_every_job_ends_once_whatever_overlaps(jobs: list[tuple[int, str]], max_
                 if fate == "cancelled":
                     engine.cancel(job)
         ends = [events.to_the_end() for events, *_ in submitted]
-    for (events, seed, images, fate), told in zip(submitted, ends, strict=True):
+    for (events, seed, images, fate), reported in zip(submitted, ends, strict=True):
         assert events.is_over()
-        ready = [(each.index, each.seed) for each in told if isinstance(each, ImageReady)]
+        ready = [(each.index, each.seed) for each in reported if isinstance(each, ImageReady)]
         assert ready == [(index, seed + index) for index in range(len(ready))]
-        if isinstance(told[-1], Finished):
+        if isinstance(reported[-1], Finished):
             assert fate != "broken"
             assert len(ready) == images
         else:
             assert fate
 
 
-def test_the_bytes_of_the_ensemble_are_the_same_with_and_without_overlap(folders: tuple[Folder, Folder]):
+def test_image_bytes_are_the_same_with_and_without_overlap(folders: tuple[Folder, Folder]):
     def images(overlaps: bool) -> list[bytes]:
         loaded = ensemble.load(checkpoint.inspect(*folders), device="cpu", precision="fp32", max_batch=2)
         loaded.overlaps = overlaps
@@ -374,11 +370,11 @@ def test_the_bytes_of_the_ensemble_are_the_same_with_and_without_overlap(folders
         for number, events in enumerate(jobs):
             asked = ImageRequest("a cat", "a dog", (number, number + 50), 6, 5.0, 0.6, "euler", 32, 32)
             engine.submit(Submission("job", asked), events)
-        told = [event for events in jobs for event in events.to_the_end()]
+        reported = [event for events in jobs for event in events.to_the_end()]
         engine.stop()
         assert engine.join(60)
-        return [each.pixels.tobytes() for each in told if isinstance(each, ImageReady)]
+        return [each.pixels.tobytes() for each in reported if isinstance(each, ImageReady)]
 
-    beside = images(True)
-    assert len(beside) == 8
-    assert beside == images(False)
+    overlapping = images(True)
+    assert len(overlapping) == 8
+    assert overlapping == images(False)

@@ -1,4 +1,4 @@
-"""What the scheduling core promises, on a clock that the tests turn by hand."""
+"""Test the scheduling core on a simulated clock."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ ROOM = QueueLimits(jobs=10_000)
 
 
 def schedule_of(order: Order = Order.SHORTEST, limits: QueueLimits = ROOM, average: int | None = 20) -> Schedule:
-    """An empty schedule that knows what calls cost, and to which many jobs of `average` seconds came before."""
+    """Return an empty schedule that knows the times of calls and has seen many jobs of `average` seconds."""
     times = CallTimes()
     times.record(STEP, 1.0)
     times.record(SMALL, 0.25)
@@ -44,7 +44,7 @@ def added(schedule: Schedule, *tasks: ImageTask, now: float = 0.0) -> tuple[Imag
 
 
 def run(schedule: Schedule, now: float = 0.0, until: float = math.inf) -> list[tuple[ImageTask, float]]:
-    """Make calls, a second each, until nothing is left; the tasks in the order in which they ended, and when."""
+    """Make calls, a second each, until no task is left; return the tasks and their ends, in order."""
     ends = []
     while now < until and (batch := schedule.choose(now)):
         now += 1.0
@@ -59,26 +59,26 @@ def order_of(schedule: Schedule, now: float = 0.0) -> list[ImageTask]:
     return [task for task, _ in run(schedule, now)]
 
 
-# The order.
+# Order.
 
 
-def test_nothing_is_chosen_when_nothing_waits():
+def test_empty_schedule_chooses_nothing():
     assert schedule_of().choose(0.0) == []
 
 
-def test_the_short_job_goes_first():
+def test_short_jobs_run_first():
     schedule = schedule_of()
     long, short, middle = added(schedule, steps(30), steps(3), steps(10))
     assert order_of(schedule) == [short, middle, long]
 
 
-def test_jobs_of_one_size_go_in_the_order_of_their_arrival():
+def test_jobs_of_one_size_run_in_order_of_arrival():
     schedule = schedule_of()
     tasks = added(schedule, *(steps(5) for _ in range(6)))
     assert order_of(schedule) == list(tasks)
 
 
-def test_a_short_job_interrupts_a_long_one():
+def test_short_job_preempts_a_long_one():
     schedule = schedule_of()
     (long,) = added(schedule, steps(30))
     run(schedule, until=5.0)
@@ -87,7 +87,7 @@ def test_a_short_job_interrupts_a_long_one():
     assert order_of(schedule, 5.0) == [short, long]
 
 
-def test_a_job_that_is_nearly_done_is_not_interrupted_by_a_shorter_one():
+def test_nearly_finished_job_is_not_preempted_by_a_shorter_one():
     schedule = schedule_of()
     (long,) = added(schedule, steps(30))
     run(schedule, until=28.0)
@@ -95,7 +95,7 @@ def test_a_job_that_is_nearly_done_is_not_interrupted_by_a_shorter_one():
     assert order_of(schedule, 28.0) == [long, short]
 
 
-def test_what_comes_later_than_a_jobs_handicap_does_not_overtake_it():
+def test_arrivals_after_the_handicap_do_not_overtake():
     schedule = schedule_of()
     (long,) = added(schedule, steps(30, "long"))
     bound = long.admitted + long.handicap
@@ -104,21 +104,21 @@ def test_what_comes_later_than_a_jobs_handicap_does_not_overtake_it():
     assert order_of(schedule, 1.01 * bound) == [before, long, after]
 
 
-def test_a_handicap_follows_the_load():
+def test_handicap_grows_with_the_load():
     idle, busy = schedule_of(), schedule_of()
     added(busy, *(steps(20) for _ in range(20)))
     (here,), (there,) = added(idle, steps(10)), added(busy, steps(10))
     assert there.handicap > 1.5 * here.handicap
 
 
-def test_priority_counts_as_being_shorter_or_longer():
+def test_priority_scales_the_length_of_a_job():
     schedule = schedule_of()
     low, normal, high = added(schedule, steps(10, priority=-1), steps(10), steps(10, priority=1))
     shorter = added(schedule, steps(9))[0]
     assert order_of(schedule) == [high, shorter, normal, low]
 
 
-def test_first_come_first_served_heeds_neither_size_nor_deadline_nor_priority_nor_caller():
+def test_first_come_ignores_size_deadline_priority_and_caller():
     schedule = schedule_of(Order.FIRST_COME)
     tasks = added(schedule, steps(30, "a"), steps(2, "b", priority=2), steps(3, "a", deadline=4.0))
     ends = run(schedule, until=10.0)
@@ -126,14 +126,14 @@ def test_first_come_first_served_heeds_neither_size_nor_deadline_nor_priority_no
     assert [task for task, _ in ends + run(schedule, 10.0)] == list(tasks)
 
 
-def test_a_new_plan_counts_from_then_on():
+def test_replan_changes_the_order():
     schedule = schedule_of()
     first, second = added(schedule, steps(5), steps(12))
     schedule.replan(second, [(STEP, 3)])
     assert order_of(schedule) == [second, first]
 
 
-def test_a_new_plan_does_not_loosen_the_bound():
+def test_replan_does_not_raise_the_handicap():
     schedule = schedule_of()
     (task,) = added(schedule, steps(5))
     before = task.handicap
@@ -141,7 +141,7 @@ def test_a_new_plan_does_not_loosen_the_bound():
     assert (task.remaining, task.handicap) == (50, before)
 
 
-def test_a_job_is_held_while_it_waits_for_something_else():
+def test_held_job_is_not_chosen_until_it_resumes():
     schedule = schedule_of()
     first, second = added(schedule, steps(5), steps(6))
     schedule.hold(first)
@@ -153,7 +153,7 @@ def test_a_job_is_held_while_it_waits_for_something_else():
     assert schedule.choose(0.0) == []
 
 
-def test_what_may_be_made_ahead_is_the_first_in_order_and_changes_no_order():
+def test_choose_ahead_takes_the_first_by_rank_and_keeps_the_order():
     schedule = schedule_of()
     prompt = CallKind(Stage.ENCODE, 1024, 1024)
     running, first, second = added(schedule, steps(2), *(ImageTask("b", [(prompt, 1), (STEP, n)]) for n in (5, 9)))
@@ -169,7 +169,7 @@ def test_what_may_be_made_ahead_is_the_first_in_order_and_changes_no_order():
     assert [task for task, _ in run(schedule)] == [running, first, second]
 
 
-def test_a_job_whose_calls_are_made_runs_no_more_but_counts_until_it_is_removed():
+def test_job_without_calls_left_counts_until_it_is_removed():
     schedule = schedule_of()
     (task,) = added(schedule, steps(1, pixels=9))
     schedule.record_call(schedule.choose(0.0), 1.0)
@@ -179,7 +179,7 @@ def test_a_job_whose_calls_are_made_runs_no_more_but_counts_until_it_is_removed(
     assert (len(schedule), schedule.pixels) == (0, 0)
 
 
-def test_a_job_whose_calls_are_made_is_done_whoever_waits():
+def test_job_without_calls_left_has_no_eta():
     schedule = schedule_of()
     added(schedule, *(steps(1) for _ in range(5)), now=0.0)
     (task,) = added(schedule, steps(1), now=10.0)
@@ -187,7 +187,7 @@ def test_a_job_whose_calls_are_made_is_done_whoever_waits():
     assert schedule.forecast(task, 11.0).eta == 0
 
 
-def test_a_job_removed_during_its_call_stays_removed():
+def test_job_removed_during_its_call_stays_removed():
     schedule = schedule_of()
     (task,) = added(schedule, steps(5))
     batch = schedule.choose(0.0)
@@ -199,7 +199,7 @@ def test_a_job_removed_during_its_call_stays_removed():
         schedule.remove(task, 1.0)
 
 
-def test_all_is_reckoned_anew_when_calls_turn_out_to_cost_something_else():
+def test_remaining_times_follow_the_measured_call_times():
     schedule = schedule_of()
     (task,) = added(schedule, ImageTask("", [(SMALL, 10), (STEP, 1)]))
     assert task.remaining == pytest.approx(3.5)
@@ -213,7 +213,7 @@ def test_all_is_reckoned_anew_when_calls_turn_out_to_cost_something_else():
 # Callers.
 
 
-def test_a_thousand_jobs_of_one_caller_do_not_hold_up_the_one_of_another():
+def test_thousand_jobs_of_one_caller_do_not_delay_another_caller():
     schedule = schedule_of()
     added(schedule, *(steps(5, "many") for _ in range(1000)))
     run(schedule, until=500.0)
@@ -222,7 +222,7 @@ def test_a_thousand_jobs_of_one_caller_do_not_hold_up_the_one_of_another():
     assert single in [task for task, _ in ends]
 
 
-def test_callers_who_fill_the_queue_take_turns():
+def test_callers_with_long_queues_take_turns():
     schedule = schedule_of()
     for caller in ("a", "b", "c"):
         added(schedule, *(steps(5, caller) for _ in range(50)))
@@ -230,7 +230,7 @@ def test_callers_who_fill_the_queue_take_turns():
     assert Counter(task.caller for task, _ in ends) == {"a": 20, "b": 20, "c": 20}
 
 
-def test_the_jobs_of_a_caller_who_fills_the_queue_keep_their_own_order():
+def test_jobs_of_a_long_queue_keep_their_own_order():
     schedule = schedule_of()
     long, *_ = added(schedule, steps(60, "many"), *(steps(5, "many") for _ in range(40)))
     short = added(schedule, steps(1, "many"))[0]
@@ -242,7 +242,7 @@ def test_the_jobs_of_a_caller_who_fills_the_queue_keep_their_own_order():
 # Deadlines.
 
 
-def test_a_deadline_comes_first_when_it_must():
+def test_urgent_deadline_runs_first():
     schedule = schedule_of()
     short, long = added(schedule, steps(6), steps(20, deadline=22.0))
     ends = dict(run(schedule))
@@ -250,14 +250,14 @@ def test_a_deadline_comes_first_when_it_must():
     assert ends[short] > 22.0
 
 
-def test_a_deadline_that_can_wait_does_not_come_first():
+def test_distant_deadline_does_not_run_first():
     schedule = schedule_of()
     short, long = added(schedule, steps(6), steps(20, deadline=60.0))
     assert order_of(schedule) == [short, long]
 
 
 @pytest.mark.parametrize(("seconds", "urgent"), [((1.0, 1.0, 1.0), False), ((0.5, 1.0, 1.5), True)])
-def test_the_more_calls_vary_the_sooner_a_deadline_comes_first(seconds: tuple[float, ...], urgent: bool):
+def test_deadlines_run_earlier_when_call_times_vary_more(seconds: tuple[float, ...], urgent: bool):
     schedule = schedule_of()
     (before,) = added(schedule, steps(30))
     for each in seconds * 10:
@@ -269,13 +269,13 @@ def test_the_more_calls_vary_the_sooner_a_deadline_comes_first(seconds: tuple[fl
     assert (refused is not None and refused.reason is Reason.DEADLINE) == urgent
 
 
-def test_among_deadlines_the_earliest_goes_first():
+def test_earliest_deadline_runs_first():
     schedule = schedule_of()
     later, sooner = added(schedule, steps(5, deadline=16.0), steps(10, deadline=10.6))
     assert order_of(schedule) == [sooner, later]
 
 
-def test_a_job_that_can_meet_its_deadline_is_not_sacrificed_to_one_that_cannot():
+def test_meetable_deadline_is_not_missed_for_an_unmeetable_one():
     schedule = schedule_of()
     doomed, hopeful = added(schedule, steps(20, deadline=10.0), steps(10, deadline=11.0))
     ends = dict(run(schedule))
@@ -283,20 +283,20 @@ def test_a_job_that_can_meet_its_deadline_is_not_sacrificed_to_one_that_cannot()
     assert doomed in ends
 
 
-def test_as_many_deadlines_as_can_be_are_met_when_not_all_can():
+def test_as_many_deadlines_as_possible_are_met():
     schedule = schedule_of()
     tasks = added(schedule, steps(12, deadline=13.0), steps(4, deadline=14.0), steps(4, deadline=15.0))
     ends = dict(run(schedule))
     assert [ends[task] <= task.deadline for task in tasks] == [False, True, True]
 
 
-def test_a_deadline_that_can_be_met_is_admitted():
+def test_meetable_deadline_is_admitted():
     schedule = schedule_of()
     added(schedule, steps(10, deadline=20.0), steps(100))
     assert schedule.refusal(steps(5, deadline=6.0), 0.0) is None
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_and_asked_back_when_it_can():
+def test_unmeetable_deadline_is_refused_until_it_can_be_met():
     schedule = schedule_of()
     added(schedule, steps(10, deadline=10.6))
     refused = steps(5, deadline=12.0)
@@ -309,13 +309,13 @@ def test_a_deadline_that_cannot_be_met_is_refused_and_asked_back_when_it_can():
     assert schedule.refusal(refused, math.ceil(refusal.retry_after)) is None
 
 
-def test_a_job_longer_than_its_deadline_is_never_asked_back():
+def test_job_longer_than_its_deadline_has_infinite_retry_after():
     refusal = schedule_of().refusal(steps(5, deadline=4.0), 0.0)
     assert refusal is not None
     assert (refusal.reason, refusal.retry_after) == (Reason.DEADLINE, math.inf)
 
 
-def test_a_job_is_refused_that_would_make_admitted_ones_late():
+def test_job_that_would_make_admitted_jobs_late_is_refused():
     schedule = schedule_of()
     admitted = added(schedule, steps(10, deadline=12.0), steps(5, deadline=100.0))[0]
     refusal = schedule.refusal(steps(5, deadline=6.0), 0.0)
@@ -323,7 +323,7 @@ def test_a_job_is_refused_that_would_make_admitted_ones_late():
     assert (refusal.reason, refusal.late) == (Reason.OTHERS, (admitted,))
 
 
-def test_a_batch_makes_no_deadline_late():
+def test_batch_makes_no_deadline_late():
     schedule = schedule_of()
     tight, *_ = added(schedule, steps(10, deadline=10.8), steps(10), steps(10))
     assert schedule.choose(0.0, max_batch=3) == [tight]
@@ -332,7 +332,7 @@ def test_a_batch_makes_no_deadline_late():
 # Batches, limits, forecasts.
 
 
-def test_a_batch_takes_jobs_of_the_same_kind_in_order():
+def test_batch_takes_jobs_of_one_kind_by_rank():
     schedule = schedule_of()
     first, third, second = added(schedule, steps(3), steps(8), steps(5))
     added(schedule, ImageTask("", [(SMALL, 4), (STEP, 3)]))
@@ -340,7 +340,7 @@ def test_a_batch_takes_jobs_of_the_same_kind_in_order():
     assert schedule.choose(0.0, max_batch=8) == [first, second, third]
 
 
-def test_a_job_joins_others_when_its_next_call_is_of_their_kind():
+def test_job_joins_a_batch_when_its_next_call_is_of_that_kind():
     schedule = schedule_of()
     mixed, plain = added(schedule, ImageTask("", [(SMALL, 1), (STEP, 3)]), steps(9))
     assert schedule.choose(0.0, max_batch=2) == [mixed]
@@ -348,30 +348,30 @@ def test_a_job_joins_others_when_its_next_call_is_of_their_kind():
     assert schedule.choose(0.25, max_batch=2) == [mixed, plain]
 
 
-def put_off(schedule, most, **size):
-    """How many calls of three later jobs go before the two of another kind, which a job needs that came first."""
+def postponements(schedule, max_batch, **size):
+    """Return how many calls of three later jobs run before the two calls, of another kind, of an earlier job."""
     (first,) = added(schedule, ImageTask("", [(SMALL, 2)], **size))
     added(schedule, steps(50), steps(50), steps(50))
     now = 0.0
-    while first not in (batch := schedule.choose(now, most)):
-        assert len(batch) == min(most, 3)
+    while first not in (batch := schedule.choose(now, max_batch)):
+        assert len(batch) == min(max_batch, 3)
         schedule.record_call(batch, 1.0 * len(batch))
         now += 1.0
     return round(now)
 
 
-def test_calls_that_more_share_go_first_for_as_many_as_would_have_had_empty_places():
-    assert put_off(schedule_of(), 4) == 3 * 2
-    assert put_off(schedule_of(), 2) == 1 * 2
-    assert put_off(schedule_of(), 1) == 0
-    assert put_off(schedule_of(Order.FIRST_COME), 4) == 0
+def test_fuller_batches_run_first_for_as_many_calls_as_places_stay_empty():
+    assert postponements(schedule_of(), 4) == 3 * 2
+    assert postponements(schedule_of(), 2) == 1 * 2
+    assert postponements(schedule_of(), 1) == 0
+    assert postponements(schedule_of(Order.FIRST_COME), 4) == 0
 
 
-def test_nobody_is_put_off_past_a_deadline():
-    assert 1 <= put_off(schedule_of(), 4, deadline=5.0) <= 4
+def test_no_job_is_postponed_past_a_deadline():
+    assert 1 <= postponements(schedule_of(), 4, deadline=5.0) <= 4
 
 
-def test_who_came_last_joins_too_unless_its_next_call_is_made_elsewhere():
+def test_last_arrival_joins_the_batch_unless_its_next_call_runs_elsewhere():
     schedule = schedule_of()
     (plain,) = added(schedule, steps(9))
     schedule.record_call(schedule.choose(0.0, max_batch=2), 1.0)
@@ -382,7 +382,7 @@ def test_who_came_last_joins_too_unless_its_next_call_is_made_elsewhere():
     assert schedule.choose(1.0, max_batch=2) == [late]
 
 
-def test_a_batched_call_is_made_for_each_and_its_time_shared():
+def test_batched_call_counts_for_each_job_and_its_time_is_shared():
     schedule = schedule_of()
     tasks = added(schedule, steps(3), steps(5))
     schedule.record_call(schedule.choose(0.0, max_batch=2), 1.5)
@@ -399,7 +399,7 @@ def test_a_batched_call_is_made_for_each_and_its_time_shared():
         (QueueLimits(jobs=9, bytes=299), Reason.BYTES),
     ],
 )
-def test_what_does_not_fit_is_refused_until_something_has_left(limits: QueueLimits, reason: Reason):
+def test_job_over_a_limit_is_refused_until_another_leaves(limits: QueueLimits, reason: Reason):
     schedule = schedule_of(limits=limits)
     added(schedule, steps(4, pixels=10, bytes=100), steps(6, pixels=10, bytes=100))
     refusal = schedule.refusal(steps(1, pixels=10, bytes=100), 0.0)
@@ -410,14 +410,14 @@ def test_what_does_not_fit_is_refused_until_something_has_left(limits: QueueLimi
     assert schedule.refusal(steps(1, pixels=10, bytes=100), 4.0) is None
 
 
-def test_one_caller_at_its_limit_leaves_room_for_others():
+def test_caller_at_its_limit_leaves_room_for_others():
     schedule = schedule_of(limits=QueueLimits(jobs=9, jobs_per_caller=1))
     added(schedule, steps(4, "many"))
     assert schedule.refusal(steps(4, "many"), 0.0) is not None
     assert schedule.refusal(steps(4, "other"), 0.0) is None
 
 
-def test_what_is_larger_than_a_limit_is_never_asked_back():
+def test_job_larger_than_a_limit_has_infinite_retry_after():
     schedule = schedule_of(limits=QueueLimits(jobs=9, pixels=10))
     refusal = schedule.refusal(steps(1, pixels=11), 0.0)
     assert refusal is not None
@@ -425,24 +425,24 @@ def test_what_is_larger_than_a_limit_is_never_asked_back():
 
 
 @pytest.mark.parametrize("order", list(Order))
-def test_without_arrivals_forecasts_come_true(order: Order):
+def test_forecasts_are_exact_without_arrivals(order: Order):
     schedule = schedule_of(order, average=None)
     added(schedule, *(steps(7 * k % 11 + 1, f"caller {k % 3}") for k in range(31)))
-    told = {task: (position, eta) for task, position, eta in schedule.forecasts(0.0)}
+    forecasts = {task: (position, eta) for task, position, eta in schedule.forecasts(0.0)}
     ends = run(schedule)
-    assert [told[task][0] for task, _ in ends] == list(range(31))
+    assert [forecasts[task][0] for task, _ in ends] == list(range(31))
     for task, end in ends:
-        assert told[task][1] == pytest.approx(end, rel=0.01)
+        assert forecasts[task][1] == pytest.approx(end, rel=0.01)
 
 
-def test_a_deadline_that_will_be_met_is_forecast_so():
+def test_forecast_meets_a_meetable_deadline():
     schedule = schedule_of()
     *_, tight = added(schedule, *(steps(5) for _ in range(20)), steps(30, deadline=40.0))
     assert schedule.forecast(tight, 0.0).eta <= 40
     assert schedule.forecast(tight, 0.0).position > 0
 
 
-def test_one_forecast_is_that_of_all():
+def test_single_forecast_equals_that_of_all():
     schedule = schedule_of()
     tasks = added(schedule, steps(9), steps(3), steps(5))
     every = {forecast.task: forecast for forecast in schedule.forecasts(0.0)}
@@ -451,10 +451,10 @@ def test_one_forecast_is_that_of_all():
         schedule.forecast(steps(1), 0.0)
 
 
-def test_forecasts_take_account_of_what_will_come():
+def test_forecasts_include_future_arrivals():
     schedule = schedule_of()
     now = 0.0
-    for _ in range(200):  # half of the device's time is wanted by short jobs
+    for _ in range(200):  # short jobs need half of the device's time
         added(schedule, steps(1), now=now)
         run(schedule, now)
         now += 2.0
@@ -462,10 +462,10 @@ def test_forecasts_take_account_of_what_will_come():
     assert 25 < schedule.forecast(long, now).eta < 45
 
 
-def test_what_came_in_quieter_times_is_not_thought_to_overtake_now():
+def test_forecasts_use_the_handicaps_of_the_current_load():
     schedule = schedule_of(average=None)
     now = 0.0
-    for _ in range(200):  # each alone, so that nobody had to be patient
+    for _ in range(200):  # one at a time, so that patience stays low
         added(schedule, steps(20), now=now)
         now = run(schedule, now)[-1][1]
     added(schedule, *(steps(20) for _ in range(100)), now=now)
@@ -474,7 +474,7 @@ def test_what_came_in_quieter_times_is_not_thought_to_overtake_now():
 
 
 def run_until(schedule: Schedule, task: ImageTask, now: float) -> float:
-    """When the task ends if more comes as it has lately: 20 steps every 20 seconds."""
+    """Return when the task ends if arrivals continue at the same rate: 20 steps every 20 seconds."""
     while task in schedule:
         added(schedule, steps(20), now=now)
         for ended, when in run(schedule, now, now + 20.0):
@@ -493,7 +493,7 @@ def test_forecasts_change_nothing():
     assert doomed in schedule
 
 
-def test_a_choice_holds_as_long_as_it_says():
+def test_choice_holds_until_the_stated_time():
     schedule = schedule_of()
     short, long = added(schedule, steps(6), steps(20, deadline=25.0))
     until = schedule.holds_until(0.0)
@@ -506,7 +506,7 @@ def test_a_choice_holds_as_long_as_it_says():
     assert schedule.choose(now) == [long]
 
 
-# Everything at once, at random.
+# Random sequences of everything.
 
 
 @settings(deadline=None, max_examples=200)
@@ -516,7 +516,7 @@ def test_a_choice_holds_as_long_as_it_says():
         max_size=40,
     )
 )
-def test_every_deadline_that_was_admitted_is_met(arrivals: list[tuple[int, int, float]]):
+def test_every_admitted_deadline_is_met(arrivals: list[tuple[int, int, float]]):
     schedule = schedule_of()
     now = 0.0
     ends: list[tuple[ImageTask, float]] = []
@@ -530,10 +530,10 @@ def test_every_deadline_that_was_admitted_is_met(arrivals: list[tuple[int, int, 
         assert end <= task.deadline
 
 
-class AnyLife(RuleBasedStateMachine):
-    """Arrivals, calls, failures, cancels and a clock that runs, stands still or jumps, in any order.
+class RandomSchedule(RuleBasedStateMachine):
+    """Arrivals, calls, failures, cancels and a clock that runs, stops or jumps, in any order.
 
-    The machine keeps its own account of what was asked for and what was made of it.
+    The machine keeps its own account of the planned and the made calls.
     """
 
     order = Order.SHORTEST
@@ -564,7 +564,11 @@ class AnyLife(RuleBasedStateMachine):
             self.planned[task] = sum(count for _, count in calls)
             self.bounds[task] = task.admitted + task.handicap
 
-    @rule(most=st.integers(1, 4), ends=st.sampled_from(["well", "well", "well", "failed"]), stuck=st.booleans())
+    @rule(
+        most=st.integers(1, 4),
+        ends=st.sampled_from(["succeeds", "succeeds", "succeeds", "failed"]),
+        stuck=st.booleans(),
+    )
     def call(self, most, ends, stuck):
         batch = self.schedule.choose(self.now, most)
         assert bool(batch) == bool(self.waiting)
@@ -594,10 +598,10 @@ class AnyLife(RuleBasedStateMachine):
         assert len(set(batch)) == len(batch) <= most
         assert set(batch) <= set(self.waiting)
         assert len({task.kind for task in batch}) == 1
-        # Where calls are shared, whoever fills one may have come last.
+        # In a shared call, the last arrival may fill an empty place.
         if most == 1 and len(self.waiting) <= 16 and batch[0].deadline == math.inf:
             for waiting in self.waiting:
-                assert batch[0].admitted <= self.bounds[waiting], "overtaken by what came after the bound"
+                assert batch[0].admitted <= self.bounds[waiting], "overtaken by an arrival after the bound"
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -610,10 +614,10 @@ class AnyLife(RuleBasedStateMachine):
 
     @rule()
     def forecast(self):
-        told = list(self.schedule.forecasts(self.now))
-        assert {each.task for each in told} == set(self.waiting)
-        assert [each.position for each in told] == list(range(len(self.waiting)))
-        assert all(each.task.remaining <= each.eta + 1e-6 and each.eta < math.inf for each in told)
+        forecasts = list(self.schedule.forecasts(self.now))
+        assert {each.task for each in forecasts} == set(self.waiting)
+        assert [each.position for each in forecasts] == list(range(len(self.waiting)))
+        assert all(each.task.remaining <= each.eta + 1e-6 and each.eta < math.inf for each in forecasts)
 
     @invariant()
     def counts_agree(self):
@@ -629,7 +633,7 @@ class AnyLife(RuleBasedStateMachine):
         assert all(self.made[task] <= self.planned[task] for task in self.planned)
 
 
-class AnyLifeFirstCome(AnyLife):
+class RandomFirstCome(RandomSchedule):
     order = Order.FIRST_COME
 
     def check_order(self, batch, most=1):
@@ -637,8 +641,8 @@ class AnyLifeFirstCome(AnyLife):
         assert batch[0] is self.waiting[0]
 
 
-AnyLife.TestCase.settings = AnyLifeFirstCome.TestCase.settings = settings(
+RandomSchedule.TestCase.settings = RandomFirstCome.TestCase.settings = settings(
     max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestAnyLife = AnyLife.TestCase
-TestAnyLifeFirstCome = AnyLifeFirstCome.TestCase
+TestRandomSchedule = RandomSchedule.TestCase
+TestRandomFirstCome = RandomFirstCome.TestCase

@@ -1,4 +1,4 @@
-"""A model whose every call waits for the word of the test, and what goes with it: no torch, no gRPC."""
+"""A model whose calls each wait for the test, with a request, an event queue and a clock: no torch, no gRPC."""
 
 import contextlib
 import queue
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass
 class SteppedModel:
-    """Each call announces itself in `calls`, then waits for `allow`."""
+    """Each call puts its name and seed into `calls`, then waits for `allow`."""
 
     info: ModelInfo = MODEL_INFO
     max_batch: int = 1
@@ -45,9 +45,9 @@ class SteppedModel:
     calls: "queue.Queue[tuple[str, int]]" = field(default_factory=queue.Queue)
     allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fails_on: str | None = None
-    fitting: int = 64  # trajectories that memory has room for in a step
+    fitting: int = 64  # trajectories per step that fit in memory
     broken_seed: int | None = None
-    batches: list[list[int]] = field(default_factory=list)  # seeds of every step that succeeded
+    batches: list[list[int]] = field(default_factory=list)  # seeds of every successful step
 
     def allow(self, count: int = 1) -> None:
         self.allowed.release(count)
@@ -90,7 +90,7 @@ class SteppedModel:
 
 
 class Events:
-    """The events of one job, in the order in which they came."""
+    """The events of one job, in order."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[Event] = queue.Queue()

@@ -34,9 +34,17 @@ def save(folder: Path, contrast: float = 1.0) -> tuple[Path, Path]:
         vae, clip_l, clip_g, tokenizer, tokenizer, base_unet, _scheduler(), add_watermarker=False
     )
     refiner = StableDiffusionXLImg2ImgPipeline(
-        vae, None, clip_g, None, tokenizer, refiner_unet, _scheduler(),
-        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
-    )  # fmt: skip
+        vae,
+        None,
+        clip_g,
+        None,
+        tokenizer,
+        refiner_unet,
+        _scheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
     base.save_pretrained(folder / "base", variant="fp16")
     refiner.save_pretrained(folder / "refiner", variant="fp16")
     return folder / "base", folder / "refiner"

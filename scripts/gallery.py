@@ -12,9 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 from text_to_image_client import TextToImage
 
 PROMPTS = (
-    "cat napping", "pizza", "red apple", "rocket", "3d dog face", "birthday cake",
-    "a green apple", "a blue car", "outline of a house", "octopus", "a cat and a pizza", "someone laughing",
-)  # fmt: skip
+    "cat napping",
+    "pizza",
+    "red apple",
+    "rocket",
+    "3d dog face",
+    "birthday cake",
+    "a green apple",
+    "a blue car",
+    "outline of a house",
+    "octopus",
+    "a cat and a pizza",
+    "someone laughing",
+)
 SEEDS = (0, 1)
 COLUMNS = 6
 SIDE = 160  # pixels of a picture on the sheet

@@ -1,4 +1,4 @@
-"""Run the campaign, or a part of it: python -m soak [flags | messages | start | signals] [--count N] [--seed N] ..."""
+"""Run all soak tests, or one part: python -m soak [flags | messages | start | signals] [--count N] [--seed N] ..."""
 
 import argparse
 import base64
@@ -6,43 +6,45 @@ import sys
 
 from soak import flags, messages, signals, start
 
-# Of each part, how many cases there are, and the seconds after which it begins no more.
-LONG = {"flags": (300, 900.0), "start": (1000, 900.0), "messages": (100_000, 1500.0), "signals": (500, 1500.0)}
+# The default number of cases of each part, and the seconds after which it starts no more.
+DEFAULTS = {"flags": (300, 900.0), "start": (1000, 900.0), "messages": (100_000, 1500.0), "signals": (500, 1500.0)}
 
 
 def main() -> int:
-    """Returns 1 if anything was not as it must be."""
+    """Run the parts on the command line. Returns 1 if there is a violation."""
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=[*LONG, "all"], default="all")
-    parser.add_argument("--count", type=int, help="of cases; without it the long form")
+    parser.add_argument("part", nargs="?", choices=[*DEFAULTS, "all"], default="all")
+    parser.add_argument("--count", type=int, help="number of cases (default: that of the long run)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, help="after which no more cases begin")
-    alone = parser.add_argument_group("one case alone, as it was printed")
-    alone.add_argument("--typed", action="append", default=[], metavar="FLAG", help="of the server")
-    alone.add_argument("--variable", action="append", default=[], metavar="NAME=VALUE", help="of the environment")
+    parser.add_argument("--seconds", type=float, help="time after which no more cases start")
+    alone = parser.add_argument_group("repeat one case, with the printed options")
+    alone.add_argument("--typed", action="append", default=[], metavar="FLAG", help="a flag of the server")
+    alone.add_argument(
+        "--variable", action="append", default=[], metavar="NAME=VALUE", help="an environment variable of the server"
+    )
     alone.add_argument("--method", metavar="/SERVICE/METHOD")
     alone.add_argument("--deadline", type=float, default=5.0, metavar="SECONDS")
     alone.add_argument("--message", action="append", default=[], metavar="BASE64")
     alone.add_argument("--metadata", action="append", default=[], metavar="KEY=BASE64")
-    alone.add_argument("--case", help="of start, by its name")
+    alone.add_argument("--case", help="the name of a case of start")
     options = parser.parse_args()
     if options.typed or options.variable or options.method or options.case:
-        found = _alone(options)
-        print("\n".join(found) or "nothing is wrong", flush=True)
+        found = _repeat(options)
+        print("\n".join(found) or "no violation", flush=True)
         return int(bool(found))
-    wrong = False
-    for part in LONG if options.part == "all" else (options.part,):
-        count, seconds = LONG[part]
+    failed = False
+    for part in DEFAULTS if options.part == "all" else (options.part,):
+        count, seconds = DEFAULTS[part]
         count, seconds = options.count or count, options.seconds or seconds
         run = {"flags": flags, "messages": messages, "start": start, "signals": signals}[part].campaign
         report = run(count, options.seed, seconds)
         print(report, flush=True)
-        wrong = wrong or bool(report.violations)
-    return int(wrong)
+        failed = failed or bool(report.violations)
+    return int(failed)
 
 
-def _alone(options: argparse.Namespace) -> list[str]:
-    """Repeat one case; what is wrong with it."""
+def _repeat(options: argparse.Namespace) -> list[str]:
+    """Repeat one case and return its violations."""
     if options.case:
         return start.repeat(options.case)
     if options.method is None:

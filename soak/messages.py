@@ -1,9 +1,8 @@
-"""Every method of every protocol with messages grown from the descriptors, and with random bytes, against one server.
+"""Call every method of every protocol with messages generated from the descriptors, and with random bytes.
 
-The server is the real one around the model of tests/support/steady_server.py, with default limits and every protocol
-on. Of each call: no INTERNAL, no UNKNOWN, no answer or trailer beyond what callers accept, none that outlives its
-deadline. Of the server: no traceback, health SERVING throughout, nothing left to do at the end, and memory that stays
-as it is.
+One server takes all calls: the real one with the model of tests/support/steady_server.py, default limits and every
+protocol. A call must not end with INTERNAL or UNKNOWN, have an answer or trailers above callers' limits, or outlive its
+deadline. The server must log no traceback, stay SERVING, have no jobs at the end, and not grow in memory.
 """
 
 import base64
@@ -32,11 +31,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import strategies as st
 from serving import PATIENCE, ROOT, ServerProcess
 
-from server import lifecycle  # noqa: F401  # the first brings the descriptors of every protocol
-from server.api import open_inference  # the first brings the descriptors of every protocol
+from server import lifecycle  # noqa: F401  # imports the descriptors of every protocol
+from server.api import open_inference
 from server.domain import ASPECT_RATIOS
 from server.observability.interceptor import REQUEST_ID
-from soak import growing
+from soak import strategies
 
 SERVICES = (
     "text_to_image.v1.TextToImageService",
@@ -51,22 +50,50 @@ FLAGS = ("--kserve", "--instill", "--channelz", "--metrics-listen", "127.0.0.1:0
 
 PROGRAM = ("tests/support/steady_server.py",)
 _UNKNOWN_METHODS = ("/text_to_image.v1.TextToImageService/Nothing", "/nothing.v1.Nothing/At", "/nothing", "/")
-_ENDLESS = ("/grpc.health.v1.Health/Watch",)  # streams that only their callers end
-_TRAILER_BYTES = 8 * 1024  # gRPC's default limit of what a caller accepts
-_ANSWER_BYTES = 4 * 1024 * 1024  # images of the steady model are far below
-_LATE_SECONDS = 60  # beyond a deadline: a busy machine is slow, a call that hangs is not back by then
-_GROWTH_BYTES = 24 * 2**20  # of memory, which an allocator may hold on to
+_ENDLESS = ("/grpc.health.v1.Health/Watch",)  # streams that only the caller ends
+_TRAILER_BYTES = 8 * 1024  # gRPC's default limit for the metadata that a caller receives
+_ANSWER_BYTES = 4 * 1024 * 1024  # gRPC's default limit; images of the steady model are far smaller
+_LATE_SECONDS = 60  # after the deadline: more than a busy machine needs, less than a hanging call
+_GROWTH_BYTES = 24 * 2**20  # of memory, which an allocator may keep
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-_CHUNK = 500  # messages for which hypothesis remembers what it has tried
+_CHUNK = 500  # messages of one hypothesis run, which remembers its examples
 _FORBIDDEN = re.compile(rf"Traceback|{re.escape(str(ROOT))}|object at 0x|site-packages|\.py\b|NoneType|Exception\b")
 
-# What many fields mean, so that more than a few of the messages are admitted.
+# Valid values of many fields, so that the server admits some of the messages.
 WORDS = (
-    "", " ", "a cat", "steady", "1", "euler", "dpmpp_2m", "job-1", "job-2", "job-3", "jpeg", "png", "webp", "\0", "%",
-    "ä" * 200, "👩‍🎨", "data", "parameter", "prompt", "aspect-ratio", "negative-prompt", "negativePrompt", "n", "seed",
-    *sorted(ASPECT_RATIOS), *open_inference._INPUTS, *open_inference._OUTPUTS, *open_inference._DATATYPES,
-    *SERVICES, "text_to_image.proto", "google/protobuf/struct.proto",
-)  # fmt: skip
+    "",
+    " ",
+    "a cat",
+    "steady",
+    "1",
+    "euler",
+    "dpmpp_2m",
+    "job-1",
+    "job-2",
+    "job-3",
+    "jpeg",
+    "png",
+    "webp",
+    "\0",
+    "%",
+    "ä" * 200,
+    "👩‍🎨",
+    "data",
+    "parameter",
+    "prompt",
+    "aspect-ratio",
+    "negative-prompt",
+    "negativePrompt",
+    "n",
+    "seed",
+    *sorted(ASPECT_RATIOS),
+    *open_inference._INPUTS,
+    *open_inference._OUTPUTS,
+    *open_inference._DATATYPES,
+    *SERVICES,
+    "text_to_image.proto",
+    "google/protobuf/struct.proto",
+)
 _INPUT = {"data": {"prompt": "a cat"}, "parameter": {"n": 1, "seed": 7}}
 _VALID: dict[str, list[dict[str, Any]]] = {
     "text_to_image.v1.GenerateRequest": [
@@ -90,7 +117,9 @@ _VALID: dict[str, list[dict[str, Any]]] = {
         {
             "modelName": "steady",
             "inputs": [{"name": "prompt", "shape": [2], "datatype": "BYTES"}],
-            "rawInputContents": [base64.b64encode(growing._counted("a cat") + growing._counted("a dog")).decode()],
+            "rawInputContents": [
+                base64.b64encode(strategies.encoded_element("a cat") + strategies.encoded_element("a dog")).decode()
+            ],
         },
     ],
     "inference.ModelMetadataRequest": [{"name": "steady"}],
@@ -103,7 +132,7 @@ _VALID: dict[str, list[dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """One call: its method, its messages as they travel, its deadline in seconds, its metadata."""
+    """One call: its method, its encoded messages, its deadline in seconds, its metadata."""
 
     method: str
     messages: tuple[bytes, ...]
@@ -111,7 +140,7 @@ class Call:
     metadata: tuple[tuple[str, str | bytes], ...] = ()
 
     def command(self) -> str:
-        """What makes this call again alone."""
+        """Return the command that repeats this call alone."""
         words = [f"--method={self.method}", f"--deadline={self.seconds}"]
         words += (f"--message={base64.b64encode(each).decode()}" for each in self.messages)
         for key, value in self.metadata:
@@ -121,12 +150,12 @@ class Call:
 
 
 class Violation(Exception):
-    """A call that ended as none may."""
+    """A call ended as no call may."""
 
 
 @dataclass
 class Report:
-    """What a campaign has found."""
+    """The results of a campaign."""
 
     seed: int
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)  # by method and status
@@ -135,7 +164,7 @@ class Report:
 
     @property
     def levels(self) -> tuple[float, float]:
-        """The server's memory in its second quarter and in its last, as medians: garbage makes it rise and fall."""
+        """The median memory of the second and of the last quarter: garbage makes single values rise and fall."""
         if not self.memory:
             return 0, 0
         quarter = max(1, len(self.memory) // 4)
@@ -156,14 +185,14 @@ class Report:
 
 
 def campaign(count: int, seed: int, seconds: float, workers: int = 3) -> Report:
-    """Make `count` calls, or as many as `seconds` allow, from so many processes, each with a connection of its own."""
+    """Make `count` calls, or as many as `seconds` allow, from `workers` processes with one connection each."""
     report = Report(seed)
     began = time.monotonic()
     server = ServerProcess(*FLAGS, program=PROGRAM, cold=True).wait_until_ready()
     try:
         process = psutil.Process(server.process.pid)
-        heard: list[str] = []
-        watched = threading.Thread(target=_watch_health, args=(server.target, heard), daemon=True)
+        statuses: list[str] = []
+        watched = threading.Thread(target=_watch_health, args=(server.target, statuses), daemon=True)
         watched.start()
         sizes = [min(_CHUNK, count - first) for first in range(0, count, _CHUNK)]
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -179,7 +208,7 @@ def campaign(count: int, seed: int, seconds: float, workers: int = 3) -> Report:
                     report.memory.append(process.memory_info().rss)
                 if time.monotonic() - began < seconds and not report.violations and server.process.poll() is None:
                     running |= {pool.submit(_chunk, server.target, seed + n, size) for n, size in islice(waiting, 1)}
-        report.violations += _violations_of_server(server, process, heard)
+        report.violations += _violations_of_server(server, process, statuses)
         warm, end = report.levels
         if end > warm + _GROWTH_BYTES:
             report.violations.append(f"memory grew from {warm:.0f} to {end:.0f} bytes")
@@ -191,38 +220,39 @@ def campaign(count: int, seed: int, seconds: float, workers: int = 3) -> Report:
     return report
 
 
-def _watch_health(target: str, heard: list[str]) -> None:
-    """Collect every status of the service until the server goes."""
+def _watch_health(target: str, statuses: list[str]) -> None:
+    """Collect every health status of the service until the server ends."""
     with grpc.insecure_channel(target) as channel:
         try:
-            for each in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICES[0])):  # type: ignore[attr-defined]
-                heard.append(health_pb2.HealthCheckResponse.ServingStatus.Name(each.status))
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # types-grpcio-health-checking declares no methods
+            for response in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICES[0])):
+                statuses.append(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
         except grpc.RpcError:
             return
 
 
-def _violations_of_server(server: ServerProcess, process: psutil.Process, heard: list[str]) -> list[str]:
-    """What is wrong with the server once all calls are over."""
+def _violations_of_server(server: ServerProcess, process: psutil.Process, statuses: list[str]) -> list[str]:
+    """Return the violations of the server after all calls."""
     if server.process.poll() is not None:
-        return [f"the server is gone, exit code {server.process.poll()}"]
+        return [f"the server ended, exit code {server.process.poll()}"]
     found = []
-    if heard != ["SERVING"]:
-        found.append(f"health was {heard}")
+    if statuses != ["SERVING"]:
+        found.append(f"health was {statuses}")
     found += [f"in the log: {line[:500]}" for line in server.lines if " ERROR " in line or " CRITICAL " in line]
     address = server.wait_for_log(r"metrics on (http://\S+)")[1]
     until = time.monotonic() + PATIENCE
     left = None
-    while time.monotonic() < until:  # detached jobs go on after their callers
+    while time.monotonic() < until:  # detached jobs outlive their callers
         metrics = urlopen(address).read().decode()
         left = re.findall(r"^(t2i_queue_jobs\{[^}]*\}) (?!0\.0$)(.*)$", metrics, re.MULTILINE)
         if not left:
             return found
         time.sleep(0.5)
-    return [*found, f"not over after {PATIENCE} s: {left}"]
+    return [*found, f"jobs left after {PATIENCE} s: {left}"]
 
 
 def _chunk(target: str, seed: int, count: int) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Make `count` calls on a connection of their own; how they ended, and what repeats the smallest that failed."""
+    """Make `count` calls on one connection. Returns the counts of statuses, and the violation of the smallest call."""
     ends: Counter[tuple[str, str]] = Counter()
     failed: list[tuple[Call, str]] = []
     with grpc.insecure_channel(target, _OPTIONS) as channel:
@@ -280,25 +310,25 @@ def make(channel: grpc.Channel, call: Call) -> str:
     took = time.monotonic() - began
     trailers = sum(len(key) + len(value) + 32 for key, value in answers.trailing_metadata() or ())
     trailers += sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in details.encode())
-    wrong = []
+    violations = []
     if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-        wrong.append(code.name)
+        violations.append(code.name)
     if code is grpc.StatusCode.UNIMPLEMENTED and method is not None:
-        wrong.append("UNIMPLEMENTED")
+        violations.append("UNIMPLEMENTED")
     if method is None and code is not grpc.StatusCode.UNIMPLEMENTED:
-        wrong.append(f"{code.name} of a method that is not there")
+        violations.append(f"{code.name} of an unknown method")
     if trailers > _TRAILER_BYTES:
-        wrong.append(f"trailers of {trailers} bytes")
+        violations.append(f"trailers of {trailers} bytes")
     if _FORBIDDEN.search(details):
-        wrong.append("words that are not for callers")
+        violations.append("internal details in the message")
     if took > call.seconds + _LATE_SECONDS:
-        wrong.append(f"took {took:.0f} s with a deadline of {call.seconds} s")
-    if wrong:
-        raise Violation(f"{call.method}: {', '.join(wrong)}; {code.name} {details[:500]!r}")
+        violations.append(f"took {took:.0f} s with a deadline of {call.seconds} s")
+    if violations:
+        raise Violation(f"{call.method}: {', '.join(violations)}; {code.name} {details[:500]!r}")
     return str(code.name)
 
 
-# What calls there are.
+# The strategies for calls.
 
 
 @cache
@@ -310,7 +340,7 @@ def _methods() -> dict[str, MethodDescriptor]:
 
 @cache
 def calls_of_all() -> st.SearchStrategy[Call]:
-    """Calls of every method, of those that begin jobs more, and some of methods that are not there."""
+    """Return calls of every method, more often of those that start jobs, and of unknown methods."""
     methods = [
         _calls(name, method)
         for name, method in sorted(_methods().items())
@@ -331,24 +361,26 @@ def _calls(name: str, method: MethodDescriptor) -> st.SearchStrategy[Call]:
 
 def _encoded(method: MethodDescriptor) -> st.SearchStrategy[bytes]:
     kind = method.input_type
-    grown: st.SearchStrategy[Message] = growing.messages(kind, WORDS)
-    ways = [grown, grown]
+    generated: st.SearchStrategy[Message] = strategies.messages(kind, WORDS)
+    choices = [generated, generated]
     if valid := _VALID.get(kind.full_name):
         patterns = [json_format.ParseDict(each, GetMessageClass(kind)()) for each in valid]
-        ways += [st.builds(_merged, st.sampled_from(patterns), grown), st.sampled_from(patterns)]
-    encoded = st.one_of(ways).map(lambda message: message.SerializeToString(deterministic=True))
-    return st.one_of(encoded, encoded, encoded, growing.spoiled(encoded), st.binary(max_size=60), growing.deep(kind))
+        choices += [st.builds(_merged, st.sampled_from(patterns), generated), st.sampled_from(patterns)]
+    encoded = st.one_of(choices).map(lambda message: message.SerializeToString(deterministic=True))
+    return st.one_of(
+        encoded, encoded, encoded, strategies.corrupted(encoded), st.binary(max_size=60), strategies.deep(kind)
+    )
 
 
-def _merged(pattern: Message, grown: Message) -> Message:
+def _merged(pattern: Message, generated: Message) -> Message:
     both = type(pattern)()
     both.CopyFrom(pattern)
-    both.MergeFrom(grown)
+    both.MergeFrom(generated)
     return both
 
 
 def _metadata() -> st.SearchStrategy[tuple[tuple[str, str | bytes], ...]]:
-    """None, most often."""
+    """Return metadata, in two of three cases empty."""
     names = st.sampled_from([REQUEST_ID, "traceparent", "tracestate", "authorization", "x-anything"])
     texts = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60).map(str.strip)
     pairs = st.tuples(names, texts) | st.tuples(st.just("anything-bin"), st.binary(max_size=60))
@@ -356,7 +388,7 @@ def _metadata() -> st.SearchStrategy[tuple[tuple[str, str | bytes], ...]]:
 
 
 def repeat(call: Call) -> list[str]:
-    """Make one call alone, of a server of its own; what is wrong with it."""
+    """Make one call to a new server and return its violations."""
     server = ServerProcess(*FLAGS, program=PROGRAM, cold=True).wait_until_ready()
     try:
         with grpc.insecure_channel(server.target, _OPTIONS) as channel:

@@ -1,13 +1,14 @@
-"""SIGKILL, SIGSTOP, SIGHUP, SIGINT and SIGTERM at random moments, under load.
+"""Send SIGKILL, SIGSTOP, SIGHUP, SIGINT and SIGTERM to a server at random moments, under load.
 
-One server after another at the same port, with the same ready file and unix socket: each gets some signals that it must
-outlive, and then one that ends it, in one of seven rounds before it has begun to serve. Another server gets none; it is
-there for those who can go elsewhere. Both are the real server around the model of tests/support/steady_server.py.
+Servers run one after another at the same port, with the same ready file and unix socket. Each gets some signals that
+it must survive, and then one that ends it, in one of seven rounds before it serves. A second server gets no signals; it
+takes the calls of clients with two addresses. Both are the real server with the model of
+tests/support/steady_server.py.
 
-- Every call ends with OK, or UNAVAILABLE where its server was ended, and long before its caller gives up.
-- Who was admitted before SIGINT or SIGTERM gets the images. SIGHUP and SIGSTOP cost nobody anything.
-- A call that may go to either server gets its image, whatever happens to the first.
-- A server ends with the documented code and leaves no file; what a killed one leaves does not disturb the next.
+- Every call ends with OK, or UNAVAILABLE if its server was ended, and long before the caller's deadline.
+- A call that was admitted before SIGINT or SIGTERM gets its images. SIGHUP and SIGSTOP fail no call.
+- A call that may go to either server gets its image.
+- A server ends with the documented code and leaves no file. Files of a killed server do not disturb the next one.
 """
 
 import random
@@ -27,31 +28,31 @@ from text_to_image_client import TextToImage, TextToImageError
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-_CALL_SECONDS = "0.01"  # of the model
-_DEADLINE = 60.0  # seconds; a job takes a tenth of one
+_CALL_SECONDS = "0.01"  # of a model call
+_DEADLINE = 60.0  # seconds; a job takes 0.1
 _DEVICE_SECONDS = 4
 _CALLERS = 6
 _STARTING = 1 / 7  # share of the rounds in which the signal comes before the server serves
-_START_SECONDS = 1.5  # within which it then comes
+_START_SECONDS = 1.5  # the longest delay of that signal
 
-SURVIVED = ("SIGSTOP", "SIGHUP")
-ENDING = ("SIGKILL", "SIGINT", "SIGTERM")
+SURVIVED_SIGNALS = ("SIGSTOP", "SIGHUP")
+ENDING_SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 
 
 @dataclass
 class Outcome:
-    """How one call ended. Times are monotonic; `admitted` is when its caller heard of the server first."""
+    """The end of one call. Times are monotonic; `admitted` is the time of the server's first response."""
 
     kind: str
     code: str
-    words: str
+    message: str
     admitted: float | None
     ended: float
 
 
 @dataclass
 class Report:
-    """What a campaign has found."""
+    """The results of a campaign."""
 
     seed: int
     signals: Counter[str] = field(default_factory=Counter)
@@ -72,7 +73,7 @@ class Report:
 
 
 def campaign(count: int, seed: int, seconds: float) -> Report:
-    """Send `count` signals, or as many as `seconds` allow. Each round has a seed of its own, from `seed` on."""
+    """Send `count` signals, or as many as `seconds` allow. The rounds have the seeds `seed`, `seed + 1` and so on."""
     report = Report(seed)
     began = time.monotonic()
     other = ServerProcess(
@@ -96,7 +97,7 @@ def campaign(count: int, seed: int, seconds: float) -> Report:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the servers are, one after another, and what another server makes of the request of all callers."""
+    """The folder and the port of the servers, the address of the second server, and the expected image."""
 
     folder: Path
     port: int
@@ -108,16 +109,25 @@ class Place:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> ServerProcess:
+        """Start the next server."""
         for name in ("temporary", "home"):
             (self.folder / name).mkdir(exist_ok=True)
         return ServerProcess(
-            "--listen", f"{self.target},unix:{self.folder}/socket", "--ready-file", f"{self.folder}/ready",
-            "--device-timeout-seconds", f"{_DEVICE_SECONDS}",
-            program=("tests/support/steady_server.py",), cold=True, STEADY_SECONDS=_CALL_SECONDS,
-            TMPDIR=f"{self.folder}/temporary", HOME=f"{self.folder}/home",
-        )  # fmt: skip
+            "--listen",
+            f"{self.target},unix:{self.folder}/socket",
+            "--ready-file",
+            f"{self.folder}/ready",
+            "--device-timeout-seconds",
+            f"{_DEVICE_SECONDS}",
+            program=("tests/support/steady_server.py",),
+            cold=True,
+            STEADY_SECONDS=_CALL_SECONDS,
+            TMPDIR=f"{self.folder}/temporary",
+            HOME=f"{self.folder}/home",
+        )
 
     def files(self) -> list[str]:
+        """Return the files that servers left."""
         return sorted(str(each.relative_to(self.folder)) for each in self.folder.rglob("*") if not each.is_dir())
 
 
@@ -129,13 +139,13 @@ def _free_port() -> int:
 
 
 def _round(place: Place, seed: int, report: Report, most: int) -> list[str]:
-    """Start a server, send it signals, end it; what was not as promised."""
+    """Start a server, send it signals, and end it. Returns the violations."""
     choose = random.Random(seed)
     server = place.start()
-    ending = choose.choice(ENDING)
+    ending = choose.choice(ENDING_SIGNALS)
     sent: list[str] = []
     calls: list[Outcome] = []
-    wrong: list[str] = []
+    violations: list[str] = []
     try:
         if choose.random() < _STARTING:
             _wait_for_handlers(server.process.pid)
@@ -145,20 +155,20 @@ def _round(place: Place, seed: int, report: Report, most: int) -> list[str]:
         else:
             server.wait_until_ready()
             if (place.folder / "ready").read_text() != server.target.replace(",", "\n") + "\n":
-                wrong.append(f"the ready file has {(place.folder / 'ready').read_text()!r}")
+                violations.append(f"the ready file has {(place.folder / 'ready').read_text()!r}")
             callers = [Caller(place, seed, number) for number in range(_CALLERS)]
             for each in callers:
                 each.start()
             for _ in range(min(choose.randrange(4), most - 1)):
                 time.sleep(choose.uniform(0, 0.5))
-                _survived(server, choose, sent)
+                _send_survived(server, choose, sent)
             time.sleep(choose.uniform(0, 0.5))
-            stopped_too = choose.random() < 0.1
+            stop_first = choose.random() < 0.1
             ended_at = time.monotonic()
-            if stopped_too:
+            if stop_first:
                 _send(server, "SIGSTOP", sent)
             _send(server, ending, sent)
-            if stopped_too and ending != "SIGKILL":
+            if stop_first and ending != "SIGKILL":
                 time.sleep(choose.uniform(0, 0.5))
                 server.process.send_signal(signal.SIGCONT)
             for each in callers:
@@ -166,7 +176,7 @@ def _round(place: Place, seed: int, report: Report, most: int) -> list[str]:
             for each in callers:
                 each.join(_DEADLINE + PATIENCE)
                 if each.is_alive():
-                    wrong.append(f"a call of {each.kind} never ended")
+                    violations.append(f"a call of {each.kind} never ended")
                 calls += each.outcomes
         code = server.wait()
     finally:
@@ -174,21 +184,21 @@ def _round(place: Place, seed: int, report: Report, most: int) -> list[str]:
     report.signals.update(sent)
     report.calls.update(f"{each.kind}: {each.code}" for each in calls)
     if code != (expected := -signal.SIGKILL if ending == "SIGKILL" else 0):
-        wrong.append(f"exit code {code}, not {expected}")
-    # One that was ended before it had read its flags cannot remove what a killed one left.
+        violations.append(f"exit code {code}, not {expected}")
+    # A server that ends before it has read its flags cannot remove the files of a killed one.
     if ending != "SIGKILL" and "listening on" in server.log and (left := place.files()):
-        wrong.append(f"files are left: {left}")
-    wrong += [f"in the log: {line}" for line in server.lines if "Traceback" in line or " ERROR " in line]
-    wrong += [words for each in calls if (words := _broken_promise(each, ended_at, ending))]
-    if not wrong:
+        violations.append(f"files are left: {left}")
+    violations += [f"in the log: {line}" for line in server.lines if "Traceback" in line or " ERROR " in line]
+    violations += [found for each in calls if (found := _violation(each, ended_at, ending))]
+    if not violations:
         return []
     log = "\n".join(server.lines[-40:])
     command = f"python -m soak signals --count {max(1, len(sent))} --seed {seed}"
-    return [f"{', '.join(sent)}: " + "; ".join(wrong) + f"\n  {command}\n{log}"]
+    return [f"{', '.join(sent)}: " + "; ".join(violations) + f"\n  {command}\n{log}"]
 
 
 def _wait_for_handlers(pid: int) -> None:
-    """Wait until the process has its own answer to SIGTERM; before that, Python itself is starting."""
+    """Wait until the process handles SIGTERM; before that, the interpreter is starting."""
     mask = 1 << (signal.SIGTERM - 1)
     while not int(Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16) & mask:
         time.sleep(0.001)
@@ -199,34 +209,34 @@ def _send(server: ServerProcess, name: str, sent: list[str]) -> None:
     sent.append(name)
 
 
-def _survived(server: ServerProcess, choose: random.Random, sent: list[str]) -> None:
-    """Send a signal that the server outlives."""
-    name = choose.choice(SURVIVED)
+def _send_survived(server: ServerProcess, choose: random.Random, sent: list[str]) -> None:
+    """Send a signal that the server must survive."""
+    name = choose.choice(SURVIVED_SIGNALS)
     _send(server, name, sent)
     if name == "SIGSTOP":
-        long = choose.random() < 0.05  # longer than a device may be silent
+        long = choose.random() < 0.05  # longer than --device-timeout-seconds
         time.sleep(_DEVICE_SECONDS + 1 if long else choose.uniform(0, 0.5))
         server.process.send_signal(signal.SIGCONT)
 
 
-def _broken_promise(call: Outcome, ended_at: float, ending: str) -> str | None:
-    """What the call should not have ended with."""
+def _violation(call: Outcome, ended_at: float, ending: str) -> str | None:
+    """Return the violation of a call, None if it has none."""
     if call.code == "OK":
         return None
-    words = f"{call.kind}, admitted {'yes' if call.admitted else 'no'}: {call.code} {call.words}"
+    description = f"{call.kind}, admitted {'yes' if call.admitted else 'no'}: {call.code} {call.message}"
     if call.kind == "either server":
-        return words
+        return description
     if call.ended < ended_at:
-        return f"before the end, {words}"
+        return f"before the end, {description}"
     if call.code != "UNAVAILABLE":
-        return words
+        return description
     if ending != "SIGKILL" and call.admitted is not None and call.admitted < ended_at:
-        return f"{ended_at - call.admitted:.3f} s after its admission, {words}"
+        return f"{ended_at - call.admitted:.3f} s after its admission, {description}"
     return None
 
 
 class Caller(threading.Thread):
-    """Makes one call after another until it shall leave, and one more by then."""
+    """Make calls until `leave`, and at least one."""
 
     def __init__(self, place: Place, seed: int, number: int) -> None:
         super().__init__(daemon=True)
@@ -238,6 +248,7 @@ class Caller(threading.Thread):
         self._leaving = threading.Event()
 
     def leave(self) -> None:
+        """End after the current call."""
         self._leaving.set()
 
     def run(self) -> None:
@@ -281,7 +292,7 @@ class Caller(threading.Thread):
         return self._ended(None, admitted)
 
     def _detached(self, stub: pb_grpc.TextToImageServiceStub) -> None:
-        """Begin a job, leave it, and come back for it."""
+        """Start a detached job, leave it, and attach to it."""
         name = f"{self._name}-{len(self.outcomes)}"
         stream = stub.StreamGenerate(
             request("a cat", request_id=name, on_disconnect="ON_DISCONNECT_DETACH"), timeout=_DEADLINE
@@ -303,5 +314,5 @@ class Caller(threading.Thread):
             self.outcomes.append(Outcome(self.kind, "OK", "", None, time.monotonic()))
 
     def _ended(self, error: grpc.RpcError | None, admitted: float | None) -> None:
-        code, words = ("OK", "") if error is None else (error.code().name, error.details() or "")
-        self.outcomes.append(Outcome(self.kind, code, words, admitted, time.monotonic()))
+        code, message = ("OK", "") if error is None else (error.code().name, error.details() or "")
+        self.outcomes.append(Outcome(self.kind, code, message, admitted, time.monotonic()))

@@ -1,4 +1,4 @@
-"""Strategies of hypothesis for Protobuf messages, grown from their descriptors: every kind of field, nested too."""
+"""Hypothesis strategies for Protobuf messages, generated from their descriptors, with all kinds of fields."""
 
 import struct
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
-_DEPTH = 4  # of messages in messages; deeper ones are in `deep`
-_MOST = 3  # elements of a repeated field, nearly always
-_LONG = (65, 1000, 20_000)  # characters of long strings, repetitions in long lists
+_DEPTH = 4  # of nested messages; `deep` nests deeper
+_FEW = 3  # elements of most repeated fields
+_LONG = (65, 1000, 20_000)  # repetitions in long strings and lists
 
 _RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -24,43 +24,42 @@ _RANGES = {
 
 @cache
 def messages(descriptor: Descriptor, words: tuple[str, ...], depth: int = 0) -> st.SearchStrategy[Message]:
-    """Messages of this type, from an empty one to one with every field set. Strings are often one of `words`."""
-
+    """Return messages of this type, from empty to every field set. Strings are often one of `words`."""
     kind = GetMessageClass(descriptor)
     fields = [field for field in descriptor.fields if depth < _DEPTH or field.message_type is None]
-    # One bit for each field: a single draw is far cheaper than one for each.
+    # One integer with a bit for each field: hypothesis draws it far faster than a boolean for each.
     chosen = st.integers(0, 2 ** len(fields) - 1)
 
     @st.composite
-    def grown(draw: st.DrawFn) -> Message:
+    def generated(draw: st.DrawFn) -> Message:
         message = kind()
         bits = draw(chosen) if fields else 0
-        for place, field in enumerate(fields):
-            if bits >> place & 1:
-                _give(message, field, draw(_values(field, words, depth)))
+        for index, field in enumerate(fields):
+            if bits >> index & 1:
+                _set(message, field, draw(_values(field, words, depth)))
         return message
 
-    return grown()
+    return generated()
 
 
 @cache
 def _values(field: FieldDescriptor, words: tuple[str, ...], depth: int) -> st.SearchStrategy[Any]:
-    """What the field can hold: a scalar, a message, a list of either, or the entries of a map."""
+    """Return values of the field: a scalar, a message, a list of either, or the entries of a map."""
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
-        return st.dictionaries(_scalars(key, words), _values(value, words, depth), max_size=_MOST)
+        return st.dictionaries(_scalars(key, words), _values(value, words, depth), max_size=_FEW)
     one = _scalars(field, words) if field.message_type is None else messages(field.message_type, words, depth + 1)
     if not field.is_repeated:
         return one
-    few = st.lists(one, max_size=_MOST)
+    few = st.lists(one, max_size=_FEW)
     if field.message_type is not None:
         return few
     many = st.builds(lambda elements, count: elements * count, st.lists(one, max_size=2), st.sampled_from(_LONG))
     return st.one_of([few] * 15 + [many])
 
 
-def _give(message: Any, field: FieldDescriptor, values: Any) -> None:
-    """Set the field; of a oneof, the one that is set last stays."""
+def _set(message: Any, field: FieldDescriptor, values: Any) -> None:
+    """Set the field. In a oneof, the last field that is set stays."""
     if isinstance(values, dict):
         entries = getattr(message, field.name)
         for key, value in values.items():
@@ -93,12 +92,16 @@ def _scalars(field: FieldDescriptor, words: tuple[str, ...]) -> st.SearchStrateg
         assert field.enum_type is not None
         return _numbers(field.enum_type)
     if field.type == FieldDescriptor.TYPE_BYTES:
-        return st.binary(max_size=40) | st.sampled_from(words).map(str.encode) | st.sampled_from(words).map(_counted)
+        return (
+            st.binary(max_size=40)
+            | st.sampled_from(words).map(str.encode)
+            | st.sampled_from(words).map(encoded_element)
+        )
     return st.sampled_from(words) | st.text(max_size=30) | _long_texts()
 
 
 def _numbers(enum: EnumDescriptor) -> st.SearchStrategy[int]:
-    """Those of the enum, and some that it does not have."""
+    """Return the numbers of the enum, and some that it does not have."""
     return st.sampled_from([value.number for value in enum.values]) | st.integers(-(2**31), 2**31 - 1)
 
 
@@ -106,37 +109,37 @@ def _long_texts() -> st.SearchStrategy[str]:
     return st.builds(lambda text, count: text * count, st.text(min_size=1, max_size=2), st.sampled_from(_LONG))
 
 
-def _counted(word: str) -> bytes:
-    """An element of BYTES in the Open Inference Protocol."""
+def encoded_element(word: str) -> bytes:
+    """Return an element of BYTES in the Open Inference Protocol: its length, and its UTF-8."""
     return struct.pack("<I", len(word.encode())) + word.encode()
 
 
-def spoiled(encoded: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """Encoded messages that are cut off, run on, or have a byte that is another."""
+def corrupted(encoded: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    """Return encoded messages that are truncated, extended, or have a changed byte."""
 
-    def cut(message: bytes, place: int) -> bytes:
-        return message[: place % (len(message) + 1)]
+    def cut(message: bytes, position: int) -> bytes:
+        return message[: position % (len(message) + 1)]
 
-    def changed(message: bytes, place: int, value: int) -> bytes:
+    def changed(message: bytes, position: int, value: int) -> bytes:
         if not message:
             return bytes([value])
-        place %= len(message)
-        return message[:place] + bytes([value]) + message[place + 1 :]
+        position %= len(message)
+        return message[:position] + bytes([value]) + message[position + 1 :]
 
-    places = st.integers(0, 10_000)
-    ways: list[Callable[..., Any]] = [
-        lambda: st.builds(cut, encoded, places),
-        lambda: st.builds(changed, encoded, places, st.integers(0, 255)),
+    positions = st.integers(0, 10_000)
+    corruptions: list[Callable[..., Any]] = [
+        lambda: st.builds(cut, encoded, positions),
+        lambda: st.builds(changed, encoded, positions, st.integers(0, 255)),
         lambda: st.builds(bytes.__add__, encoded, st.binary(max_size=20)),
         lambda: st.builds(bytes.__add__, encoded, encoded),
     ]
-    return st.one_of([way() for way in ways])
+    return st.one_of([each() for each in corruptions])
 
 
 def deep(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
-    """Bytes that nest messages 50 to 5,000 deep by a field of this type that can hold messages, if there is one."""
+    """Return bytes that nest messages 50 to 5,000 deep in a message field of this type, if it has one."""
     fields = [field.number for field in descriptor.fields if field.message_type is not None]
-    # Struct.fields, its map's value, Value.struct_value or .list_value and ListValue.values nest in one another.
+    # Struct.fields, the value of its map, Value.struct_value or .list_value, and ListValue.values nest in each other.
     return st.builds(_nested, st.sampled_from(fields or [1]), st.integers(50, 5000))
 
 

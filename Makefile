@@ -9,7 +9,7 @@ VARIANT ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo gallery bench-overhead bench-scheduling bench-trace bench-batching bench-overlap bench-cpu bench-endurance \
-	bench-ready bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock docs docs-serve plots \
+	bench-ready bench-startup bench-loadgen bench-scale soak run test test-cpu test-deploy test-instill test-ray lint lint-deploy environments generate generate-check lock docs docs-serve plots \
 	image instill-model weights evaluate clean
 
 help: ## list these targets
@@ -45,6 +45,9 @@ bench-cpu: $(VENV)/.runtime ## an image on a CPU by each --compile mode and by s
 
 bench-ready: $(VENV)/.runtime ## how soon a service is ready, and how it draws until it has compiled
 	$(BIN)/python -m bench.ready $(ARGS)
+
+bench-startup: $(VENV)/.runtime ## how soon a server is SERVING, next to the imports that it needs
+	$(BIN)/python -m bench.startup $(ARGS)
 
 bench-loadgen: $(VENV)/.dev ## MLCommons' LoadGen: one after the other, all at once, at random; ARGS="--ways service stock"
 	$(BIN)/python -m bench.loadgen $(ARGS)

@@ -5,7 +5,9 @@
 from server import starting
 
 if __name__ == "__main__":
-    starting.leave_on_signals()
+    starting.exit_on_signals()
+    starting.pause_garbage_collection()
+    starting.preload_torch()
 
 import asyncio
 import faulthandler

@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from server import starting
 from server.api import auth, content_filter
 from server.api.decoding import DecodeErrorInterceptor
 from server.api.frontend import Frontend
@@ -243,6 +244,7 @@ def load(settings: Settings) -> AnyServedModel:
         # Imported on the device thread: torch takes seconds, and the port should be open by then.
         from server import model
 
+        starting.resume_garbage_collection()
         return model.load(
             experts,
             settings.device,

@@ -11,7 +11,7 @@ that file; "broken" raises in a step, and the images of "loud" are noise of 1000
 from server import starting
 
 if __name__ == "__main__":
-    starting.leave_on_signals()
+    starting.exit_on_signals()
 
 import hashlib
 import logging

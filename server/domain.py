@@ -1,6 +1,6 @@
-"""The words that the rooms of the server share: what is asked for, what is served, what was changed on the way.
+"""Data that all packages of the server share: the request, the caller, the served model, warnings.
 
-Plain data. No gRPC, no torch, no queue: api/requests.py fills these in, the engine carries them, model.py uses them.
+Plain data without gRPC, torch or a queue: api/requests.py fills it in, the engine carries it, model.py uses it.
 """
 
 import enum
@@ -10,10 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-# Width and height at a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); the wide ones mirrored.
+# Width and height for a model trained on 1024 x 1024 (SDXL, Podell et al., 2023, appendix I); wide ratios mirror tall.
 _TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
 ASPECT_RATIOS = _TALL | {":".join(reversed(name.split(":"))): size[::-1] for name, size in _TALL.items()}
-
 
 _REQUEST_ID_CHARACTERS = "A-Za-z0-9._:/-"
 
@@ -29,7 +28,7 @@ def sanitized_request_id(text: str) -> str:
 
 
 class Stage(enum.StrEnum):
-    """Where an image is on its way. BASE and REFINER are the two experts of the ensemble."""
+    """A stage of making an image. BASE and REFINER are the two experts of the ensemble."""
 
     ENCODE = "encode"
     BASE = "base"
@@ -37,8 +36,11 @@ class Stage(enum.StrEnum):
     DECODE = "decode"
 
 
+EXPERTS = (Stage.BASE, Stage.REFINER)
+
+
 class Notice(enum.StrEnum):
-    """Why an answer is not to the letter of its request."""
+    """The reason of a warning."""
 
     PROMPT_TRUNCATED = "prompt_truncated"
     SIZE_SNAPPED = "size_snapped"
@@ -51,7 +53,7 @@ class Notice(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Warning:
-    """One thing that was changed or dropped: `field` in the request's JSON names, `message` one sentence for people."""
+    """A value that was changed or dropped: `field` in JSON names, `message` one sentence for people."""
 
     notice: Notice
     field: str
@@ -60,10 +62,10 @@ class Warning:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: the device is shared fairly between names.
+    """The caller of a request. The device is shared fairly between names.
 
-    The detached jobs of an `owner` are nobody else's; "" is all those who need no token. `jobs` at once and the highest
-    priority stand, where given, in place of the settings'.
+    Only the `owner` of a detached job can find it; "" owns the jobs of all callers without a token. `jobs` at once and
+    `max_priority`, if given, replace the limits of the settings.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A valid request, every default filled in.
+    """A valid request with every default filled in.
 
     `seeds` has one entry per image, each in 0 .. 2^32 - 1. `steps` counts both experts together; `high_noise_frac` in
     (0, 1] is the base's share of the noise schedule, 1 for the base alone. `guidance_scale` of 1 or less means no
@@ -94,9 +96,9 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Environment:
-    """What decides an image's bytes beside its request and the weights; the fields are told in the contract.
+    """Everything that decides an image's bytes, apart from its request and the weights.
 
-    `reference` is the digest of an image, and empty until the first one is made.
+    proto/text_to_image.proto documents the fields. `reference` is empty until the first image is made.
     """
 
     versions: Mapping[str, str]
@@ -116,7 +118,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class ContentFilterInfo:
-    """What judges images before they are sent: it objects to those that it scores `threshold` or more, of 1."""
+    """The content filter. It replaces images with a score of `threshold` or more, out of 1."""
 
     name: str
     threshold: float
@@ -124,7 +126,10 @@ class ContentFilterInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is served. `native_side` is the side in pixels of the square that the model was trained on."""
+    """The served model. It was trained on squares of `native_side` pixels; sides are multiples of `side_multiple`.
+
+    `compiled_calls` network calls, each for one shape, were compiled in `compile_seconds`.
+    """
 
     name: str
     fingerprint: str
@@ -141,18 +146,17 @@ class ModelInfo:
     environment: Environment
     content_filter: ContentFilterInfo | None = None
     compiled_calls: int = 0
-    """Calls of a network, each for one shape, that were compiled, which took `compile_seconds`."""
     compile_seconds: float = 0.0
 
 
 class StepFailed(Exception):
-    """Some images of one step failed for good, and the others have moved on as if they had been alone.
+    """Some images of one step failed permanently; the others have advanced as if they had been alone.
 
-    `failures` has the cause of each by its place in the list that the step was given.
+    `failures` has the cause of each, by its index in the list of the step.
     """
 
     def __init__(self, failures: Mapping[int, Exception]) -> None:
-        super().__init__("; ".join(f"image {place} of the step: {cause}" for place, cause in failures.items()))
+        super().__init__("; ".join(f"image {index} of the step: {cause}" for index, cause in failures.items()))
         self.failures = failures
 
 
@@ -161,13 +165,13 @@ class OutOfMemory(Exception):
 
 
 def size_of(aspect_ratio: str, native_side: int, multiple: int) -> tuple[int, int]:
-    """Width and height in pixels of an aspect ratio, at the scale of a model that was trained on `native_side`."""
+    """Return width and height in pixels of an aspect ratio, for a model trained on squares of `native_side`."""
     width, height = (side * native_side / 1024 for side in ASPECT_RATIOS[aspect_ratio])
     return snapped(width, multiple), snapped(height, multiple)
 
 
 def default_request(info: ModelInfo, prompt: str, seed: int = 0) -> ImageRequest:
-    """A request for one image that says nothing but what it is to show."""
+    """Return the request for one image with all defaults."""
     width, height = size_of("1:1", info.native_side, info.side_multiple)
     return ImageRequest(
         prompt=prompt,
@@ -183,5 +187,5 @@ def default_request(info: ModelInfo, prompt: str, seed: int = 0) -> ImageRequest
 
 
 def snapped(side: float, multiple: int) -> int:
-    """The multiple nearest to a side, at least one."""
+    """Return the nearest multiple, at least one."""
     return max(1, round(side / multiple)) * multiple

@@ -21,8 +21,9 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from server.api import addresses, auth, instill, standard_services
-from server.api.decoding import DecodeErrorInterceptor
+from server.api import addresses, instill, standard_services, tls
+from server.api.connections import connection_options
+from server.api.decode_errors import DecodeErrorInterceptor
 from server.api.instill import InstillServicer, ModelPublicServicer
 from server.api.open_inference import OpenInferenceServicer
 from server.api.service_names import INSTILL, INSTILL_PUBLIC, KSERVE, SERVICE
@@ -55,8 +56,8 @@ class Lifecycle:
         self._frontend = self._runtime.frontend
         self._engine = self._runtime.engine
         self._metrics = self._runtime.metrics
-        self._certificates = auth.certificates_of(settings)
-        self._credentials = auth.server_credentials(self._certificates, settings.tls_client_ca is not None)
+        self._certificates = tls.load_certificates(settings)
+        self._credentials = tls.server_credentials(self._certificates, settings.tls_client_ca is not None)
         self._has_terminal = _terminal_is_there()
         # Without the first option, two processes on one port would share its connections in silence. The second: a
         # message is as large as its request allows, and the contract sees to that.
@@ -67,7 +68,7 @@ class Lifecycle:
         ]
         if settings.instill:
             own.append(("grpc.max_receive_message_length", instill.MESSAGE_BYTES))
-        self._options = [*own, *auth.connection_options(settings)]
+        self._options = [*own, *connection_options(settings)]
         self._grpc = grpc.aio.server(interceptors=self._runtime.interceptors, options=self._options)
         self._servers = [self._grpc]
         others = {KSERVE: settings.kserve, INSTILL: settings.instill, INSTILL_PUBLIC: settings.instill}

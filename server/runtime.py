@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from server import starting
 from server.api import auth, content_filter
-from server.api.decoding import DecodeErrorInterceptor
+from server.api.decode_errors import DecodeErrorInterceptor
 from server.api.frontend import Frontend
 from server.domain import ImageRequest, ModelInfo, default_request
 from server.engine.engine import Engine
@@ -156,7 +156,7 @@ class Runtime:
         if self._screening is None:
             return info
         try:
-            await asyncio.to_thread(self._screening.objects_to, first)
+            await asyncio.to_thread(self._screening.rejects, first)
         except Exception as error:  # an operator's own code, which may raise anything
             raise WarmUpError(f"the content filter cannot judge the first image: {error}") from error
         found = self._screening.info

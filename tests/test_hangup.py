@@ -44,11 +44,11 @@ def test_tokens_and_certificates_are_read_again_at_once_and_a_job_goes_on(start,
         first_step(stream)
         hang_up(server)
         server.wait_for_log("INFO .*SIGHUP: reading again")
-        server.wait_for_log("INFO .*the tokens were read anew")
-        server.wait_for_log("INFO .*the certificates were read anew")
+        server.wait_for_log("INFO .*read the tokens again")
+        server.wait_for_log("INFO .*read the certificates again")
         tokens.write_text("nonsense\n")
         hang_up(server)
-        server.wait_for_log("WARNING .*the changed tokens cannot be used, those before stay: line 1")
+        server.wait_for_log("WARNING .*the changed tokens cannot be used, keeping the previous ones: line 1")
         assert [event.WhichOneof("event") for event in stream][-1] == "done"
     assert server.process.poll() is None
 

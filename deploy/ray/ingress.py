@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from server.api.decoding import abort_if_undecodable, decoded_by
+from server.api.decode_errors import abort_if_undecodable, decode_or_error
 from server.api.grpc_calls import ADMITTED
 from server.stubs.model_ray_v1alpha import user_defined_pb2_grpc as user_defined_grpc
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -68,7 +68,7 @@ class _Around(grpc.GenericRpcHandler):
         handler: Any = self._inner.service(details)
         if handler is None:
             return None
-        decode = decoded_by(handler.request_deserializer)
+        decode = decode_or_error(handler.request_deserializer)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), decode)
         if details.method.rpartition("/")[2] in JOBS:

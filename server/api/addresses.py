@@ -1,7 +1,7 @@
-"""Where a server listens: HOST:PORT or unix:PATH, or several with commas between, each bound in full or not at all.
+"""The addresses of a server: HOST:PORT or unix:PATH, or several separated by commas, each bound in full or not at all.
 
-gRPC by itself binds what it can of a name and says nothing of the rest, which may be another server's, and it removes
-the socket file of a server that still runs. Here every address of a name is bound by itself.
+gRPC binds some of a name's addresses and does not report the others, which another server may have. It also removes the
+socket file of a server that still runs. Here each address of a name is bound by itself.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from server.errors import BindError
 
-_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)  # of a family that this machine lacks
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)  # this machine lacks the address family
 WILDCARDS = ("0.0.0.0", "::")
-_PATH_BYTES = 107  # of a socket's file, by the kernel
-_TRIES = 20  # at a free port that all addresses of a name have
+_PATH_BYTES = 107  # the kernel's limit for a socket file
+_PORT_ATTEMPTS = 20  # to find a port that is free at all addresses of a name
 
 
 def checked(value: str) -> str:
-    """The addresses of a flag, as they are. Raises ValueError."""
+    """Return the addresses of a flag unchanged. Raises ValueError."""
     for each in value.split(","):
         if each.startswith("unix:"):
             if not 0 < len(socket_path(each).encode()) <= _PATH_BYTES:
@@ -33,7 +33,7 @@ def checked(value: str) -> str:
 
 
 def checked_port(value: str) -> str:
-    """One HOST:PORT, as it is. Raises ValueError."""
+    """Return one HOST:PORT unchanged. Raises ValueError."""
     matched = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^\s,:\[\]]+):([0-9]{1,5})", value)
     if matched is None or int(matched[1]) > 65535:
         raise ValueError("give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535")
@@ -41,12 +41,12 @@ def checked_port(value: str) -> str:
 
 
 def are_local(value: str) -> bool:
-    """Whether only this machine can reach all of these addresses."""
+    """Return whether only this machine can reach the addresses."""
     return all(each.startswith("unix:") or is_loopback(host_and_port(each)[0]) for each in value.split(","))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or number, is this machine itself."""
+    """Return whether a host, by name or number, is this machine itself."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -54,21 +54,22 @@ def is_loopback(host: str) -> bool:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
+    """Split HOST:PORT; an IPv6 host loses its brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def socket_path(address: str) -> str:
-    """The path in unix:PATH or unix:///PATH."""
+    """Return the path in unix:PATH or unix:///PATH."""
     path = address.removeprefix("unix:")
     return "/" + path.lstrip("/") if path.startswith("//") else path
 
 
 def bind(addresses: str, add: Callable[[str], int]) -> str:
-    """Bind all of these addresses, by calls of `add` with literal ones; what they are with the ports that they got.
+    """Bind all addresses by calling `add` with literal ones. Return the addresses with their actual ports.
 
-    `add` returns the port, or 0 or raises RuntimeError where it could not bind. Raises BindError, and leaves no
-    socket's file then.
+    `add` returns the port, or fails by returning 0 or raising RuntimeError. Raises BindError, and then leaves no socket
+    file.
     """
     bound: list[str] = []
     try:
@@ -81,9 +82,9 @@ def bind(addresses: str, add: Callable[[str], int]) -> str:
 
 
 def remove_files(bound: str) -> None:
-    """Remove the sockets' files of addresses that `bind` returned, for a server that never started.
+    """Remove the socket files of addresses that `bind` returned, for a server that never started.
 
-    gRPC removes those of a server that stops.
+    gRPC removes the files of a server that stops.
     """
     for each in bound.split(","):
         if each.startswith("unix:"):
@@ -92,10 +93,10 @@ def remove_files(bound: str) -> None:
 
 
 def literal_addresses(address: str) -> list[tuple[str, int]]:
-    """The hosts, as numbers, and the port by which all addresses of a name are bound.
+    """Return the numeric host and the port of each address of a name, without address families that are absent here.
 
-    Those of a family that this machine lacks are left out. A wildcard is one for both families. Port 0 stays 0 only
-    where one address takes it. Raises BindError when any of them is in use, or there is none.
+    A wildcard is one address for both families. Port 0 stays 0 only if there is one address. Raises BindError if one of
+    them is in use, or if there is none.
     """
     host, port = host_and_port(address)
     if host in WILDCARDS:
@@ -107,7 +108,7 @@ def literal_addresses(address: str) -> list[tuple[str, int]]:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no name of a host"
         raise BindError(f"cannot listen on {address}: {reason}") from error
-    hosts = [each for each in dict.fromkeys(str(where[0]) for *_, where in found) if not _is_absent(each)]
+    hosts = [each for each in dict.fromkeys(str(endpoint[0]) for *_, endpoint in found) if not _is_absent(each)]
     if not hosts:
         raise BindError(f"cannot listen on {address}: no address of this machine")
     if port == 0 and len(hosts) > 1:
@@ -117,18 +118,19 @@ def literal_addresses(address: str) -> list[tuple[str, int]]:
     return [(each, port) for each in hosts]
 
 
-def joined(host: str, port: int) -> str:
+def join(host: str, port: int) -> str:
+    """Return HOST:PORT, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _bind_name(address: str, add: Callable[[str], int]) -> str:
     for host, port in literal_addresses(address):
         try:
-            bound = add(joined(host, port))
+            bound = add(join(host, port))
         except RuntimeError:  # older versions of gRPC return port 0 instead
             bound = 0
         if bound == 0:
-            raise BindError(f"cannot listen on {address}: {joined(host, port)} is in use")
+            raise BindError(f"cannot listen on {address}: {join(host, port)} is in use")
     return f"{address.rpartition(':')[0]}:{bound}"
 
 
@@ -138,22 +140,22 @@ def _bind_file(address: str, add: Callable[[str], int]) -> str:
         _remove_stale(path)
         add(f"unix:{path}")
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else _why_no_file(path)
+        reason = error.strerror if isinstance(error, OSError) else _bind_failure(path)
         raise BindError(f"cannot listen on {address}: {reason}") from error
     return f"unix:{path}"
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the file of a socket that nobody listens on any more, as a killed server leaves it. Raises OSError."""
+    """Remove the socket file that a killed server left, on which nobody listens. Raises OSError."""
     try:
         kind = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(kind):
         raise OSError(errno.EEXIST, "the file is there and is no socket")
-    with socket.socket(socket.AF_UNIX) as asked:
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
-            asked.connect(str(path))
+            probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
             return
@@ -162,11 +164,11 @@ def _remove_stale(path: Path) -> None:
     raise OSError(errno.EADDRINUSE, "in use")
 
 
-def _why_no_file(path: Path) -> str:
-    """What keeps a socket from being bound to this path; gRPC raises its error without the reason."""
+def _bind_failure(path: Path) -> str:
+    """Return the reason why no socket can be bound to this path; gRPC's error has none."""
     try:
-        with socket.socket(socket.AF_UNIX) as tried:
-            tried.bind(str(path))
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(path))
     except OSError as error:
         return error.strerror or str(error)
     with contextlib.suppress(OSError):
@@ -175,20 +177,20 @@ def _why_no_file(path: Path) -> str:
 
 
 def _first_reason(hosts: Sequence[str], port: int) -> str | None:
-    """Why the first of the hosts that cannot be bound to this port cannot."""
+    """Return the reason why one of the hosts cannot be bound to this port, None if all can."""
     for host in hosts:
-        if (error := _try(host, port)) is not None:
-            return f"{joined(host, port)} is in use" if error.errno == errno.EADDRINUSE else error.strerror
+        if (error := _bind_error(host, port)) is not None:
+            return f"{join(host, port)} is in use" if error.errno == errno.EADDRINUSE else error.strerror
     return None
 
 
 def _is_absent(host: str) -> bool:
-    error = _try(host, 0)
+    error = _bind_error(host, 0)
     return error is not None and error.errno in _ABSENT
 
 
-def _try(host: str, port: int) -> OSError | None:
-    """What keeps a socket from being bound there. Two listening sockets conflict; one that lingers does not."""
+def _bind_error(host: str, port: int) -> OSError | None:
+    """Return the error of binding a socket there. A listening socket conflicts; one in TIME_WAIT does not."""
     try:
         with _socket(host, port):
             return None
@@ -197,24 +199,24 @@ def _try(host: str, port: int) -> OSError | None:
 
 
 def _socket(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, where = socket.getaddrinfo(
+    family, kind, protocol, _, endpoint = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
     )[0]
-    tried = socket.socket(family, kind, protocol)
+    bound = socket.socket(family, kind, protocol)
     try:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        tried.bind(where)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(endpoint)
     except OSError:
-        tried.close()
+        bound.close()
         raise
-    return tried
+    return bound
 
 
 def _free_port(hosts: Sequence[str]) -> int:
-    """A port that all of the hosts have free, or that the first one has."""
-    for _ in range(_TRIES):
+    """Return a port that is free at all hosts or, failing that, at the first one."""
+    for _ in range(_PORT_ATTEMPTS):
         with _socket(hosts[0], 0) as first:
             port: int = first.getsockname()[1]
             if _first_reason(hosts[1:], port) is None:

@@ -1,4 +1,4 @@
-"""Pixels to coded images and data URIs. Pillow does the coding; this file chooses what to ask of it."""
+"""Coding of pixels as image files and data URIs, by Pillow."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """A way to code pixels. With a quality, where it is not lossless, it is all that decides the bytes."""
+    """A way to code pixels. It decides the bytes, together with a quality where it is not lossless."""
 
     media_type: str
     lossless: bool = False
@@ -21,12 +21,12 @@ class Coding:
 
 
 CODING_VERSION = "2"
-"""Part of an image's environment: raise it when a coding below changes, since the same request then has other bytes."""
+"""Part of an image's environment. Raise it when a coding below changes, since a request then gets other bytes."""
 
 JPEG = Coding("image/jpeg", options={"subsampling": "4:4:4"})  # YCbCr in a JFIF file, which every decoder reads
 JPEG_SUBSAMPLED = Coding("image/jpeg", options={"subsampling": "4:2:0"})
-# RGB with Adobe's marker, as Instill's own answers are: their base64 begins `/9j/7gAOQWRvY`. Some decoders (jpeg-js and
-# Jimp, which uses it) ignore the marker's transform, and show the colours of YCbCr that it is not.
+# RGB with Adobe's marker, like Instill's own answers, whose base64 begins `/9j/7gAOQWRvY`. Some decoders (jpeg-js, and
+# Jimp, which uses it) ignore the marker's transform and show wrong colours, as if it were YCbCr.
 JPEG_RGB = Coding("image/jpeg", options={"keep_rgb": True})
 PNG = Coding("image/png", lossless=True)
 WEBP = Coding("image/webp")
@@ -42,17 +42,17 @@ CODINGS = {
 }
 """The codings by the names of the contract's Format, without the prefix."""
 
-# Qualities tried, best first, once an image has turned out too large.
+# Qualities that are tried, best first, when an image is too large.
 _SMALLER = (95, 90, 80, 70, 60, 50, 40, 30, 20, 10)
 
 
 class ImageTooLarge(Exception):
-    """Not even the coarsest coding fits."""
+    """No coding of the image fits into its message."""
 
 
 @dataclass(frozen=True)
 class CodedImage:
-    """A coded image. `quality` is 1 to 100, or 0 for a lossless coding; `smaller` tells that it is not as asked."""
+    """An image file. `quality` is 1 to 100, or 0 for a lossless coding; `smaller` if it is not coded as requested."""
 
     data: bytes
     coding: Coding
@@ -61,11 +61,12 @@ class CodedImage:
 
     @property
     def data_uri(self) -> str:
+        """The file as a data URI in base64."""
         return f"data:{self.coding.media_type};base64,{base64.b64encode(self.data).decode('ascii')}"
 
 
 def code(pixels: NDArray[np.uint8], coding: Coding, quality: int, smaller: bool = False) -> CodedImage:
-    """Code `pixels`, RGB of shape (height, width, 3); `quality`, 1 to 100, counts where something is lost."""
+    """Code `pixels`, RGB of shape (height, width, 3), with `quality` of 1 to 100 if the coding is lossy."""
     options = dict(coding.options) if coding.lossless else {**coding.options, "quality": quality}
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, coding.media_type.removeprefix("image/"), **options)
@@ -73,10 +74,10 @@ def code(pixels: NDArray[np.uint8], coding: Coding, quality: int, smaller: bool 
 
 
 def code_within(pixels: NDArray[np.uint8], coding: Coding, quality: int, max_bytes: int) -> CodedImage:
-    """The best coding of at most `max_bytes`: as asked if that fits, else smaller. Raises ImageTooLarge.
+    """Code `pixels` in at most `max_bytes`: as requested if that fits, else smaller. Raises ImageTooLarge.
 
-    A PNG first becomes a lossless WebP, which changes no pixel, and an RGB JPEG one of YCbCr. After that the quality
-    falls, and a JPEG's colour is subsampled.
+    A PNG first becomes a lossless WebP, which changes no pixel, and an RGB JPEG becomes YCbCr. After that the quality
+    decreases, and a JPEG's colour is subsampled.
     """
     for attempt, choice in enumerate([(coding, quality), *_smaller(coding, quality)]):
         coded = code(pixels, *choice, smaller=attempt > 0)
@@ -89,7 +90,7 @@ def code_within(pixels: NDArray[np.uint8], coding: Coding, quality: int, max_byt
 
 
 def _smaller(coding: Coding, quality: int) -> Iterator[tuple[Coding, int]]:
-    """What to try next, best first, when an image coded as asked is too large."""
+    """Yield the codings and qualities to try, best first, when an image is too large as requested."""
     if coding is PNG:
         yield WEBP_LOSSLESS, 0
     if coding is JPEG_RGB:

@@ -225,7 +225,7 @@ class Recording:
 
     def _filter_and_code(self, event: ImageReady) -> tuple[CodedImage, bool]:
         """Code the image, or a grey one in its place; whether the content filter replaced it."""
-        filtered = self._screening is not None and self._screening.objects_to(event.pixels)
+        filtered = self._screening is not None and self._screening.rejects(event.pixels)
         shown = replace(event, pixels=content_filter.blank(event.pixels)) if filtered else event
         return responses.code_image(self.parsed, shown), filtered
 

@@ -1,4 +1,4 @@
-"""gRPC's own services next to ours: health with every method of its protocol, and reflection under both its names."""
+"""gRPC's own services: health with every method of its protocol, and reflection under both its names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
-# Exactly these: what else begins like them asks for a token like any other name.
+# Exact paths: any other path asks for a token, whatever it begins with.
 OPEN_METHODS = (
     *(f"/{HEALTH}/{method}" for method in ("Check", "List", "Watch")),
     *(f"/{service}/ServerReflectionInfo" for service in REFLECTION),
 )
-"""The methods that need no token: probes carry none, and reflection says no more than the published proto files."""
+"""Methods that need no token: probes have none, and reflection shows no more than the published proto files."""
 
 
 class HealthServicer(health.HealthServicer):
-    """The library's, with `List`, which it leaves out. `services` are the names whose health is set; "" is the server.
+    """Adds `List` to the library's servicer. `services` are the names whose health is set; "" is the server.
 
-    Older versions of the library lack the messages of `List`; the method is then unknown, as for any older server.
+    Older versions of the library lack the messages of `List`; the method is then unimplemented.
     """
 
     def __init__(self, services: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ class HealthServicer(health.HealthServicer):
         self._services = services
 
     async def List(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:  # noqa: N802
-        """Return the health of every service, as Check would."""
+        """Return the health of every service, the same as Check."""
         statuses = {
             service: await self.Check(health_pb2.HealthCheckRequest(service=service), context)
             for service in self._services
@@ -40,7 +40,7 @@ class HealthServicer(health.HealthServicer):
 
 
 def add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Serve reflection of these services and of itself, as v1 and as v1alpha, which differ by their names alone."""
+    """Serve reflection of these services and of itself, as v1 and v1alpha, which differ only in their names."""
     _describe_v1()
     servicer = reflection.aio.ReflectionServicer((*services, *REFLECTION))
     answer = grpc.stream_stream_rpc_method_handler(
@@ -54,7 +54,7 @@ def add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
 
 
 def _describe_v1() -> None:
-    """Add the descriptors of v1 to the pool, made from those of v1alpha: grpcio-reflection has the latter alone."""
+    """Add the descriptors of v1 to the pool, derived from v1alpha, which is all that grpcio-reflection has."""
     pool = descriptor_pool.Default()
     alpha = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(alpha)

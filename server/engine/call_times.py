@@ -5,9 +5,8 @@ from collections import deque
 from statistics import median_low
 from typing import NamedTuple
 
-from server.domain import Stage
+from server.domain import EXPERTS, Stage
 
-_EXPERTS = (Stage.BASE, Stage.REFINER)  # similar U-Nets: the time of one estimates the time of the other
 _MEASUREMENTS = 9  # of which the median counts, so that four outliers have no effect
 _NOTABLE_CHANGE = 0.1  # a relative change above this increments `version`
 _COMPARED_CALLS = 300  # over which the deviation is averaged
@@ -24,7 +23,7 @@ class CallKind(NamedTuple):
     @property
     def shared(self) -> bool:
         """Whether several jobs can share one call of this kind."""
-        return self.stage in _EXPERTS
+        return self.stage in EXPERTS
 
 
 class CallTimes:
@@ -69,7 +68,7 @@ class CallTimes:
 
     def _scaled_from_nearest(self, call: CallKind) -> float:
         size = _size(call)
-        for stages in ((call.stage,), _EXPERTS if call.stage in _EXPERTS else ()):
+        for stages in ((call.stage,), EXPERTS if call.stage in EXPERTS else ()):  # similar U-Nets take similar times
             known = [(abs(math.log(_size(each) / size)), each) for each in self._seconds if each.stage in stages]
             if known:
                 nearest = min(known)[1]

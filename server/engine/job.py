@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from server.domain import Environment, ImageRequest, Stage, Warning
+from server.domain import EXPERTS, Environment, ImageRequest, Stage, Warning
 from server.engine.call_times import CallKind
 from server.engine.events import EngineError, Event, ImageReady, Queued, StageSpan
 from server.engine.interface import ConditioningT, Model, Submission, Trajectory, TrajectoryT
 from server.engine.task import ImageTask
-
-EXPERTS = (Stage.BASE, Stage.REFINER)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
 from prometheus_client.registry import Collector
 
 from server.api import addresses
-from server.domain import ModelInfo, Stage
+from server.domain import EXPERTS, ModelInfo
 from server.engine.events import (
     DeviceTimeAttributed,
     ImageEncoded,
@@ -142,7 +142,7 @@ class Metrics:
         self._model = Info("t2i_model", "Served model.", registry=registry)
         self._gauges["t2i_queue_limit_jobs"].set(max_queue)
         # Start at 0, so that a rate includes the first increment.
-        for stage in (Stage.BASE, Stage.REFINER):
+        for stage in EXPERTS:
             self._counters["t2i_steps_total"].labels(stage)
         for use in ("delivered", "wasted"):
             self._counters["t2i_device_seconds_total"].labels(use)
@@ -178,7 +178,7 @@ class Metrics:
         match observation:
             case ModelCall(stage=stage, images=images, seconds=seconds):
                 histograms["t2i_model_call_duration_seconds"].labels(stage).observe(seconds)
-                if stage in (Stage.BASE, Stage.REFINER):
+                if stage in EXPERTS:
                     counters["t2i_steps_total"].labels(stage).inc(images)
                     histograms["t2i_network_call_images"].labels(stage).observe(images)
             case JobStarted(waited=waited):

@@ -253,4 +253,4 @@ def test_the_threshold_is_the_least_score_that_is_objected_to(score: float, is_o
 
     fixed = Fixed()
     fixed.score = lambda _: score
-    assert Screening(fixed, 0.5).objects_to(np.zeros((8, 8, 3), np.uint8)) is is_objected_to
+    assert Screening(fixed, 0.5).rejects(np.zeros((8, 8, 3), np.uint8)) is is_objected_to

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from serving import PATIENCE, SERVICE, ServerProcess, connect
 
 import server.lifecycle as _  # noqa: F401  # all that a server imports, and with it every descriptor
-from server.api.auth import METADATA_BYTES
+from server.api.connections import METADATA_BYTES
 from server.api.standard_services import OPEN_METHODS
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, first_step, request
 from tls import LOCAL, Authority, channel, exchange
 
-from server.api import auth
+from server.api import auth, connections, tls
 from server.api.standard_services import OPEN_METHODS
 from server.domain import Caller
 from server.errors import CredentialsError
@@ -159,7 +159,9 @@ class TestTls:
         good = key.read_bytes()
         exchange(key, b"no key at all, but secret")
         assert self.shown(house) == second
-        told = house.server.wait_for_log(r"WARNING .*the changed certificates cannot be used, those before stay: (.*)")
+        told = house.server.wait_for_log(
+            r"WARNING .*the changed certificates cannot be used, keeping the previous ones: (.*)"
+        )
         assert told[1] == f"{certificate} and {key} must be a certificate and its unencrypted key, in PEM"
         assert "secret" not in house.server.log
         exchange(key, good)
@@ -230,7 +232,7 @@ class TestTls:
                 path.write_bytes((authority.folder / content).read_bytes() if isinstance(content, str) else content)
         wrong = Settings(tls_certificate=certificate, tls_key=key, tls_client_ca=authority.file)
         with pytest.raises(CredentialsError, match=words):
-            auth.certificates_of(wrong)
+            tls.load_certificates(wrong)
 
     @pytest.mark.parametrize("wrong", ["certificates", "tokens"])
     def test_a_server_that_cannot_keep_strangers_out_ends_with_7(self, start_server, tmp_path, wrong):
@@ -366,7 +368,7 @@ class TestTokens:
         monkeypatch.setattr(hmac, "compare_digest", lambda known, given: compared.append(known) or real(known, given))
         for token in ("token-of-one", "next-token-of-two"):
             compared.clear()
-            gate._find(bearer(token))
+            gate._authenticate(bearer(token))
             assert len(compared) == 3
 
     def test_the_detached_job_of_one_is_not_there_for_another(self, stub):
@@ -420,7 +422,9 @@ class TestTokens:
         assert (known("token-of-three"), known("token-of-one")) == (True, False)
         exchange(house.tokens, TOKENS.encode() + b"four token-of-four-in-clear\n")
         assert (known("token-of-three"), known("token-of-one")) == (True, False)
-        told = house.server.wait_for_log("WARNING .*the changed tokens cannot be used, those before stay: (.*)")[1]
+        told = house.server.wait_for_log(
+            "WARNING .*the changed tokens cannot be used, keeping the previous ones: (.*)"
+        )[1]
         assert told.startswith(f"line 6 of {house.tokens} must be NAME SHA256")
         house.tokens.unlink()
         assert known("token-of-three")
@@ -450,15 +454,15 @@ class TestTokens:
         with pytest.raises(CredentialsError, match=f"{device} has more than 16777216 bytes"):
             auth.TokenAuthInterceptor(Path(device))
         with pytest.raises(CredentialsError, match=f"{device} has more than 16777216 bytes"):
-            auth.certificates_of(Settings(tls_certificate=Path(device), tls_key=Path(device)))
+            tls.load_certificates(Settings(tls_certificate=Path(device), tls_key=Path(device)))
 
     def test_the_docs_make_certificates_and_tokens_that_can_be_used(self, tmp_path):
         section = (ROOT / "docs/security.md").read_text("utf-8").split("## TLS and tokens")[1]
         commands = section.split("```sh\n")[1].split("```")[0]
         made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
         files = {"tls_certificate": tmp_path / "server.crt", "tls_key": tmp_path / "server.key"}
-        assert auth.server_credentials(auth.certificates_of(Settings(**files)), False) is not None
-        caller = auth.TokenAuthInterceptor(tmp_path / "tokens")._find(bearer(made.stdout.strip()))
+        assert tls.server_credentials(tls.load_certificates(Settings(**files)), False) is not None
+        caller = auth.TokenAuthInterceptor(tmp_path / "tokens")._authenticate(bearer(made.stdout.strip()))
         assert caller == Caller("alice", "alice", jobs=4, max_priority=1)
 
 
@@ -741,7 +745,7 @@ class TestPeersThatAreGone:
         servers: list[grpc.Server] = []
 
         def start(**flags: float) -> str:
-            options = [("grpc.so_reuseport", 0), *auth.connection_options(Settings(**flags))]
+            options = [("grpc.so_reuseport", 0), *connections.connection_options(Settings(**flags))]
             servers.append(grpc.server(ThreadPoolExecutor(4), options=options))
             health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), servers[-1])
             port = servers[-1].add_insecure_port("127.0.0.1:0")

@@ -1,6 +1,6 @@
-"""Answers in plain words what gRPC's own libraries answer in Python's: undecodable messages and missing methods.
+"""Statuses for undecodable messages and missing methods.
 
-gRPC itself would say UNKNOWN, with the exception's own text, and log a traceback for each.
+gRPC itself would answer UNKNOWN with the text of the Python exception, and log a traceback for each.
 """
 
 import inspect
@@ -17,9 +17,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DecodeErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls whose bytes cannot be decoded with Undecodable's status, and those of no method with Unimplemented's.
+    """Ends calls that cannot be decoded with the status of Undecodable, and those of no method with Unimplemented's.
 
-    A method is missing where no service has its name, and where a servicer has left it as generated code has it.
+    A method is missing if no service has its name, or if its servicer inherits it from generated code.
     """
 
     async def intercept_service(
@@ -30,24 +30,24 @@ class DecodeErrorInterceptor(grpc.aio.ServerInterceptor):
         path = handler_call_details.method
         handler: Any = await continuation(handler_call_details)
         if handler is None:
-            return grpc.stream_stream_rpc_method_handler(partial(_refuse, Unimplemented(path)))
+            return grpc.stream_stream_rpc_method_handler(partial(_reject, Unimplemented(path)))
         if handler.request_deserializer is None:
             return handler  # type: ignore[no-any-return]
         kind = "_".join(
             "stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)
         )
-        behaviour = getattr(handler, kind)
-        checked = _each_checked if handler.request_streaming else _checked
-        if inspect.isasyncgenfunction(behaviour):
-            behaviour = _written(behaviour)
+        behavior = getattr(handler, kind)
+        check = _check_each if handler.request_streaming else _check
+        if inspect.isasyncgenfunction(behavior):
+            behavior = _as_coroutine(behavior)
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(  # type: ignore[no-any-return]
-            checked(behaviour, path), decoded_by(handler.request_deserializer), handler.response_serializer
+            check(behavior, path), decode_or_error(handler.request_deserializer), handler.response_serializer
         )
 
 
-def decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """As `decode`, but an error is returned: only the call itself can end with a status of our choice."""
+def decode_or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that returns DecodeError as Undecodable: only the call itself can choose its status."""
 
     def decoded(message: bytes) -> Any:
         try:
@@ -58,18 +58,18 @@ def decoded_by(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return decoded
 
 
-def _checked(behaviour: Callable[[Any, Context], Awaitable[Any]], path: str) -> Any:
+def _check(behavior: Callable[[Any, Context], Awaitable[Any]], path: str) -> Any:
     async def checked(request: Any, context: Context) -> Any:
         await abort_if_undecodable(request, context)
         try:
-            return await behaviour(request, context)
-        except NotImplementedError:  # our own servicers end no call by it: see grpc_calls.answering
+            return await behavior(request, context)
+        except NotImplementedError:  # raised by generated code alone: see grpc_calls.answering
             return await abort(context, Unimplemented(path))
 
     return checked
 
 
-def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], Awaitable[Any]], path: str) -> Any:
+def _check_each(behavior: Callable[[AsyncIterator[Any], Context], Awaitable[Any]], path: str) -> Any:
     async def decodable(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async for request in requests:
             await abort_if_undecodable(request, context)
@@ -77,27 +77,28 @@ def _each_checked(behaviour: Callable[[AsyncIterator[Any], Context], Awaitable[A
 
     async def checked(requests: AsyncIterator[Any], context: Context) -> Any:
         try:
-            return await behaviour(decodable(requests, context), context)
+            return await behavior(decodable(requests, context), context)
         except NotImplementedError:
             return await abort(context, Unimplemented(path))
 
     return checked
 
 
-def _written(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
-    """Make a coroutine of an async generator: it writes what the generator yields."""
+def _as_coroutine(behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+    """Return a coroutine function that writes the messages of an async generator function."""
 
     async def written(request: Any, context: Context) -> None:
-        async for response in behaviour(request, context):
+        async for response in behavior(request, context):
             await context.write(response)
 
     return written
 
 
-async def _refuse(error: Exception, _: Any, context: Context) -> None:
+async def _reject(error: Exception, _: Any, context: Context) -> None:
     await abort(context, error)
 
 
 async def abort_if_undecodable(request: Any, context: Context) -> None:
+    """End the call if `decode_or_error` returned an error for its request."""
     if isinstance(request, Undecodable):
         await abort(context, request)

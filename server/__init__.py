@@ -5,7 +5,7 @@ This file sets what torch and the libraries above it read from the environment a
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # How long OpenMP's threads spin before they sleep when they wait for one another. With no spinning, each of an image's
 # thousands of parallel loops pays for a wake-up; with as much as GNU's default, an image takes twenty times as long

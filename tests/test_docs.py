@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from serving import ROOT
 
+from server import __version__
 from server.ensemble import checkpoint
 from server.errors import exit_codes
 from server.settings import Settings
@@ -43,6 +44,17 @@ def test_the_fingerprint_in_the_example_is_that_of_the_embedded_weights():
 def test_every_exit_code_is_in_the_table():
     section = read(DOCS / "configuration.md").split("## Exit codes")[1].split("\n## ")[0]
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == exit_codes().keys()
+
+
+def test_one_version_everywhere():
+    client = re.findall(r'^version = "(.*)"', read(ROOT / "clients/python/pyproject.toml"), re.MULTILINE)
+    changelog = re.findall(r"^## \[(\d.*?)\]", read(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    assert [*client, changelog[0]] == [__version__, __version__]
+    files = [README, *PAGES, ROOT / "Dockerfile", ROOT / "clients/python/README.md"]
+    files += [path for path in (ROOT / "deploy").rglob("*") if path.is_file()]
+    images = {tag for path in files for tag in re.findall(r"text-to-image-service(?:-ray)?:v?(\d[\d.]*\d)", read(path))}
+    tags = {tag for path in files for tag in re.findall(r"newTag: (\d[\d.]*\d)", read(path))}
+    assert images | tags == {__version__}
 
 
 def test_every_alert_has_a_row_in_troubleshooting():

@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import PATIENCE, ROOT, first_step, request
 
+from server import __version__
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
@@ -156,7 +157,7 @@ def test_it_says_what_it_is_and_keeps_nothing_of_how_it_was_built(podman: Podman
     (told,) = json.loads(podman("inspect", image))
     labels = told["Labels"]
     assert labels["org.opencontainers.image.title"] == "text-to-image-service"
-    assert labels["org.opencontainers.image.version"] == "0.1.0"
+    assert labels["org.opencontainers.image.version"] == __version__
     assert labels["org.opencontainers.image.revision"]
     assert labels["org.opencontainers.image.base.name"] == DEBIAN
     assert told["Config"]["StopSignal"] == "SIGTERM"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server import model
-from server.domain import ImageRequest, default_request
+from server.domain import ImageRequest, ModelInfo, default_request
 from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished, ImageReady
 from server.engine.interface import LaunchedStep, Submission
@@ -64,12 +64,12 @@ def main() -> None:
         warm_up=[(options.side, options.side)] if options.side else (),
     )
     info = ensemble.info
-    one = default_request(info, "cat napping")
-    one = replace(one, steps=options.steps or one.steps)
+    request = default_request(info, "cat napping")
+    request = replace(request, steps=options.steps or request.steps)
     if options.side is not None:
-        one = replace(one, width=options.side, height=options.side)
+        request = replace(request, width=options.side, height=options.side)
     requests = [
-        replace(one, prompt=f"cat napping {job}", seeds=tuple(range(100 * job, 100 * job + options.images)))
+        replace(request, prompt=f"cat napping {job}", seeds=tuple(range(100 * job, 100 * job + options.images)))
         for job in range(options.jobs)
     ]
 
@@ -84,9 +84,16 @@ def main() -> None:
             if round_number >= 0:
                 runs[overlaps].append(result)
 
+    print_report(info, request, options, runs)
+
+
+def print_report(
+    info: ModelInfo, request: ImageRequest, options: argparse.Namespace, runs: dict[bool, list["Run"]]
+) -> None:
+    """Print the medians over all rounds, and how much faster overlap is."""
     print(
         f"{info.name} on {info.device} in {info.precision}, compiled: {info.environment.compiled}, "
-        f"{one.width} x {one.height}, {one.steps} steps, {options.jobs} jobs of {options.images} images, "
+        f"{request.width} x {request.height}, {request.steps} steps, {options.jobs} jobs of {options.images} images, "
         f"{options.max_batch} to a call, median of {options.rounds} rounds; all {options.jobs * options.images} images "
         "equal with and without overlap"
     )

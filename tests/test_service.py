@@ -322,7 +322,7 @@ class TestLettingGo:
             stub.Generate(request(**LONG_JOB), timeout=1)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert re.search(
-            r"the deadline cannot be met: the last image could be there in \d+\.\d s", caught.value.details()
+            r"the deadline cannot be met: the last image would be ready in \d+\.\d s", caught.value.details()
         )
 
     def test_a_client_that_does_not_read_is_let_go_and_holds_nobody_up(self, start_server):

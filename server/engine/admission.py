@@ -53,7 +53,7 @@ class Admission:
             )
         if (refusal := self._schedule.refusal(task, now)) is not None:
             retry_after = max(_MIN_RETRY_SECONDS, refusal.retry_after)
-            when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", were it alone"
+            when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", even on an idle server"
             if refusal.reason is Reason.DEADLINE and retry_after == math.inf:
                 raise DeadlineExceeded(self._explain(refusal, task) + when)  # waiting for a free device would not help
             raise ResourceExhausted(self._explain(refusal, task) + when, retry_after)
@@ -67,21 +67,21 @@ class Admission:
         self._too_large = (_size(request), now + OOM_BACKOFF_SECONDS)
 
     def _explain(self, refusal: Refusal, task: ImageTask) -> str:
-        limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of the device"
+        limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of device time"
         match refusal.reason:
             case Reason.JOBS:
                 return f"{limits.jobs} requests are waiting already, for {work}"
             case Reason.JOBS_PER_CALLER:
                 return f"{self._schedule.jobs_per_caller(task):.0f} requests of this caller are waiting already"
             case Reason.PIXELS:
-                return f"the images that wait would have more than {limits.pixels:.0f} pixels with these"
+                return f"the images in the queue would have more than {limits.pixels:.0f} pixels with these"
             case Reason.BYTES:
-                return f"the requests that wait would need more than {limits.bytes:.0f} bytes with this one"
+                return f"the requests in the queue would need more than {limits.bytes:.0f} bytes with this one"
             case Reason.DEADLINE:
-                return f"the deadline cannot be met: the last image could be there in {refusal.finish:.1f} s"
+                return f"the deadline cannot be met: the last image would be ready in {refusal.finish:.1f} s"
             case Reason.OTHERS:
                 count = len(refusal.late)
-                return f"{count} admitted request{'s' * (count > 1)} would miss a deadline for this one"
+                return f"{count} admitted request{'s' * (count > 1)} would miss a deadline because of this one"
 
     def _expected_calls(self, request: ImageRequest, max_batch: int) -> list[tuple[CallKind, int]]:
         """Return the calls of a job after the first, as far as known before it is planned."""

@@ -45,7 +45,7 @@ from server.engine.events import (
     no_observer,
 )
 from server.engine.in_flight import CallsInFlight, SideQueue
-from server.engine.interface import AnyModel, Submission, Trajectory
+from server.engine.interface import AnyModel, Submission, TrajectoryLike
 from server.engine.job import Call, Job, calls_after_encoding, script
 from server.engine.previews import Previews
 from server.engine.scheduling import Forecast, Order, QueueLimits, Schedule
@@ -62,7 +62,7 @@ _NOTABLE_CHANGE = 0.1  # a relative change of an estimate above this is reported
 _BATCH_REDUCED = Warning(
     Notice.BATCH_REDUCED,
     "",
-    "memory ran out on the way, and the rest was computed in smaller batches, which can change an image's last bits",
+    "memory ran out during the request; the rest ran in smaller batches, which can change the last bits of an image",
 )
 
 
@@ -318,14 +318,14 @@ class Engine:
             else:
                 self._continue_script(job, job.call, result)
 
-    def _step(self, together: list[tuple[Job, Trajectory]], model: AnyModel) -> dict[Job, Exception]:
+    def _step(self, together: list[tuple[Job, TrajectoryLike]], model: AnyModel) -> dict[Job, Exception]:
         """Make one step of some trajectories. Returns the jobs that failed and why.
 
         An error of a whole call is not the end of all its jobs: each half is tried again. When memory runs out, this
         and all later calls become smaller.
         """
         failures: dict[Job, Exception] = {}
-        batches: dict[Hashable, list[tuple[Job, Trajectory]]] = {}
+        batches: dict[Hashable, list[tuple[Job, TrajectoryLike]]] = {}
         for each in together:  # of one kind, but of two batch keys for a while after compilation
             batches.setdefault(each[1].batch_key, []).append(each)
         waiting = list(batches.values())
@@ -369,7 +369,7 @@ class Engine:
             if threading.current_thread() is self._thread:
                 self._changed.wait_for(lambda: self._side.running is None)
             self._in_flight.repeat_alone()
-        log.warning("memory ran out with two calls at once: one after the other for %.0f s", OOM_BACKOFF_SECONDS)
+        log.warning("memory ran out with two calls at once; calls run one at a time for %.0f s", OOM_BACKOFF_SECONDS)
         return True
 
     def _reduce_batch(self, model: AnyModel) -> None:
@@ -379,7 +379,11 @@ class Engine:
             model.limit_batch(self._max_batch)
             for job in self._jobs.values():
                 job.batch_reduced = job.batch_reduced or job.script is not None
-        log.warning("%d images did not fit in the device's memory together: %d from now on", before, self._max_batch)
+        log.warning(
+            "%d images did not fit in the device's memory together; calls have at most %d from now on",
+            before,
+            self._max_batch,
+        )
 
     def _record_call(self, jobs: Sequence[Job], began: float) -> None:
         """Record the cost of this thread's call and charge it to its jobs."""
@@ -520,7 +524,7 @@ class Engine:
         admitted = job.task.admitted
         job.run_in_context(
             log.info,
-            "%s: %s after %d model calls, %.3f s of the device, %.3f s of them after its end; %.2f s, predicted %.2f s",
+            "%s: %s after %d model calls, %.3f s of device time, %.3f s of it wasted; took %.2f s, predicted %.2f s",
             job.submission.name,
             outcome,
             job.calls_made,

@@ -31,7 +31,7 @@ class Submission:
     preview_interval: int = 0
 
 
-class Conditioning(Protocol):
+class ConditioningLike(Protocol):
     """The encoded prompts of one request, and the `environment` that makes its images."""
 
     @property
@@ -40,7 +40,7 @@ class Conditioning(Protocol):
     def environment(self) -> Environment: ...
 
 
-class Trajectory(Protocol):
+class TrajectoryLike(Protocol):
     """The way of one image from noise to clean latents.
 
     `stages` has BASE or REFINER for every network call, in order. Trajectories with equal `batch_key` may share their
@@ -66,8 +66,8 @@ class LaunchedStep:
     wait: Callable[[], None]
 
 
-ConditioningT = TypeVar("ConditioningT", bound=Conditioning)
-TrajectoryT = TypeVar("TrajectoryT", bound=Trajectory)
+ConditioningT = TypeVar("ConditioningT", bound=ConditioningLike)
+TrajectoryT = TypeVar("TrajectoryT", bound=TrajectoryLike)
 
 
 class Model(Protocol[ConditioningT, TrajectoryT]):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from server.domain import EXPERTS, Environment, ImageRequest, Stage, Warning
 from server.engine.call_times import CallKind
 from server.engine.events import EngineError, Event, ImageReady, Queued, StageSpan
-from server.engine.interface import ConditioningT, Model, Submission, Trajectory, TrajectoryT
+from server.engine.interface import ConditioningT, Model, Submission, TrajectoryLike, TrajectoryT
 from server.engine.task import ImageTask
 
 
@@ -27,7 +27,7 @@ class Call:
     step: int = 1
     steps: int = 1
     expert_calls: int = 0
-    trajectories: Sequence[Trajectory] = ()
+    trajectories: Sequence[TrajectoryLike] = ()
     run: Callable[[], Any] = lambda: None
 
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from server.engine.events import Observe, Preview, PreviewDropped
-from server.engine.interface import AnyModel, Trajectory
+from server.engine.interface import AnyModel, TrajectoryLike
 from server.engine.job import Call, Job
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ class Previews:
     def __init__(self, deliver: Callable[[Job, Preview], None], observe: Observe) -> None:
         self._deliver = deliver
         self._observe = observe
-        self._waiting: dict[tuple[Job, int], tuple[int, Trajectory]] = {}
+        self._waiting: dict[tuple[Job, int], tuple[int, TrajectoryLike]] = {}
         self._changed = threading.Condition()
         self._stopping = False
 

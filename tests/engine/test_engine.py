@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stepped_model import REQUEST, Clock, Events, Path, Prompt, SteppedModel, running
+from stepped_model import REQUEST, Clock, Events, SteppedConditioning, SteppedModel, SteppedTrajectory, running
 
 from server.domain import ImageRequest, Notice, Stage
 from server.engine.engine import Engine
@@ -91,7 +91,7 @@ def test_progress_of_a_step_is_reported_while_the_next_step_runs(clock: Clock):
     order: list[str] = []
 
     class Launching(SteppedModel):
-        def launch(self, trajectories: Sequence[Path]) -> LaunchedStep:
+        def launch(self, trajectories: Sequence[SteppedTrajectory]) -> LaunchedStep:
             order.append("launch")
             step = super().launch(trajectories)
 
@@ -219,7 +219,7 @@ def test_queue_bounds_pixels_bytes_and_jobs_per_caller(model: SteppedModel, cloc
 
 def test_unmeetable_deadline_is_refused_with_the_predicted_time(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
-    with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, were it alone"):
+    with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, even on an idle server"):
         engine.submit(Submission("job", REQUEST, timeout=3), Events())
     engine.submit(Submission("job", REQUEST, timeout=6), Events())
     with pytest.raises(ResourceExhausted, match=r"10\.0 s") as refused:
@@ -343,8 +343,8 @@ def test_images_of_one_request_share_network_calls(model: SteppedModel, clock: C
 
 def test_images_of_different_batch_keys_share_no_network_call(clock: Clock):
     class TwoWays(SteppedModel):
-        def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
-            return Path(seed, batch_key="compiled" if seed >= 20 else "not compiled")
+        def plan(self, request: ImageRequest, conditioning: SteppedConditioning, seed: int) -> SteppedTrajectory:
+            return SteppedTrajectory(seed, batch_key="compiled" if seed >= 20 else "not compiled")
 
     model = TwoWays(max_batch=4)
     with running(Engine(QueueLimits(jobs=9), clock=clock), model) as engine:
@@ -431,7 +431,7 @@ def test_slow_previews_are_observed_as_dropped(clock: Clock):
     drawing, drawn = threading.Event(), threading.Event()
 
     class SlowToDraw(SteppedModel):
-        def preview(self, trajectory: Path) -> np.ndarray:
+        def preview(self, trajectory: SteppedTrajectory) -> np.ndarray:
             drawing.set()
             assert drawn.wait(60)
             return super().preview(trajectory)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path as Folder
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -361,7 +361,7 @@ def test_every_job_ends_exactly_once_under_random_overlap(jobs: list[tuple[int, 
             assert fate
 
 
-def test_image_bytes_are_the_same_with_and_without_overlap(folders: tuple[Folder, Folder]):
+def test_image_bytes_are_the_same_with_and_without_overlap(folders: tuple[Path, Path]):
     def images(overlaps: bool) -> list[bytes]:
         loaded = ensemble.load(checkpoint.inspect(*folders), device="cpu", precision="fp32", max_batch=2)
         loaded.overlaps = overlaps

@@ -20,7 +20,7 @@ MODEL_INFO = ModelInfo("stepped", "", True, "none", "none", ("euler",), 8, 8, 3,
 
 
 @dataclass
-class Path:
+class SteppedTrajectory:
     """A trajectory of two base calls and one refiner call."""
 
     seed: int
@@ -30,7 +30,7 @@ class Path:
 
 
 @dataclass
-class Prompt:
+class SteppedConditioning:
     warnings: tuple[Warning, ...] = (Warning(Notice.PROMPT_TRUNCATED, "data.prompt", "cut"),)
     environment: Environment = ENVIRONMENT
 
@@ -58,18 +58,18 @@ class SteppedModel:
         if name == self.fails_on:
             raise RuntimeError("a bug at /secret/path")
 
-    def encode(self, request: ImageRequest) -> Prompt:
+    def encode(self, request: ImageRequest) -> SteppedConditioning:
         self._call("encode", request.seeds[0])
-        return Prompt()
+        return SteppedConditioning()
 
-    def plan(self, request: ImageRequest, conditioning: Prompt, seed: int) -> Path:
-        return Path(seed)
+    def plan(self, request: ImageRequest, conditioning: SteppedConditioning, seed: int) -> SteppedTrajectory:
+        return SteppedTrajectory(seed)
 
-    def launch(self, trajectories: Sequence[Path]) -> LaunchedStep:
+    def launch(self, trajectories: Sequence[SteppedTrajectory]) -> LaunchedStep:
         assert 1 <= len(trajectories) <= self.max_batch
         return LaunchedStep(partial(self._step, trajectories))
 
-    def _step(self, trajectories: Sequence[Path]) -> None:
+    def _step(self, trajectories: Sequence[SteppedTrajectory]) -> None:
         self._call("step", trajectories[0].seed)
         if len(trajectories) > self.fitting:
             raise OutOfMemory("no room")
@@ -81,10 +81,10 @@ class SteppedModel:
     def limit_batch(self, images: int) -> None:
         self.max_batch = images
 
-    def preview(self, trajectory: Path) -> np.ndarray:
+    def preview(self, trajectory: SteppedTrajectory) -> np.ndarray:
         return np.full((1, 1, 3), trajectory.seed, np.uint8)
 
-    def decode(self, trajectory: Path) -> np.ndarray:
+    def decode(self, trajectory: SteppedTrajectory) -> np.ndarray:
         self._call("decode", trajectory.seed)
         return np.zeros((8, 8, 3), np.uint8)
 

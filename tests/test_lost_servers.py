@@ -81,7 +81,7 @@ def _hanging(began: ServerProcess) -> None:
 @pytest.mark.parametrize(
     ("lose", "call"), [*((_killed, call) for call in CALLS), (_hanging, generate), (_hanging, stream_async)]
 )
-def test_a_server_that_is_lost_costs_its_caller_nothing(
+def test_a_lost_server_costs_its_caller_nothing(
     replicas: Replicas, tmp_path: Path, lose: Callable[[ServerProcess], None], call: Callable[..., Result]
 ):
     prompt, seed = f"until {tmp_path / 'release'}", replicas.fresh_seed()
@@ -99,7 +99,7 @@ def test_a_server_that_is_lost_costs_its_caller_nothing(
     assert [image.data for image in lost.images] == [image.data for image in untroubled.images]
 
 
-def test_a_request_that_hangs_wherever_it_comes_ends_two_servers_of_three(replicas: Replicas):
+def test_a_request_that_hangs_every_device_ends_two_servers_of_three(replicas: Replicas):
     seed = replicas.fresh_seed()
     with pytest.raises(ServerError) as caught:
         generate(replicas.target, "hang", seed=seed)
@@ -109,7 +109,7 @@ def test_a_request_that_hangs_wherever_it_comes_ends_two_servers_of_three(replic
     assert len(replicas.alive()) == 1
 
 
-def test_a_request_that_kills_wherever_it_comes_ends_two_servers_of_three(replicas: Replicas):
+def test_a_request_that_kills_every_server_ends_two_servers_of_three(replicas: Replicas):
     seed = replicas.fresh_seed()
     with (
         TextToImage(replicas.target, round_robin=True, timeout=PATIENCE) as client,
@@ -128,7 +128,7 @@ def test_a_request_that_kills_wherever_it_comes_ends_two_servers_of_three(replic
     assert len(replicas.alive()) == 1
 
 
-def test_a_request_that_waits_behind_one_that_hangs_costs_its_caller_nothing(replicas: Replicas):
+def test_a_request_queued_behind_one_that_hangs_succeeds_elsewhere(replicas: Replicas):
     hanging, other, seed = replicas.servers[0], replicas.servers[1], replicas.fresh_seed()
     in_order = f"ipv4:{hanging.target},{other.target}"  # without round_robin the second is for when the first is gone
     with (
@@ -147,7 +147,7 @@ def test_a_request_that_waits_behind_one_that_hangs_costs_its_caller_nothing(rep
     assert len(replicas.alive()) == 2
 
 
-def test_a_detached_job_that_is_lost_with_its_server_is_made_again_under_its_name(replicas: Replicas, tmp_path: Path):
+def test_a_detached_job_lost_with_its_server_is_submitted_again(replicas: Replicas, tmp_path: Path):
     prompt, seed = f"until {tmp_path / 'release'}", replicas.fresh_seed()
     options = {"request_id": "lost", "on_disconnect": "detach", "seed": seed}
     with TextToImage(replicas.target, timeout=PATIENCE) as client, client.stream(prompt, **options) as events:
@@ -166,7 +166,7 @@ def test_a_detached_job_that_is_lost_with_its_server_is_made_again_under_its_nam
     ("name", "settings"),
     [("nginx", "grpc_read_timeout 1s;"), ("haproxy", "timeout server 1s")],
 )
-def test_a_detached_stream_outlives_a_proxy_that_cuts_it_again_and_again(
+def test_a_detached_stream_survives_repeated_cuts_by_a_proxy(
     replicas: Replicas, tmp_path: Path, name: str, settings: str
 ):
     server = replicas.servers[0]
@@ -189,7 +189,7 @@ def test_a_detached_stream_outlives_a_proxy_that_cuts_it_again_and_again(
     assert server in replicas.alive()
 
 
-def test_what_the_client_finds_and_what_the_server_finds_come_at_once_and_nothing_begins(replicas: Replicas):
+def test_violations_of_client_and_server_are_reported_together(replicas: Replicas):
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(TextToImage(replicas.servers[0].target, timeout=PATIENCE))
         with pytest.raises(InvalidRequest) as caught:

@@ -1,4 +1,4 @@
-"""What callers hear of a fault that nobody foresaw: the real servicer and engine around a model that is broken."""
+"""The servicer, over the real engine and a broken model: unexpected exceptions stay internal."""
 
 import asyncio
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ async def _read(stream) -> None:
 
 
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
-async def test_a_fault_of_the_server_is_internal_tells_nothing_and_stays_in_the_log(
+async def test_an_unexpected_exception_is_internal_and_its_cause_is_only_logged(
     method: str, caplog: pytest.LogCaptureFixture
 ):
     engine = Engine(QueueLimits(jobs=1))

@@ -1,4 +1,4 @@
-"""Where a server listens: every address of a name or none, sockets in files, several at once, both families."""
+"""Addresses: all addresses of a name or none, socket files, several at once, both address families."""
 
 import ast
 import asyncio
@@ -80,9 +80,9 @@ def two_families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_ipv6
 @pytest.mark.usefixtures("two_families")
-class TestANameOfTwoAddresses:
+class TestHostWithTwoAddresses:
     @pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "[::]"])
-    def test_is_not_bound_at_all_where_another_socket_has_one_of_them(self, taken, host):
+    def test_is_not_bound_if_one_address_is_in_use(self, taken, host):
         bound: list[str] = []
         with pytest.raises(BindError, match=rf"cannot listen on .*:{taken}: .*:{taken} is in use"):
             addresses.bind(f"{host}:{taken}", bound.append)
@@ -91,14 +91,14 @@ class TestANameOfTwoAddresses:
         assert bound == []
 
     @pytest.mark.parametrize("flag", ["--listen", "--health-listen", "--metrics-listen"])
-    def test_ends_a_server_with_3_then(self, start, taken, flag):
+    def test_an_address_in_use_ends_the_server_with_exit_code_3(self, start, taken, flag):
         server = start(flag, f"[::]:{taken}")
         assert server.wait() == 3
         assert f"cannot listen on [::]:{taken}: " in server.log
         assert f":{taken} is in use" in server.log
         assert "Traceback" not in server.log
 
-    async def test_is_reached_by_both_at_the_same_port(self):
+    async def test_both_addresses_are_served_at_the_same_port(self):
         server = grpc.aio.server()
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(("",)), server)
         port = addresses.bind("localhost:0", server.add_insecure_port).removeprefix("localhost:")
@@ -107,7 +107,7 @@ class TestANameOfTwoAddresses:
             assert await asyncio.to_thread(health, target) == SERVING
         await server.stop(None)
 
-    def test_an_address_of_a_family_that_is_absent_is_left_out(self, monkeypatch):
+    def test_an_absent_address_family_is_left_out(self, monkeypatch):
         real = addresses._socket
 
         def without_ipv6(host: str, port: int) -> socket.socket:
@@ -129,13 +129,13 @@ class TestANameOfTwoAddresses:
     ],
     ids=["unknown", "of another machine", "no name"],
 )
-def test_a_name_that_cannot_be_bound_is_said_with_the_reason(address, words):
+def test_bind_errors_give_the_reason(address, words):
     with pytest.raises(BindError, match=words):
         addresses.bind(address, lambda _: pytest.fail("nothing is to be bound"))
 
 
-class TestFiles:
-    def test_a_socket_in_a_file_is_served_with_its_file_gone_at_the_end(self, start, tmp_path: Path):
+class TestSocketFiles:
+    def test_a_unix_socket_is_served_and_its_file_removed_at_the_end(self, start, tmp_path: Path):
         path, ready = tmp_path / "t2i.sock", tmp_path / "ready"
         server = start("--listen", f"unix:{path}", "--ready-file", str(ready), "--instill").wait_until_ready()
         assert server.target == ready.read_text().strip() == f"unix:{path}"
@@ -147,7 +147,7 @@ class TestFiles:
         assert server.stop() == 0
         assert list(tmp_path.iterdir()) == []
 
-    def test_that_of_a_killed_server_is_taken_over_and_that_of_a_running_one_is_not(self, start, tmp_path: Path):
+    def test_the_file_of_a_killed_server_is_replaced_that_of_a_running_one_is_not(self, start, tmp_path: Path):
         path = tmp_path / "t2i.sock"
         killed = start("--listen", f"unix:{path}").wait_until_ready()
         killed.process.send_signal(signal.SIGKILL)
@@ -159,7 +159,7 @@ class TestFiles:
         assert f"cannot listen on unix:{path}: in use" in third.log
         assert health(running.target) == SERVING
 
-    def test_who_may_write_to_it_may_call_as_the_umask_says(self, tmp_path: Path):
+    def test_the_umask_decides_who_may_call(self, tmp_path: Path):
         before = os.umask(0o117)
         try:
             server = grpc.server(None)
@@ -170,7 +170,7 @@ class TestFiles:
             server.stop(None)
 
     @pytest.mark.parametrize("kind", ["no folder", "a file", "a folder"])
-    def test_one_that_cannot_be_made_ends_the_server_with_3_and_the_reason(self, tmp_path: Path, kind):
+    def test_an_unusable_path_ends_the_server_with_exit_code_3_and_the_reason(self, tmp_path: Path, kind):
         path = tmp_path / "missing" / "t2i.sock" if kind == "no folder" else tmp_path / "t2i.sock"
         if kind == "a file":
             path.write_text("somebody's")
@@ -185,7 +185,7 @@ class TestFiles:
 
 
 @pytest.mark.parametrize("flag", ["--listen", "--health-listen"])
-def test_a_server_that_cannot_have_all_of_its_addresses_leaves_no_file(start, tmp_path: Path, flag):
+def test_a_server_that_cannot_bind_all_addresses_leaves_no_file(start, tmp_path: Path, flag):
     path = tmp_path / "t2i.sock"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -200,7 +200,7 @@ def test_a_server_that_cannot_have_all_of_its_addresses_leaves_no_file(start, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_addresses_are_all_served_and_all_in_the_ready_file(start, tmp_path: Path):
+def test_all_addresses_are_served_and_in_the_ready_file(start, tmp_path: Path):
     path, ready = tmp_path / "t2i.sock", tmp_path / "ready"
     server = start("--listen", f"127.0.0.1:0,unix:{path},127.0.0.1:0", "--ready-file", str(ready)).wait_until_ready()
     bound = ready.read_text().splitlines()
@@ -219,7 +219,7 @@ def test_several_addresses_are_all_served_and_all_in_the_ready_file(start, tmp_p
         ("unix:/" + "x" * 107, "at most 107 bytes"),
     ],
 )
-def test_what_is_no_address_is_refused(listen, words):
+def test_invalid_addresses_are_rejected(listen, words):
     with pytest.raises(ValidationError, match=words):
         Settings(listen=listen)
 
@@ -228,7 +228,7 @@ def test_what_is_no_address_is_refused(listen, words):
     ("listen", "are_taken"),
     [("unix:/run/t2i.sock", True), ("127.0.0.1:1,unix:t2i.sock", True), ("127.0.0.1:1,0.0.0.0:2", False)],
 )
-def test_tokens_without_tls_are_taken_where_every_address_is_this_machines(listen, are_taken):
+def test_tokens_without_tls_need_local_addresses(listen, are_taken):
     if are_taken:
         assert Settings(listen=listen, tokens="t")
     else:
@@ -239,13 +239,13 @@ def test_tokens_without_tls_are_taken_where_every_address_is_this_machines(liste
 class TestMetrics:
     @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])
     @needs_ipv6
-    def test_of_a_wildcard_are_reached_by_both_families(self, start, address):
+    def test_a_wildcard_serves_both_address_families(self, start, address):
         server = start("--metrics-listen", address)
         self.read_by_both(server.wait_for_log(r"metrics on http://(\S+)/metrics")[1])
 
     @needs_ipv6
     @pytest.mark.usefixtures("two_families")
-    def test_of_a_name_are_reached_by_every_address_of_it(self):
+    def test_a_name_serves_all_of_its_addresses(self):
         self.read_by_both(Metrics(32).listen("localhost:0"))
 
     def read_by_both(self, address: str) -> None:
@@ -255,7 +255,7 @@ class TestMetrics:
             with opener.open(f"http://{host}:{port}/metrics", timeout=PATIENCE) as answer:
                 assert b"t2i_queue_limit_jobs 32.0" in answer.read()
 
-    def test_are_where_one_address_says_and_nowhere_else(self):
+    def test_metrics_listen_on_the_given_address_only(self):
         bound = Metrics(1).listen("127.0.0.1:0")
         port = int(bound.rpartition(":")[2])
         assert bound == f"127.0.0.1:{port}"
@@ -263,7 +263,7 @@ class TestMetrics:
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("::1", port), PATIENCE)
 
-    def test_a_scrape_that_is_broken_off_is_a_line_of_the_log_and_nothing_else(self, monkeypatch, capfd):
+    def test_an_interrupted_scrape_is_logged_in_one_line(self, monkeypatch, capfd):
         caught = threading.Event()
         monkeypatch.setattr(metrics.log, "warning", lambda *_: caught.set())
         host, _, port = Metrics(1).listen("127.0.0.1:0").rpartition(":")
@@ -284,7 +284,7 @@ def channels_and_options() -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("file", "call", "text"), [*channels_and_options()], ids=lambda each: each[:40])
-def test_benches_and_deployments_ask_no_proxy_for_this_machine(file, call, text):
+def test_benches_and_deployments_use_no_proxy_for_loopback(file, call, text):
     """http_proxy names one for everything, and to it 127.0.0.1 is itself."""
     shared = (ROOT / "bench" / "serving.py").read_text("utf-8")
     without_proxy = {

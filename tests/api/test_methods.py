@@ -1,4 +1,4 @@
-"""Every method that a server process can know of is answered in plain words, and metadata by one limit."""
+"""Every method, served or not, ends with a plain message, and metadata has one limit."""
 
 import sys
 from collections import Counter
@@ -84,7 +84,7 @@ def answer(channel: grpc.Channel, path: str, timeout: float = PATIENCE) -> tuple
     return call.code(), call.details() or ""
 
 
-def test_the_walk_meets_every_protocol_that_is_served():
+def test_the_list_of_methods_covers_every_protocol():
     services = {method.containing_service.name for method in METHODS}
     assert services >= {
         *("TextToImageService", "GRPCInferenceService", "UserDefinedService", "ModelPublicService"),
@@ -94,7 +94,7 @@ def test_the_walk_meets_every_protocol_that_is_served():
 
 
 @pytest.mark.parametrize("path", [*PATHS, *MADE_UP], ids=lambda path: path[:80])
-def test_every_method_ends_with_a_status_in_plain_words(steady, path):
+def test_every_method_ends_with_a_status_and_a_plain_message(steady, path):
     with connect(steady) as channel:
         code, words = answer(channel, path)
     assert code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL), words
@@ -104,7 +104,7 @@ def test_every_method_ends_with_a_status_in_plain_words(steady, path):
 
 
 @pytest.mark.parametrize("path", [*PATHS, *MADE_UP[:4]])
-def test_every_method_asks_for_the_token_first_whether_it_is_served_or_not(guarded, path):
+def test_every_path_needs_a_token_whether_it_is_served_or_not(guarded, path):
     open_methods = {*OPEN_METHODS}
     open_methods |= {f"/inference.GRPCInferenceService/{each}" for each in ("ServerLive", "ServerReady")}
     open_methods |= {f"/model.model.v1alpha.ModelPublicService/{each}" for each in ("Liveness", "Readiness")}
@@ -114,7 +114,7 @@ def test_every_method_asks_for_the_token_first_whether_it_is_served_or_not(guard
 
 
 @pytest.mark.parametrize("path", MADE_UP)
-def test_a_method_that_is_not_served_is_unimplemented_and_named_at_most_in_part(steady, path):
+def test_a_missing_method_is_unimplemented_with_a_shortened_path(steady, path):
     with connect(steady) as channel:
         code, words = answer(channel, path)
     assert code == grpc.StatusCode.UNIMPLEMENTED
@@ -136,7 +136,7 @@ def test_health_lists_every_service_by_its_name(steady, port):
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-def test_reflection_describes_the_contract_and_itself_under_both_of_its_names(steady, version):
+def test_reflection_describes_the_contract_and_itself_in_both_versions(steady, version):
     """With the messages that it describes itself by, built from what it answers."""
     name = f"grpc.reflection.{version}.ServerReflection"
     with connect(steady) as channel:
@@ -173,7 +173,7 @@ def size(metadata: list[tuple[str, str]]) -> int:
 
 @pytest.mark.parametrize("port", ["main", "health"])
 @pytest.mark.parametrize(("spare", "expected"), [(1024, "OK"), (0, "RESOURCE_EXHAUSTED")])
-def test_metadata_is_taken_below_the_limit_and_refused_above_it_every_time(steady, port, spare, expected):
+def test_the_metadata_limit_is_exact(steady, port, spare, expected):
     """gRPC's own headers of a call have a few hundred bytes."""
     target = steady.target if port == "main" else steady.wait_for_log(r"health checks on (\S+)")[1]
     metadata = [("x-padding", "x" * (METADATA_BYTES - spare - size([("x-padding", "")])))]
@@ -187,7 +187,7 @@ def test_metadata_is_taken_below_the_limit_and_refused_above_it_every_time(stead
     assert codes == {expected: 100}
 
 
-def test_refused_metadata_leaves_the_connection_as_it_was(steady):
+def test_rejected_metadata_leaves_the_connection_usable(steady):
     with connect(steady) as channel:
         stub = pb_grpc.TextToImageServiceStub(channel)
         for size_of_value in (20_000, 60_000, 200_000):

@@ -1,4 +1,4 @@
-"""The service's second face: the Open Inference Protocol, by its own messages and by a client that others wrote."""
+"""The Open Inference Protocol: its messages, real servers, and Triton's own client."""
 
 import base64
 import io
@@ -105,7 +105,7 @@ def unreadable(message: oip.ModelInferRequest) -> Sequence[errors.Violation]:
 class TestRequests:
     """What tensors and parameters become, without a server."""
 
-    def test_every_input_and_parameter_stands_where_our_own_contract_has_it(self):
+    def test_every_input_and_parameter_has_its_place_in_our_contract(self):
         message = raw(
             ("prompt", "BYTES", [1], packed("a cat 🐈".encode())),
             ("seed", "UINT64", [1], np.uint64(2**32 - 1).tobytes()),
@@ -213,7 +213,7 @@ class TestRequests:
             ),
         ],
     )
-    def test_what_makes_no_request_is_told_by_its_name(self, message, field, words):
+    def test_unreadable_values_are_reported_by_name(self, message, field, words):
         violations = unreadable(message)
         assert words in {each.field: each.description for each in violations}[field]
         assert len(str(errors.InvalidRequest(violations))) < 1000
@@ -221,7 +221,7 @@ class TestRequests:
     @pytest.mark.parametrize(
         ("level", "priority"), [(0, 0), (1, 2), (2, 1), (3, 0), (4, -1), (5, -2), (6, -2), (2**64 - 1, -2)]
     )
-    def test_a_priority_is_a_level_as_the_protocol_means_it(self, level: int, priority: int):
+    def test_priorities_are_levels_of_the_protocol(self, level: int, priority: int):
         message = asked(texts("prompt", "a"))
         message.parameters["priority"].uint64_param = level
         (made,) = open_inference.read(message, 8).messages
@@ -231,25 +231,25 @@ class TestRequests:
     def test_a_timeout_is_in_microseconds(self, microseconds: int, seconds: float):
         assert open_inference.read(asked(texts("prompt", "a"), timeout=microseconds), 8).timeout == seconds
 
-    def test_what_clients_send_without_a_meaning_is_passed_over(self):
+    def test_parameters_of_clients_without_a_meaning_are_ignored(self):
         plain = asked(texts("prompt", "a"))
         message = asked(texts("prompt", "a"), sequence_id=0, sequence_start=False, binary_data_output=True)
         message.inputs[0].parameters["binary_data_size"].int64_param = 5
         message.outputs.add(name="image").parameters["binary_data"].bool_param = True
         assert open_inference.read(message, 8) == open_inference.read(plain, 8)
 
-    def test_any_id_is_a_name_that_may_come_near_a_log(self):
+    def test_any_id_becomes_a_request_id_that_is_safe_in_the_log(self):
         message = asked(texts("prompt", "a"))
         message.id = "my req #1\n" + "é" * 200
         (made,) = open_inference.read(message, 8).messages
         assert made.request_id == ("my_req__1_" + "_" * 200)[:128]
 
-    def test_everything_that_is_wrong_is_told_at_once(self):
+    def test_all_violations_of_all_tensors_are_reported_at_once(self):
         violations = unreadable(asked(texts("prompt", "a", "b"), seed=-1, format="gif", steps="few"))
         assert {each.field for each in violations} == {"seed", "format", "steps"}
 
 
-def test_an_answer_that_its_metadata_makes_too_large_is_told_so():
+def test_an_answer_too_large_by_its_metadata_is_an_error():
     answer = pb.GenerateResponse(data=pb.ResultData(choices=[pb.Choice(raw=b"image")]))
     answer.metadata.images.add().request.data.prompt = "\0" * 1000
     assert len(open_inference.response(oip.ModelInferRequest(), [answer], 10_000).outputs) == 4
@@ -258,7 +258,7 @@ def test_an_answer_that_its_metadata_makes_too_large_is_told_so():
 
 
 class TestModelInfer:
-    def test_draws_what_the_first_face_draws_byte_for_byte(self, stub, first, model):
+    def test_images_have_the_same_bytes_as_by_our_contract(self, stub, first, model):
         made = stub.ModelInfer(
             asked(texts("prompt", "a red apple"), model=model, seed=7, steps=3, n=2), timeout=PATIENCE
         )
@@ -274,7 +274,7 @@ class TestModelInfer:
         assert json.loads(metadata)["images"][1]["sha256"] == answer.metadata.images[1].sha256
         assert (made.model_name, made.model_version) == (model, "1")
 
-    def test_what_is_wrong_with_any_prompt_is_told_at_once_in_the_names_of_this_face(self, stub, model):
+    def test_violations_of_all_prompts_are_reported_at_once_in_the_protocols_names(self, stub, model):
         prompts = texts("prompt", "a cat", " ")
         wrong = asked(prompts, model=model, steps=0, aspect_ratio="1:9", quality=0, scheduler="fast")
         code, said = refused(lambda: stub.ModelInfer(wrong, timeout=PATIENCE))
@@ -283,14 +283,14 @@ class TestModelInfer:
         assert said["prompt[1]"] == "is required and must not be blank"
 
     @pytest.mark.parametrize("prompt", [texts("prompt", "a cat"), torn_prompt()])
-    def test_what_cannot_be_read_and_what_breaks_a_rule_are_said_together(self, stub, model, prompt):
+    def test_unreadable_values_and_violations_are_reported_together(self, stub, model, prompt):
         wrong = asked(prompt, texts("seed", "1", "2"), model=model, steps=0, width="wide", stpes=3, priority=-1)
         code, said = refused(lambda: stub.ModelInfer(wrong, timeout=PATIENCE))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         torn = {"prompt"} if prompt.shape == [9] else set()
         assert set(said) == {"seed", "steps", "width", "stpes", "priority"} | torn
 
-    def test_all_prompts_together_make_no_more_images_than_one_request_may(self, stub, model):
+    def test_the_image_limit_holds_for_all_prompts_together(self, stub, model):
         code, said = refused(
             lambda: stub.ModelInfer(asked(texts("prompt", *"abc"), model=model, n=3), timeout=PATIENCE)
         )
@@ -305,7 +305,7 @@ class TestModelInfer:
             look = oip.ModelMetadataRequest(name=name, version=version)
             assert refused(lambda: stub.ModelMetadata(look, timeout=9))[0] == grpc.StatusCode.NOT_FOUND  # noqa: B023
 
-    def test_images_of_all_prompts_share_the_one_message_and_are_coded_smaller_where_they_must(self, stub, model):
+    def test_images_of_all_prompts_share_one_message_and_are_coded_smaller_to_fit(self, stub, model):
         wish = {"n": 2, "seed": 1, "steps": 2, "format": "png", "max_message_bytes": 300_000}
         made = stub.ModelInfer(asked(texts("prompt", *["noise"] * 4), model=model, **wish))
         images = [Image.open(io.BytesIO(each)) for each in made.outputs[0].contents.bytes_contents]
@@ -314,7 +314,7 @@ class TestModelInfer:
         for each in made.outputs[3].contents.bytes_contents:
             assert "CODE_IMAGE_RECODED" in {warning["code"] for warning in json.loads(each)["warnings"]}
 
-    def test_when_one_prompt_is_not_admitted_the_others_are_let_go(self, start_server, model):
+    def test_if_one_prompt_is_not_admitted_the_others_are_cancelled(self, start_server, model):
         server = start_server("--kserve", "--max-queue", "2").wait_until_ready()
         with connect(server) as channel:
             three = asked(texts("prompt", *"abc"), model=model, steps=150)
@@ -323,7 +323,7 @@ class TestModelInfer:
             assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
             server.wait_for_log(r"(?s)three: Cancelled.*three: Cancelled")
 
-    def test_it_is_counted_logged_and_named_as_other_calls_are(self, kserve, stub, model):
+    def test_calls_appear_in_metrics_and_log(self, kserve, stub, model):
         def count() -> float:
             return scrape(kserve)("t2i_requests_total", method="ModelInfer", code="OK")
 
@@ -336,7 +336,7 @@ class TestModelInfer:
         assert count() == before + 1
         kserve.wait_for_log(r"ModelInfer named-by-its-caller OK .* \[request_id=call-17 job=named-by-its-caller\]")
 
-    def test_any_id_is_echoed_and_the_log_has_a_safe_name(self, kserve, stub, model):
+    def test_any_id_is_echoed_and_logged_in_a_safe_form(self, kserve, stub, model):
         named = asked(texts("prompt", "x"), model=model, steps=1)
         named.id = "my req #1"
         assert stub.ModelInfer(named, timeout=PATIENCE).id == "my req #1"
@@ -348,7 +348,7 @@ class TestModelInfer:
         generous = asked(texts("prompt", "x"), model=model, steps=1, timeout=PATIENCE * 1_000_000)
         assert stub.ModelInfer(generous, timeout=PATIENCE).outputs
 
-    def test_a_priority_above_the_limit_is_lowered_with_a_warning_in_the_protocols_levels(self, stub, model):
+    def test_the_warning_of_a_lowered_priority_has_the_protocols_levels(self, stub, model):
         made = stub.ModelInfer(asked(texts("prompt", "x"), model=model, steps=1, priority=1), timeout=PATIENCE)
         (metadata,) = (json.loads(each) for each in made.outputs[3].contents.bytes_contents)
         assert metadata["warnings"] == [
@@ -360,7 +360,7 @@ class TestModelInfer:
             *(each for each in metadata["warnings"] if each["code"] != "CODE_PRIORITY_LOWERED"),
         ]
 
-    def test_whatever_is_sent_is_answered_in_words(self, stub, model):
+    def test_any_tensor_is_answered_with_a_status_and_a_message(self, stub, model):
         """Inputs and parameters of every kind, and an output that there is not, lest one of them be drawn."""
         names = st.sampled_from([*open_inference._INPUTS, *open_inference._PARAMETERS, "other"])
         tensors = st.builds(
@@ -395,8 +395,8 @@ class TestModelInfer:
         send()
 
 
-class TestTheServer:
-    def test_health_reflection_and_metadata_know_it_where_it_is_on(self, kserve, channel, stub):
+class TestServer:
+    def test_health_reflection_and_metadata_list_it_if_it_is_on(self, kserve, channel, stub):
         assert SERVICE in grpcurl(kserve, "list").stdout.split()
         assert "rpc ModelInfer (" in grpcurl(kserve, "describe", SERVICE).stdout
         health = health_pb2_grpc.HealthStub(channel)
@@ -413,7 +413,7 @@ class TestTheServer:
         assert code == grpc.StatusCode.UNIMPLEMENTED
         assert SERVICE not in grpcurl(server, "list").stdout
 
-    def test_it_is_live_before_it_is_ready_and_when_it_drains(self, start_server, model):
+    def test_it_is_live_before_it_is_ready_and_while_it_drains(self, start_server, model):
         server = start_server("--kserve", "--grace-seconds", "600")
         with connect(server) as channel:
             stub = oip_grpc.GRPCInferenceServiceStub(channel)
@@ -440,7 +440,7 @@ class TestTheServer:
             running.cancel()
         assert server.wait() == 0
 
-    def test_tokens_guard_it_but_for_liveness_and_readiness(self, start_server, tmp_path, model):
+    def test_only_liveness_and_readiness_need_no_token(self, start_server, tmp_path, model):
         digest = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # of "secret"
         (tmp_path / "tokens").write_text(f"one {digest}\n")
         server = start_server("--kserve", "--tokens", str(tmp_path / "tokens"))
@@ -483,7 +483,7 @@ def outcome(program: "subprocess.Popen[str]") -> dict:
 
 @pytest.mark.slow
 class TestTriton:
-    def test_finds_the_server_its_model_and_the_tensors(self, triton):
+    def test_triton_finds_the_server_the_model_and_the_tensors(self, triton):
         found = outcome(triton("look"))
         assert (found["live"], found["ready"]) == (True, True)
         assert found["models"] == [True, False, False]
@@ -494,7 +494,7 @@ class TestTriton:
         assert found["outputs"]["image"] == ["BYTES", -1, -1]
         assert found["extensions"] == ["schedule_policy"]
 
-    def test_draws_what_the_first_face_draws(self, triton, first):
+    def test_triton_gets_the_images_of_our_contract(self, triton, first):
         drawn = outcome(triton("draw"))
         same = request(
             "a red apple",
@@ -507,7 +507,7 @@ class TestTriton:
         assert (drawn["id"], drawn["shape"], drawn["finish_reasons"]) == ("from-triton", [1, 1], ["success"])
         assert drawn["metadata"][0]["requestId"] == "from-triton"
 
-    def test_draws_several_images_for_each_of_two_prompts(self, triton):
+    def test_triton_gets_several_images_for_each_of_two_prompts(self, triton):
         drawn = outcome(triton("batch"))
         assert (drawn["shape"], drawn["seeds"]) == ([2, 2], [[7, 8], [40, 41]])
         images = [Image.open(io.BytesIO(base64.b64decode(each))) for each in drawn["images"]]
@@ -516,10 +516,10 @@ class TestTriton:
         prompts = [each["images"][0]["request"]["data"]["prompt"] for each in drawn["metadata"]]
         assert prompts == ["a red apple", "a blue heart"]
 
-    def test_gets_the_outputs_that_it_asks_for_and_no_others(self, triton):
+    def test_triton_gets_only_the_requested_outputs(self, triton):
         assert outcome(triton("choose")) == {"outputs": ["seed"], "seeds": [[0]]}
 
-    def test_its_own_parameters_mean_what_they_mean_to_triton(self, triton):
+    def test_tritons_parameters_have_tritons_meaning(self, triton):
         found = outcome(triton("policy"))
         assert found["id"] == "my req #1"
         assert "level 1 became 3, the highest that is allowed here" in found["warnings"]
@@ -530,7 +530,7 @@ class TestTriton:
         assert status == "StatusCode.INVALID_ARGUMENT"
         assert "sequence_id: must be left out" in message
 
-    def test_is_told_what_is_wrong(self, triton):
+    def test_triton_gets_all_violations(self, triton):
         found = outcome(triton("errors"))
         assert {name: status for name, (status, _) in found.items()} == {
             "model": "StatusCode.NOT_FOUND",
@@ -542,7 +542,7 @@ class TestTriton:
         assert "colour: is not known here" in found["many"][1]
         assert "the deadline cannot be met" in found["deadline"][1]
 
-    def test_a_call_that_it_cancels_frees_the_device(self, triton, kserve):
+    def test_a_cancelled_call_frees_the_device(self, triton, kserve):
         program = triton("cancel")
         assert program.stdout.readline() == "begun\n"
         while not scrape(kserve)("t2i_queue_jobs", state="running"):

@@ -1,4 +1,4 @@
-"""What a job's recording keeps, tells and forgets: an engine that does as the test says, real coding, no waiting."""
+"""Recordings: what listeners get and what is kept, over a scripted engine and clock, with real image coding."""
 
 import asyncio
 import io
@@ -155,7 +155,7 @@ def house() -> House:
 
 
 class TestListening:
-    async def test_whoever_listens_hears_all_events_once_in_order_live_or_later_from_where_they_want(self, house):
+    async def test_listeners_get_all_events_once_in_order_live_or_later_from_any_number(self, house):
         recording = house.begin(**DETACH)
         early = asyncio.create_task(listen(recording))
         await tell(recording, house.engine, Queued(0, 1.0), progress(1), progress(2), image(0), DONE)
@@ -165,12 +165,12 @@ class TestListening:
         for after in range(6):
             assert await listen(recording, after) == heard[after:]
 
-    async def test_a_number_that_is_still_to_come_is_refused(self, house):
+    async def test_a_number_beyond_the_newest_event_is_invalid(self, house):
         recording = house.begin(**DETACH)
         with pytest.raises(errors.InvalidRequest, match="after: must be at most 0, the newest event, is 1"):
             await listen(recording, 1)
 
-    async def test_it_ends_for_all_with_the_jobs_error_and_for_late_ones_too(self, house):
+    async def test_the_jobs_error_ends_all_listeners_including_late_ones(self, house):
         recording = house.begin(**DETACH)
         early = asyncio.create_task(listen(recording))
         await tell(recording, house.engine, Queued(0, 1.0), Failed(ModelFailed("broken")))
@@ -178,9 +178,7 @@ class TestListening:
             with pytest.raises(ModelFailed, match="broken"):
                 await listening
 
-    async def test_an_image_that_cannot_be_coded_ends_the_job_and_tells_its_listener_nothing_internal(
-        self, house, caplog
-    ):
+    async def test_an_image_that_cannot_be_coded_ends_the_job_with_an_internal_error(self, house, caplog):
         recording = house.begin(**DETACH)
         (job,) = house.engine.jobs
         job.tell(ImageReady(0, 0, np.zeros((8, 8, 7), np.complex64), 1, 1))
@@ -189,7 +187,7 @@ class TestListening:
         assert job.cancelled
         assert "Traceback" in caplog.text
 
-    async def test_the_metadata_has_the_images_in_order_whichever_was_ready_first(self, house):
+    async def test_the_metadata_has_the_images_in_order_of_their_index(self, house):
         recording = house.begin(parameter={"n": 2, "seed": 0})
         house.engine.jobs[0].tell(image(1))
         house.engine.jobs[0].tell(image(0))
@@ -198,15 +196,15 @@ class TestListening:
         assert [each.seed for each in done.done.metadata.images] == [0, 1]
 
 
-class TestTheNewestOnly:
-    async def test_a_replay_has_the_last_place_in_the_queue_alone(self, house):
+class TestSupersededEvents:
+    async def test_a_replay_has_only_the_newest_queued_event(self, house):
         events = (Queued(2, 3.0), Queued(1, 2.0), Queued(0, 1.0), progress(1), image(0), DONE)
         messages = await listen(await house.end("mine", *events))
         assert kinds(messages) == ["queued", "progress", "choice", "done"]
         assert messages[0].queued.position == 0
         assert [message.number for message in messages] == [3, 4, 5, 6]
 
-    async def test_of_each_image_only_the_newest_preview_is_kept_until_the_image_is_there(self, house):
+    async def test_only_the_newest_preview_of_an_image_is_kept_until_the_image_is_ready(self, house):
         recording = house.begin(parameter={"n": 2, "seed": 0}, output={"previewInterval": 1}, **DETACH)
         (job,) = house.engine.jobs
         for event in (preview(0, 1), preview(1, 1), preview(0, 2), image(1)):
@@ -221,7 +219,7 @@ class TestTheNewestOnly:
         await tell(recording, house.engine, image(0), preview(0, 3), DONE)
         assert kinds(await listen(recording)) == ["choice", "choice", "done"]
 
-    async def test_who_listens_hears_every_preview_as_it_comes(self, house):
+    async def test_live_listeners_get_every_preview(self, house):
         recording = house.begin(output={"previewInterval": 1})
         (job,) = house.engine.jobs
         with recording.listening() as messages:
@@ -231,7 +229,7 @@ class TestTheNewestOnly:
                 assert (message.number, message.preview.step, message.preview.steps) == (step, step, 30)
 
     @pytest.mark.parametrize("raw", [True, False])
-    async def test_a_preview_is_a_small_jpeg_that_travels_as_the_images_do(self, house, raw: bool):
+    async def test_a_preview_is_a_small_jpeg_in_the_form_of_the_images(self, house, raw: bool):
         recording = house.begin(output={"previewInterval": 1, "raw": raw, "format": "FORMAT_PNG"})
         house.engine.jobs[0].tell(preview(0, 1))
         with recording.listening() as messages:
@@ -250,20 +248,20 @@ class TestTheNewestOnly:
         )
 
 
-class TestWhoseJob:
+class TestOwnership:
     async def test_a_job_ends_with_its_caller(self, house):
         recording = house.begin()
         with recording.listening():
             assert not house.engine.jobs[0].cancelled
         assert house.engine.jobs[0].cancelled
 
-    async def test_a_detached_job_does_not(self, house):
+    async def test_a_detached_job_outlives_its_caller(self, house):
         recording = house.begin(**DETACH)
         with recording.listening():
             pass
         assert not house.engine.jobs[0].cancelled
 
-    async def test_what_the_only_listener_has_is_let_go(self, house):
+    async def test_messages_of_the_only_listener_are_released(self, house):
         recording = house.begin()
         (job,) = house.engine.jobs
         with recording.listening() as messages:
@@ -274,7 +272,7 @@ class TestWhoseJob:
             await recording.ended
             assert recording.size < before + 3000, "the metadata of `done`, and no image"
 
-    async def test_the_same_request_joins_and_another_is_refused(self, house):
+    async def test_the_same_request_joins_and_another_is_rejected(self, house):
         first = house.begin(**DETACH)
         assert house.begin(**DETACH) is first
         with pytest.raises(errors.JobAlreadyExists, match="mine is another request"):
@@ -283,7 +281,7 @@ class TestWhoseJob:
         await tell(first, house.engine, image(0), DONE)
         assert house.begin(**DETACH) is first, "it joins after the end, too"
 
-    async def test_a_name_alone_is_nothing_to_join_or_to_attach_to(self, house):
+    async def test_a_job_that_is_not_detached_cannot_be_joined_or_attached_to(self, house):
         first = house.begin()
         assert house.begin() is not first
         with pytest.raises(errors.UnknownJob):
@@ -310,12 +308,12 @@ class TestWhoseJob:
             house.begin(**DETACH)
         assert house.recordings.find("mine", ME) is failed
 
-    async def test_a_name_that_no_job_can_have_is_said_without_it(self, house):
+    async def test_the_error_of_an_invalid_name_does_not_repeat_it(self, house):
         for look in (house.recordings.find, house.recordings.cancel):
             with pytest.raises(errors.UnknownJob, match="no detached job has such a name: they have 1 to 128 char"):
                 look(None, ME)
 
-    async def test_cancelling_ends_the_job_and_frees_its_name_at_once(self, house):
+    async def test_cancel_ends_the_job_and_frees_its_name_at_once(self, house):
         first = house.begin(**DETACH)
         following = asyncio.create_task(listen(first))
         house.recordings.cancel("mine", ME)
@@ -329,7 +327,7 @@ class TestWhoseJob:
         await asyncio.sleep(0)
         assert house.recordings.find("mine", ME) is second
 
-    async def test_cancelling_what_has_ended_forgets_it(self, house):
+    async def test_cancel_forgets_an_ended_job(self, house):
         await house.end("mine", image(0), DONE)
         house.recordings.cancel("mine", ME)
         with pytest.raises(errors.UnknownJob):
@@ -337,11 +335,11 @@ class TestWhoseJob:
         assert not house.clock.timers
 
     @pytest.mark.parametrize("name", [None, "", "nobody"])
-    async def test_names_that_nobody_bears_are_unknown(self, house, name: str | None):
+    async def test_unknown_names_are_errors(self, house, name: str | None):
         with pytest.raises(errors.UnknownJob):
             house.recordings.find(name, ME)
 
-    async def test_waiting_until_all_jobs_have_ended_includes_those_that_nobody_follows(self, house):
+    async def test_waiting_for_all_jobs_includes_those_without_listeners(self, house):
         recording = house.begin(**DETACH)
         waiting = asyncio.create_task(house.recordings.wait_until_ended())
         await asyncio.sleep(0)
@@ -351,7 +349,7 @@ class TestWhoseJob:
 
 
 class TestRetention:
-    async def test_a_detached_job_is_kept_for_so_long_after_its_end_and_then_unknown(self, house):
+    async def test_a_detached_job_is_kept_for_the_retention_after_its_end(self, house):
         running = house.begin("running", **DETACH)
         house.clock.advance(10_000)
         assert house.recordings.find("running", ME) is running
@@ -362,7 +360,7 @@ class TestRetention:
         with pytest.raises(errors.UnknownJob):
             house.recordings.find("running", ME)
 
-    async def test_beyond_the_bytes_the_oldest_to_have_ended_go_first(self):
+    async def test_beyond_the_byte_limit_the_oldest_ended_jobs_are_dropped(self):
         house = House()
         size = (await house.end("a size", image(0), DONE)).size
         house = House(retention_bytes=2 * size + size // 2)
@@ -383,7 +381,7 @@ class TestRetention:
         assert house.recordings.find("begun first, ended last", ME) is late
         assert len(house.clock.timers) == 2, "no timer holds on to what is forgotten"
 
-    async def test_what_is_larger_than_all_the_room_is_told_to_who_listens_and_not_kept(self):
+    async def test_a_job_larger_than_the_byte_limit_reaches_its_listeners_and_is_not_kept(self):
         house = House(retention_bytes=1000)
         recording = house.begin(**DETACH)
         listening = asyncio.create_task(listen(recording))
@@ -392,7 +390,7 @@ class TestRetention:
         with pytest.raises(errors.UnknownJob):
             house.recordings.find("mine", ME)
 
-    async def test_a_listener_reads_on_in_what_is_forgotten_meanwhile(self, house):
+    async def test_a_listener_continues_in_a_recording_that_is_dropped(self, house):
         recording = await house.end("mine", image(0), DONE)
         with recording.listening() as messages:
             first = await anext(messages)
@@ -400,8 +398,8 @@ class TestRetention:
             assert kinds([first, *[message async for message in messages]]) == ["choice", "done"]
 
 
-class TestSilence:
-    async def test_after_a_silence_the_newest_state_comes_again_as_the_same_event(self, house):
+class TestHeartbeat:
+    async def test_after_a_silence_the_newest_state_is_repeated_as_the_same_event(self, house):
         recording = house.begin(**DETACH)
         house.engine.jobs[0].tell(Queued(2, 100.0))
         with recording.listening(heartbeat_seconds=0.01) as messages:
@@ -416,7 +414,7 @@ class TestSilence:
             assert kinds([step, again]) == ["progress", "progress"]
             assert (again.number, again.progress.step) == (step.number, 1)
 
-    async def test_what_is_repeated_bears_the_newest_number_so_that_nothing_comes_twice_to_who_attaches(self, house):
+    async def test_a_repeated_event_has_the_newest_number_so_that_attach_gets_nothing_twice(self, house):
         recording = house.begin(output={"previewInterval": 1}, **DETACH)
         for event in (Queued(0, 1.0), progress(1), preview(0, 1)):
             house.engine.jobs[0].tell(event)
@@ -439,8 +437,8 @@ class TestSilence:
         assert responses.heartbeat_message(event, 100.0, 200.0, 1).queued.eta.ToSeconds() == 0
 
 
-class TestImageRoom:
-    async def test_images_of_one_message_are_coded_alike_whichever_is_ready_first(self):
+class TestImageSpace:
+    async def test_images_of_one_message_get_the_same_space_in_any_order(self):
         sizes = []
         for order in ((0, 1), (1, 0)):
             house = House()
@@ -458,11 +456,11 @@ class TestImageRoom:
         assert sizes[0] == sizes[1]
 
 
-class TestWhatTheDeviceWorkedFor:
+class TestDeviceTime:
     """Each job of the scripted engine has used 1.25 s of its device."""
 
     @pytest.mark.parametrize("detach", [{}, DETACH])
-    async def test_images_that_somebody_got_were_worth_it(self, house, detach: dict[str, object]):
+    async def test_images_that_a_caller_got_count_as_delivered(self, house, detach: dict[str, object]):
         recording = house.begin(**detach)
         listening = asyncio.create_task(listen(recording))
         await tell(recording, house.engine, image(0), DONE)
@@ -470,7 +468,7 @@ class TestWhatTheDeviceWorkedFor:
         assert house.settled == [DeviceTimeAttributed(1.25, delivered=True)]
 
     @pytest.mark.parametrize("detach", [{}, DETACH])
-    async def test_a_job_that_failed_was_not(self, house, detach: dict[str, object]):
+    async def test_a_failed_job_counts_as_wasted(self, house, detach: dict[str, object]):
         recording = house.begin(**detach)
         listening = asyncio.create_task(listen(recording))
         await tell(recording, house.engine, Failed(ModelFailed("broken")))
@@ -478,7 +476,7 @@ class TestWhatTheDeviceWorkedFor:
             await listening
         assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
-    async def test_nor_one_that_finished_after_its_listener_had_gone(self, house):
+    async def test_a_job_that_finishes_after_its_listener_left_counts_as_wasted(self, house):
         recording = house.begin()
         with recording.listening() as messages:
             house.engine.jobs[0].tell(Queued(0, 1.0))
@@ -487,7 +485,7 @@ class TestWhatTheDeviceWorkedFor:
         await tell(recording, house.engine, image(0), DONE)
         assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
-    async def test_nor_one_whose_listener_goes_before_the_last_message(self, house):
+    async def test_a_job_whose_listener_leaves_before_the_last_message_counts_as_wasted(self, house):
         recording = house.begin()
         with recording.listening() as messages:
             await tell(recording, house.engine, image(0), DONE)
@@ -495,7 +493,7 @@ class TestWhatTheDeviceWorkedFor:
             assert house.settled == []
         assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
-    async def test_a_detached_job_may_still_find_its_listener_until_it_is_forgotten(self, house):
+    async def test_a_detached_job_is_undecided_until_it_is_dropped(self, house):
         found, _ = await house.end("found", image(0), DONE), await house.end("forgotten", image(0), DONE)
         assert house.settled == []
         await listen(found)
@@ -506,6 +504,6 @@ class TestWhatTheDeviceWorkedFor:
             DeviceTimeAttributed(1.25, delivered=False),
         ]
 
-    async def test_a_preview_that_comes_after_its_image_is_told_as_dropped(self, house):
+    async def test_a_preview_after_its_image_is_reported_as_dropped(self, house):
         await house.end("mine", image(0), preview(0, 1), DONE)
         assert house.observed.count(PreviewDropped()) == 1

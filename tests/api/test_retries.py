@@ -1,8 +1,7 @@
-"""What a request that costs a server its device, or its life, takes with it: that one server.
+"""A request that costs a server its device, or its process, costs no other server.
 
-gRPC's libraries and proxies make a call again that has no headers yet, so a unary call is committed by its headers when
-its jobs are admitted. The servers are real, around a model of fixed times; the calls are raw ones, with the retries of
-the Python client.
+gRPC's libraries and proxies retry calls without headers, so a unary call sends its headers when its jobs are admitted.
+The servers are real, around a model of fixed times; the calls are raw, with the retry policy of the Python client.
 """
 
 import asyncio
@@ -54,7 +53,7 @@ def device_lost(call: Any) -> bool:
 # Three servers.
 
 
-def test_a_call_that_the_device_does_not_return_from_costs_one_server_of_three(replicas: Replicas):
+def test_a_call_that_hangs_the_device_ends_one_server_of_three(replicas: Replicas):
     seed = replicas.fresh_seed()
     with replicas.channel() as channel:
         asked = request("hang", parameter={"seed": seed})
@@ -67,7 +66,7 @@ def test_a_call_that_the_device_does_not_return_from_costs_one_server_of_three(r
 
 
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
-def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Replicas, method: str):
+def test_a_call_that_kills_its_server_ends_one_server_of_three(replicas: Replicas, method: str):
     seed = replicas.fresh_seed()
     with replicas.channel() as channel:
         # Either as a stream, whose errors come where it is read.
@@ -85,7 +84,7 @@ def test_a_call_whose_server_is_killed_costs_one_server_of_three(replicas: Repli
     assert len(replicas.alive()) == 2
 
 
-def test_behind_haproxy_a_call_that_takes_longer_than_its_time_limit_begins_once(tmp_path: Path):
+def test_behind_haproxy_a_call_beyond_its_timeout_begins_once(tmp_path: Path):
     server = ServerProcess(program=("tests/support/steady_server.py",), STEADY_SECONDS="0.1").wait_until_ready()
     proxy = Proxy("haproxy", tmp_path, [server.target], "timeout server 1s")
     try:
@@ -175,7 +174,7 @@ async def house() -> AsyncIterator[House]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_call_is_committed_when_its_jobs_are_admitted_and_still_ends_with_all_of_its_status(
+async def test_headers_are_sent_on_admission_and_the_status_stays_complete(
     house: House, method: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
@@ -191,7 +190,7 @@ async def test_a_call_is_committed_when_its_jobs_are_admitted_and_still_ends_wit
 
 
 @pytest.mark.parametrize("method", list(METHODS)[1:])
-async def test_a_call_whose_second_job_is_refused_is_not_committed_and_leaves_no_job(
+async def test_a_call_whose_second_job_is_rejected_sends_no_headers_and_leaves_no_job(
     method: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")

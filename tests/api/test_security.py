@@ -1,4 +1,4 @@
-"""Who is let in and who is not, and what hostile peers can do: real servers, real sockets, real certificates."""
+"""Security: TLS, tokens and hostile peers, with real servers, sockets and certificates."""
 
 import contextlib
 import hashlib
@@ -133,12 +133,12 @@ def check(open_channel: grpc.Channel, service: str = "") -> int:
 
 
 class TestTls:
-    def test_a_client_with_a_certificate_of_the_authority_is_served(self, house):
+    def test_a_client_with_a_certificate_of_the_ca_is_served(self, house):
         with house.channel() as known:
             assert check(known, SERVICE) == SERVING
 
     @pytest.mark.parametrize("who", ["in plaintext", "without a certificate", "with one of another authority"])
-    def test_nobody_else_can_connect(self, house, tmp_path, who):
+    def test_other_clients_cannot_connect(self, house, tmp_path, who):
         stranger = Authority(tmp_path / "others").issue("client", "client@example.org")
         stranded = {
             "in plaintext": lambda: connect(house.server),
@@ -148,7 +148,7 @@ class TestTls:
         with stranded[who]() as shut_out:
             assert code(lambda: check(shut_out)) == grpc.StatusCode.UNAVAILABLE
 
-    def test_a_new_certificate_is_shown_to_the_next_connection_and_a_broken_one_to_none(self, house):
+    def test_a_new_certificate_serves_the_next_connection_and_a_broken_one_is_ignored(self, house):
         first = self.shown(house)
         with house.channel() as before:
             assert check(before) == SERVING
@@ -182,7 +182,7 @@ class TestTls:
             return encrypted.getpeercert()["serialNumber"]
 
     @pytest.mark.parametrize(("version", "is_spoken"), [(b"\3\3", True), (b"\3\2", False)], ids=["1.2", "1.1"])
-    def test_what_is_older_than_tls_1_2_is_not_spoken(self, house, version, is_spoken):
+    def test_versions_before_tls_1_2_are_rejected(self, house, version, is_spoken):
         """The hello is made by hand, since the ssl of this Python may not offer TLS 1.1 any more."""
 
         def counted(size: int, content: bytes) -> bytes:
@@ -209,7 +209,7 @@ class TestTls:
             ({"authority": b"nothing"}, "must be certificates of authorities"),
         ],
     )
-    def test_files_that_cannot_be_used_are_told_by_what_is_wrong_with_them(self, tmp_path, broken, words):
+    def test_unusable_files_are_reported_with_the_reason(self, tmp_path, broken, words):
         authority = Authority(tmp_path / "ours")
         certificate, key = authority.issue("server", *LOCAL)
         authority.issue("other", *LOCAL)
@@ -235,7 +235,7 @@ class TestTls:
             tls.load_certificates(wrong)
 
     @pytest.mark.parametrize("wrong", ["certificates", "tokens"])
-    def test_a_server_that_cannot_keep_strangers_out_ends_with_7(self, start_server, tmp_path, wrong):
+    def test_unusable_credentials_end_the_server_with_exit_code_7(self, start_server, tmp_path, wrong):
         (tmp_path / "empty").touch()
         empty = str(tmp_path / "empty")
         flags = ["--tls-certificate", empty, "--tls-key", empty] if wrong == "certificates" else ["--tokens", empty]
@@ -258,7 +258,7 @@ class TestTls:
         ({"plaintext_tokens": True}, "without --tokens"),
     ],
 )
-def test_flags_that_would_be_a_half_locked_door_are_refused(flags, words):
+def test_incomplete_security_flags_are_rejected(flags, words):
     with pytest.raises(ValidationError, match=words):
         Settings(**flags)
 
@@ -273,26 +273,26 @@ def test_flags_that_would_be_a_half_locked_door_are_refused(flags, words):
         {"listen": "0.0.0.0:50051", "plaintext_tokens": True},
     ],
 )
-def test_tokens_are_taken_where_nobody_else_hears_them_or_where_a_flag_says_so(flags):
+def test_tokens_need_tls_loopback_or_an_explicit_flag(flags):
     assert Settings(tokens="t", **flags).tokens == Path("t")
 
 
 @pytest.mark.slow
-def test_nothing_is_told_to_the_makers_of_what_it_is_built_on(start_server, tmp_path: Path):
+def test_libraries_send_no_telemetry(start_server, tmp_path: Path):
     server = start_server("--content-filter", "open-nsfw", HOME=str(tmp_path)).wait_until_ready()
     connections = psutil.Process(server.process.pid).net_connections("inet")
     assert {each.status for each in connections} == {psutil.CONN_LISTEN}
     assert list(tmp_path.rglob("*")) == [], "ONNX Runtime keeps a name of the machine for what it tells"
 
 
-class TestTheHealthPort:
-    def test_it_says_what_the_main_port_says_without_tls_or_token_and_nothing_else(self, house):
+class TestHealthPort:
+    def test_the_health_port_serves_health_alone_without_tls_or_token(self, house):
         with grpc.insecure_channel(house.health_target) as probe:
             assert check(probe) == check(probe, SERVICE) == SERVING
             for path in (*(f"/{SERVICE}/{method}" for method in METHODS), REFLECTION):
                 assert code(lambda: probe.unary_unary(path)(b"")) == grpc.StatusCode.UNIMPLEMENTED  # noqa: B023
 
-    def test_it_follows_the_server_from_loading_to_its_end(self, start_server):
+    def test_the_health_port_follows_the_server_from_loading_to_its_end(self, start_server):
         server = start_server("--health-listen", "127.0.0.1:0")
         with grpc.insecure_channel(server.wait_for_log(r"health checks on (\S+)")[1]) as probe:
             watch = health_pb2_grpc.HealthStub(probe).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
@@ -302,7 +302,7 @@ class TestTheHealthPort:
             assert next(watch).status == NOT_SERVING
         assert server.wait() == 0
 
-    def test_a_taken_one_ends_the_server_with_3(self, start_server, house):
+    def test_a_health_port_in_use_ends_the_server_with_exit_code_3(self, start_server, house):
         server = start_server("--health-listen", house.health_target)
         assert server.wait() == 3
         assert f"cannot listen on {house.health_target}" in server.log
@@ -325,7 +325,7 @@ WRONG_TOKENS = {
 
 class TestTokens:
     @pytest.mark.parametrize("method", METHODS)
-    def test_no_method_is_open_without_one(self, house, method):
+    def test_every_method_needs_a_token(self, house, method):
         with house.channel() as open_channel:
             call = open_channel.unary_stream(f"/{SERVICE}/{method}")
             ended = outcome(lambda: call(b"", timeout=PATIENCE))
@@ -335,16 +335,16 @@ class TestTokens:
         )
 
     @pytest.mark.parametrize("wrong", WRONG_TOKENS.values(), ids=WRONG_TOKENS.keys())
-    def test_a_wrong_one_is_unauthenticated_and_not_repeated(self, stub, wrong):
+    def test_a_wrong_token_is_unauthenticated_and_not_repeated(self, stub, wrong):
         ended, text = outcome(lambda: stub.GetModel(pb.GetModelRequest(), metadata=wrong, timeout=PATIENCE))
         assert ended == grpc.StatusCode.UNAUTHENTICATED
         assert "token-of" not in text
 
-    def test_a_known_one_is_served_and_so_is_the_next_of_the_same_name(self, stub):
+    def test_all_tokens_of_a_name_are_served(self, stub):
         for token in ("token-of-one", "token-of-two", "next-token-of-two"):
             assert code(lambda: stub.GetModel(pb.GetModelRequest(), metadata=bearer(token))) == grpc.StatusCode.OK  # noqa: B023
 
-    def test_a_message_without_one_is_not_even_awaited(self, house):
+    def test_a_call_without_a_token_ends_before_its_message(self, house):
         over = threading.Event()
         with house.channel() as open_channel:
             call = open_channel.stream_unary(f"/{SERVICE}/Generate")
@@ -352,7 +352,7 @@ class TestTokens:
             assert code(lambda: call(silent, timeout=PATIENCE)) == grpc.StatusCode.UNAUTHENTICATED
         over.set()
 
-    def test_health_and_reflection_need_none(self, house):
+    def test_health_and_reflection_need_no_token(self, house):
         with house.channel() as open_channel:
             assert check(open_channel, SERVICE) == SERVING
             reflected = reflection_pb2_grpc.ServerReflectionStub(open_channel).ServerReflectionInfo(
@@ -360,7 +360,7 @@ class TestTokens:
             )
             assert SERVICE in {each.name for each in next(reflected).list_services_response.service}
 
-    def test_all_are_compared_whichever_it_is(self, tmp_path, monkeypatch):
+    def test_every_token_is_compared(self, tmp_path, monkeypatch):
         (tmp_path / "tokens").write_text(TOKENS)
         gate = auth.TokenAuthInterceptor(tmp_path / "tokens")
         compared: list[bytes] = []
@@ -371,7 +371,7 @@ class TestTokens:
             gate._authenticate(bearer(token))
             assert len(compared) == 3
 
-    def test_the_detached_job_of_one_is_not_there_for_another(self, stub):
+    def test_a_detached_job_is_invisible_to_other_owners(self, stub):
         mine, other = bearer("token-of-one"), bearer("token-of-two")
         asked = request(requestId="private", **DETACH, **ONE_STEP)
         list(stub.StreamGenerate(asked, metadata=mine, timeout=PATIENCE))
@@ -392,7 +392,7 @@ class TestTokens:
         assert code(attach(mine)) == grpc.StatusCode.OK
         assert code(cancel(mine)) == grpc.StatusCode.OK
 
-    def test_a_name_has_its_jobs_at_once_and_no_more_wherever_they_come_from(self, house, stub):
+    def test_the_job_limit_of_a_name_holds_for_all_of_its_connections(self, house, stub):
         running = stub.StreamGenerate(request(requestId="the-only-one", **LONG_JOB), metadata=bearer("token-of-one"))
         first_step(running)
         with house.channel() as elsewhere:
@@ -405,7 +405,7 @@ class TestTokens:
         running.cancel()
         house.server.wait_for_log("the-only-one: Cancelled")
 
-    def test_a_name_has_its_own_highest_priority(self, stub):
+    def test_a_name_can_have_its_own_highest_priority(self, stub):
         for token, highest in (("token-of-two", 2), ("token-of-one", 0)):
             metadata = bearer(token)
             assert stub.GetModel(pb.GetModelRequest(), metadata=metadata).limits.max_priority == highest
@@ -413,7 +413,7 @@ class TestTokens:
             lowered = [each for each in done.metadata.warnings if each.code == pb.Warning.CODE_PRIORITY_LOWERED]
             assert len(lowered) == (highest < 2)
 
-    def test_the_file_is_read_anew_when_it_changes_and_a_broken_one_is_not_taken(self, house, stub):
+    def test_a_changed_token_file_is_reloaded_and_a_broken_one_is_ignored(self, house, stub):
         def known(token: str) -> bool:
             ended = code(lambda: stub.GetModel(pb.GetModelRequest(), metadata=bearer(token), timeout=PATIENCE))
             return ended != grpc.StatusCode.UNAUTHENTICATED
@@ -444,19 +444,19 @@ class TestTokens:
             (line("one", "a") + line("two", "a"), "line 2 of .* has the token of an earlier line"),
         ],
     )
-    def test_a_file_that_cannot_be_used_is_told_by_its_line(self, tmp_path, content, words):
+    def test_an_unusable_token_file_is_reported_with_its_line(self, tmp_path, content, words):
         (tmp_path / "tokens").write_text(content)
         with pytest.raises(CredentialsError, match=words):
             auth.TokenAuthInterceptor(tmp_path / "tokens")
 
     @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
-    def test_a_device_without_end_is_not_read_for_ever(self, device):
+    def test_a_file_without_end_is_rejected(self, device):
         with pytest.raises(CredentialsError, match=f"{device} has more than 16777216 bytes"):
             auth.TokenAuthInterceptor(Path(device))
         with pytest.raises(CredentialsError, match=f"{device} has more than 16777216 bytes"):
             tls.load_certificates(Settings(tls_certificate=Path(device), tls_key=Path(device)))
 
-    def test_the_docs_make_certificates_and_tokens_that_can_be_used(self, tmp_path):
+    def test_the_commands_in_the_docs_make_usable_certificates_and_tokens(self, tmp_path):
         section = (ROOT / "docs/security.md").read_text("utf-8").split("## TLS and tokens")[1]
         commands = section.split("```sh\n")[1].split("```")[0]
         made = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -467,7 +467,7 @@ class TestTokens:
 
 
 class TestClients:
-    def test_the_library_uses_tls_and_a_token_in_every_call(self, house):
+    def test_the_python_client_uses_tls_and_a_token_in_every_call(self, house):
         tls = TLS(house.authority.file, *house.own)
         with TextToImage(house.server.target, tls=tls, token="token-of-two") as client:
             assert client.health() is ServingStatus.SERVING
@@ -478,7 +478,7 @@ class TestClients:
             assert list(client.attach("of-the-library"))
             client.cancel("of-the-library")
 
-    async def test_its_twin_for_asyncio_does_too(self, house):
+    async def test_the_asyncio_client_uses_tls_and_a_token_in_every_call(self, house):
         tls = TLS(house.authority.file, *house.own)
         async with AsyncTextToImage(house.server.target, tls=tls, token="token-of-two") as client:
             assert await client.health() is ServingStatus.SERVING
@@ -489,20 +489,20 @@ class TestClients:
             assert [event async for event in client.attach("of-the-twin")]
             await client.cancel("of-the-twin")
 
-    def test_a_wrong_token_or_none_is_an_error_of_its_own(self, house):
+    def test_a_wrong_or_missing_token_has_its_own_error(self, house):
         for token in ("token-of-nobody", None):
             tls = TLS(house.authority.file, *house.own)
             with TextToImage(house.server.target, tls=tls, token=token) as client, pytest.raises(Unauthenticated):
                 client.model()
 
-    def test_half_a_certificate_and_a_token_that_cannot_be_sent_are_told_at_once_and_not_repeated(self, house):
+    def test_invalid_client_credentials_are_reported_at_once_and_not_repeated(self, house):
         with pytest.raises(ValueError, match="go together"):
             TextToImage("x:1", tls=TLS(certificate=house.own[0]))
         with pytest.raises(ValueError, match="visible ASCII") as caught:
             TextToImage("x:1", token="sécret")
         assert "cret" not in str(caught.value)
 
-    def test_the_command_takes_flags_or_variables_and_never_repeats_the_token(self, house, tmp_path):
+    def test_t2i_takes_flags_or_variables_and_never_repeats_the_token(self, house, tmp_path):
         def t2i(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "text_to_image_client", "--target", house.server.target, *arguments]
             ended = subprocess.run(
@@ -612,7 +612,7 @@ class TestHostilePeers:
         ],
         ids="http1 tls noise preface-noise hpack even-stream no-stream too-much-data short-ping long-message".split(),
     )
-    def test_what_is_no_grpc_is_hung_up_on_or_ignored(self, server, garbage):
+    def test_bytes_that_are_not_grpc_end_the_connection_or_are_ignored(self, server, garbage):
         with dialled(server.target, garbage) as connection:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
@@ -628,7 +628,7 @@ class TestHostilePeers:
             calls = [get_model.future(pb.GetModelRequest(), timeout=PATIENCE) for _ in range(1000)]
             assert {call.code() for call in calls} == {grpc.StatusCode.OK}
 
-    def test_a_thousand_requests_at_once_are_admitted_as_far_as_there_is_room(self, server):
+    def test_of_a_thousand_requests_at_once_the_queue_admits_its_limit(self, server):
         with connect(server) as busy:
             generate = pb_grpc.TextToImageServiceStub(busy).Generate
             ends: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
@@ -642,7 +642,7 @@ class TestHostilePeers:
         for admitted in calls.keys() - set(refused):
             server.wait_for_log(f"{calls[admitted]}: Cancelled")
 
-    def test_streams_beyond_the_limit_are_refused_each_by_itself(self, server):
+    def test_streams_beyond_the_limit_are_rejected_individually(self, server):
         most, more = Settings().max_concurrent_streams, 500
         flood = b"".join(opening(2 * number + 1, f"/{SERVICE}/Generate") for number in range(most + more))
         with dialled(server.target, HELLO + flood) as connection:
@@ -653,7 +653,7 @@ class TestHostilePeers:
             )
             assert len(set(itertools.islice(refused, more))) == more
 
-    def test_calls_that_are_begun_and_reset_at_once_cost_nothing_that_lasts(self, server):
+    def test_rapid_resets_leave_nothing_behind(self, server):
         flood = b"".join(
             opening(2 * number + 1, f"/{SERVICE}/Generate") + frame(RESET, 0, 2 * number + 1, b"\0\0\0\x08")
             for number in range(5000)
@@ -662,7 +662,7 @@ class TestHostilePeers:
             connection.shutdown(socket.SHUT_WR)
             heard(connection)
 
-    def test_too_large_a_message_is_refused_compressed_or_not(self, server):
+    def test_a_message_beyond_the_limit_is_rejected_compressed_or_not(self, server):
         with connect(server) as open_channel:
             call = open_channel.unary_unary(f"/{SERVICE}/Generate")
             for size, compression in ((5 << 20, None), (100 << 20, grpc.Compression.Gzip)):
@@ -670,7 +670,7 @@ class TestHostilePeers:
                 assert ended == grpc.StatusCode.RESOURCE_EXHAUSTED
 
     @pytest.mark.parametrize("path", [*(f"/{SERVICE}/{method}" for method in METHODS), *OPEN])
-    def test_bytes_that_are_no_message_are_the_callers_fault_in_every_method(self, server, path):
+    def test_undecodable_bytes_are_invalid_argument_in_every_method(self, server, path):
         with connect(server) as open_channel:
             call = open_channel.stream_stream(path)
             for broken in (b"\xff\xff\xff", b"\x0a\x7f", b"\x0a\x02\xff\xfe\x07"):
@@ -679,7 +679,7 @@ class TestHostilePeers:
                     "the request's bytes are not the Protobuf message that this method takes",
                 )
 
-    def test_whatever_bytes_are_sent_no_method_fails(self, server):
+    def test_no_method_fails_on_random_bytes(self, server):
         seeds = [request(PROMPT, requestId="no name at all", **LONG_JOB).SerializeToString(), b""]
         anything = st.binary(max_size=200)
         bent = st.builds(
@@ -697,7 +697,7 @@ class TestHostilePeers:
 
             send()
 
-    def test_whatever_a_message_says_it_is_answered_in_words(self, server):
+    def test_random_messages_are_answered_with_a_status_and_a_message(self, server):
         """Values of every kind in every field, and a name that no request may have, lest one of them be drawn."""
         numbers = st.integers(0, 2**32 - 1)
         floats = st.floats(width=32)
@@ -717,7 +717,7 @@ class TestHostilePeers:
 
             send()
 
-    def test_no_prompt_is_in_the_log_however_its_request_ends(self, server):
+    def test_prompts_are_never_logged(self, server):
         with connect(server) as open_channel:
             stub = pb_grpc.TextToImageServiceStub(open_channel)
             calls = {
@@ -737,7 +737,7 @@ class TestHostilePeers:
         assert "heron that" not in server.log
 
 
-class TestPeersThatAreGone:
+class TestConnections:
     """The options of server/api/auth.py on a real gRPC server, with times that a test can wait for."""
 
     @pytest.fixture
@@ -761,11 +761,11 @@ class TestPeersThatAreGone:
         [b"", PREFACE, HELLO, HELLO + opening(1, HEALTH_WATCH)],
         ids=["nothing", "half a greeting", "a greeting", "half a call"],
     )
-    def test_one_that_falls_silent_is_let_go(self, serve, said):
+    def test_a_silent_peer_is_disconnected(self, serve, said):
         with dialled(serve(keepalive_seconds=1), said) as connection:
             heard(connection)  # ends only when the other side closes
 
-    def test_one_that_answers_stays(self, serve):
+    def test_a_peer_that_answers_pings_stays_connected(self, serve):
         with dialled(serve(keepalive_seconds=1), HELLO) as connection:
             pings = 0
             for kind, _, payload in frames(connection):
@@ -775,11 +775,11 @@ class TestPeersThatAreGone:
                         break
             assert pings == 3
 
-    def test_after_its_time_a_client_is_asked_to_connect_anew(self, serve):
+    def test_a_connection_beyond_its_age_is_asked_to_reconnect(self, serve):
         with dialled(serve(max_connection_age_seconds=1), HELLO) as connection:
             assert parting(connection) == (0, b"max_age")
 
-    def test_there_are_no_more_connections_than_allowed(self, serve):
+    def test_connections_beyond_the_limit_are_rejected(self, serve):
         target = serve(max_connections=3)
         with contextlib.ExitStack() as stack:
             connections = [stack.enter_context(dialled(target, HELLO)) for _ in range(10)]

@@ -1,4 +1,4 @@
-"""What an error takes of a call's trailers: less than callers accept, whatever they send, by every method."""
+"""The size of an error in a call's trailers stays within the limits of clients, for any request and method."""
 
 import asyncio
 import threading
@@ -55,7 +55,7 @@ def grpc_percent_encoded(message: str) -> str:
 
 @settings(deadline=None)
 @given(violations=st.lists(st.builds(Violation, TEXTS, TEXTS), min_size=1, max_size=30))
-def test_whatever_is_wrong_with_a_request_its_status_fits_and_says_how_much_was_left_out(violations: list[Violation]):
+def test_the_status_of_any_invalid_request_fits_and_counts_omitted_violations(violations: list[Violation]):
     status = errors.status_of(InvalidRequest(violations))
     assert size_of(status.message, [("grpc-status-details-bin", status.SerializeToString())]) < MOST
     bad = error_details_pb2.BadRequest()
@@ -70,14 +70,14 @@ def test_whatever_is_wrong_with_a_request_its_status_fits_and_says_how_much_was_
 
 
 @pytest.mark.parametrize("kind", [each for each in errors.STATUS if issubclass(each, events.EngineError)])
-def test_other_errors_fit_too(kind: type[Exception]):
+def test_the_status_of_other_errors_fits(kind: type[Exception]):
     error = kind("猫" * 9999, 2.5) if kind is events.ResourceExhausted else kind("猫" * 9999)
     status = errors.status_of(error)
     assert size_of(status.message, [("grpc-status-details-bin", status.SerializeToString())]) < MOST
     assert status.message.endswith("猫...")
 
 
-def test_what_fits_is_said_in_full():
+def test_violations_that_fit_are_complete():
     violations = [Violation(f"field-{number}", "must be another") for number in range(20)]
     status = errors.status_of(InvalidRequest(violations))
     assert status.message == "; ".join(f"field-{number}: must be another" for number in range(20))
@@ -86,7 +86,7 @@ def test_what_fits_is_said_in_full():
 @pytest.mark.parametrize(
     ("indices", "told"), [([0], "0"), ([0, 1, 2], "0-2"), ([1, 3], "1,3"), ([0, 1, 4, 6, 7], "0-1,4,6-7")]
 )
-def test_elements_with_the_same_violation_are_told_together(indices: list[int], told: str):
+def test_indices_are_written_as_ranges(indices: list[int], told: str):
     assert requests.index_ranges(indices) == told
 
 
@@ -172,7 +172,7 @@ def failed(channel: grpc.Channel, call: Call, request_id: str) -> tuple[grpc.Sta
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_method_says_what_is_wrong_within_what_a_client_takes(channel: grpc.Channel, name: str):
+def test_the_trailers_of_every_method_fit_into_a_clients_limit(channel: grpc.Channel, name: str):
     for number in range(CALLS):
         code, status, size = failed(channel, CASES[name], f"{number}".rjust(128, "x"))
         assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), status
@@ -191,7 +191,7 @@ def test_every_method_says_what_is_wrong_within_what_a_client_takes(channel: grp
         ),
     ],
 )
-def test_one_cause_in_all_elements_is_one_violation(channel: grpc.Channel, name: str, fields: set[str]):
+def test_the_same_violation_in_all_elements_is_reported_once(channel: grpc.Channel, name: str, fields: set[str]):
     _, status, _ = failed(channel, CASES[name], "mine")
     bad = error_details_pb2.BadRequest()
     assert status.details[0].Unpack(bad)

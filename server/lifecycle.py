@@ -1,7 +1,7 @@
-"""One server's life: open the port, load, warm up, serve, drain, stop. What it serves is runtime.py's.
+"""The life of a server process: open the ports, load, warm up, serve, drain, stop. runtime.py has what it serves.
 
-Health says NOT_SERVING from the first moment the port is open until the model has made one real image, and again from
-the signal that ends the server, while running calls finish.
+Health is NOT_SERVING from the opening of the port until the model has generated a first image, and again from the
+signal that ends the server, while running calls finish.
 """
 
 import asyncio
@@ -40,27 +40,25 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
-# After the grace period: what calls get to hear their status, connections to close, and the device to end its call.
-_CALLS_SECONDS, _CONNECTIONS_SECONDS, _DEVICE_SECONDS = 2.0, 0.5, 10.0
+# After the grace period, for calls to receive their status and for connections to close.
+_CALLS_SECONDS, _CONNECTIONS_SECONDS = 2.0, 0.5
 
 
 class Lifecycle:
-    """A server process from start to stop. `load` brings the model and is called on the device thread.
+    """A server process from start to stop. `load` loads the model and runs on the device thread.
 
-    Raises CredentialsError, ContentFilterError, or whatever making a content filter raised.
+    Raises CredentialsError, ContentFilterError, or the error of a custom content filter.
     """
 
     def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
         self._settings = settings
         self._runtime = Runtime(settings, load)
         self._frontend = self._runtime.frontend
-        self._engine = self._runtime.engine
-        self._metrics = self._runtime.metrics
         self._certificates = tls.load_certificates(settings)
         self._credentials = tls.server_credentials(self._certificates, settings.tls_client_ca is not None)
         self._has_terminal = _terminal_is_there()
-        # Without the first option, two processes on one port would share its connections in silence. The second: a
-        # message is as large as its request allows, and the contract sees to that.
+        # Without the first option, two processes on one port silently share its connections. The second: the contract
+        # bounds a message by its request.
         own = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_send_message_length", -1),
@@ -72,29 +70,28 @@ class Lifecycle:
         self._grpc = grpc.aio.server(interceptors=self._runtime.interceptors, options=self._options)
         self._servers = [self._grpc]
         others = {KSERVE: settings.kserve, INSTILL: settings.instill, INSTILL_PUBLIC: settings.instill}
-        self._faces = (SERVICE, *(face for face, is_on in others.items() if is_on))
-        self._health = HealthServicer(("", *self._faces))
+        self._services = (SERVICE, *(name for name, is_on in others.items() if is_on))
+        self._health = HealthServicer(("", *self._services))
         self.device_is_busy = False
-        """Whether a call of the model, or its compiling, still went on when everything else had stopped."""
-        self._lost = False
+        """Whether a model call or compiling still ran when everything else had stopped."""
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
 
     async def serve(self) -> None:
-        """Serve until SIGTERM, SIGINT or the end of its terminal; a second SIGTERM or SIGINT ends the grace period.
+        """Serve until SIGTERM, SIGINT or a hang-up of the terminal; a second SIGTERM or SIGINT ends the grace period.
 
-        Raises BindError, ReadyFileError, WarmUpError, DeviceHung, or whatever loading the model raised.
+        Raises BindError, ReadyFileError, WarmUpError, DeviceHung, or the error of loading.
         """
         self._try_ready_file()
-        self._remove_ready_file()  # that of a server which was killed tells of a port that is no longer ours
+        self._remove_ready_file()  # a killed server's names a port that is no longer its own
         loop = asyncio.get_running_loop()
         for number, act in (
             (signal.SIGTERM, self._on_signal),
             (signal.SIGINT, self._on_signal),
             (signal.SIGHUP, self._on_hangup),
         ):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup says: never
-                # Not the loop's own handlers, which go with it: a signal after its end must not change the exit code.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # set by nohup
+                # Not the loop's handlers, which end with it: a later signal must not change the exit code.
                 signal.signal(number, partial(_call_from_signal, loop, act))
         self._runtime.serve_metrics()
         address = await self._open_port()
@@ -109,13 +106,13 @@ class Lifecycle:
         (self._hurrying if self._stopping.is_set() else self._stopping).set()
 
     def _on_hangup(self) -> None:
-        """Drain when the terminal that the server was started from is gone; else read again what can be."""
+        """Drain if the server's terminal has hung up, else reload tokens and certificates."""
         if self._has_terminal and not _terminal_is_there():
             log.info("SIGHUP: the terminal is gone")
-            self._stopping.set()  # once more is no hurry: both the kernel and the shell send it
+            self._stopping.set()  # a second SIGHUP does not hurry: both the kernel and the shell send one
             return
         files = [each for each in (self._runtime.tokens, self._certificates) if each is not None]
-        log.info("SIGHUP: %s", "reading again" if files else "there are no tokens or certificates to read again")
+        log.info("SIGHUP: %s", "reloading" if files else "no tokens or certificates to reload")
         for each in files:
             each.reload()
 
@@ -131,7 +128,7 @@ class Lifecycle:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self._settings.reflection:
-            standard_services.add_reflection((*self._faces, HEALTH), self._grpc)
+            standard_services.add_reflection((*self._services, HEALTH), self._grpc)
         if self._settings.channelz:
             channelz.add_channelz_servicer(self._grpc)
         address = _bind(self._grpc, self._settings.listen, self._credentials)
@@ -152,27 +149,23 @@ class Lifecycle:
     async def _get_ready(self, address: str) -> None:
         info = await self._runtime.open()
         await self._set_health(HealthCheckResponse.SERVING)
-        self._metrics.set_state("serving")
         self._write_ready_file(address)
         log.info("serving %s on %s", info.name, address)
 
     async def _watch_device(self) -> None:
-        """Raises DeviceHung when a call of the model does not come back; every call has failed with it then."""
+        """Raise DeviceHung if a model call does not return; every call has ended with an error by then."""
         try:
             await self._runtime.watch_device()
         except DeviceHung:
             await self._set_health(HealthCheckResponse.NOT_SERVING)
-            self._engine.abandon()
-            self._lost = True
-            self._metrics.set_state("lost")
             raise
 
     async def _set_health(self, status: int) -> None:
-        for service in ("", *self._faces):
+        for service in ("", *self._services):
             await self._health.set(service, status)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work, but leave it where it is when the server is told to stop."""
+        """Do the work, or cancel it when the server is asked to stop."""
         doing, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
         await asyncio.wait((doing, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -182,30 +175,29 @@ class Lifecycle:
             doing.cancel()
 
     async def _drain(self) -> None:
-        """Refuse new calls and let the running ones finish, as long as the grace period lasts."""
-        self._metrics.set_state("draining")
+        """Reject new calls and let running ones finish within the grace period."""
         log.info("draining for at most %g s", self._settings.grace_seconds)
         await self._health.enter_graceful_shutdown()
-        self._engine.drain()
+        self._runtime.drain()
         idle, hurrying = (
-            asyncio.create_task(each) for each in (self._frontend.wait_until_idle(), self._hurrying.wait())
+            asyncio.create_task(each) for each in (self._runtime.wait_until_idle(), self._hurrying.wait())
         )
         await asyncio.wait((idle, hurrying), timeout=self._settings.grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         for waiting in (idle, hurrying):
             waiting.cancel()
 
     async def _stop(self) -> None:
-        """End what still runs, each call with a status of its own, and let go of the device."""
+        """End running calls, each with its status, and release the device."""
         await self._health.enter_graceful_shutdown()
         self._remove_ready_file()
-        self._engine.stop()
-        await asyncio.wait((asyncio.create_task(self._frontend.wait_until_idle()),), timeout=_CALLS_SECONDS)
+        self._runtime.stop()
+        await asyncio.wait((asyncio.create_task(self._runtime.wait_until_idle()),), timeout=_CALLS_SECONDS)
         await asyncio.gather(*(each.stop(_CONNECTIONS_SECONDS) for each in self._servers))
         await _let_calls_end()
-        self.device_is_busy = not await self._runtime.close(0 if self._lost else _DEVICE_SECONDS)
+        self.device_is_busy = not await self._runtime.close()
 
     def _remove_ready_file(self) -> None:
-        """Remove it, and what a server that was killed while it wrote left of it."""
+        """Remove the ready file, and the unfinished one of a server that was killed while it wrote."""
         if (path := self._settings.ready_file) is not None:
             for each in (path, _unfinished(path)):
                 with contextlib.suppress(OSError):
@@ -213,10 +205,7 @@ class Lifecycle:
                         each.unlink()
 
     def _try_ready_file(self) -> None:
-        """Find out before the model is loaded, which may take minutes, whether the file can be written.
-
-        Raises ReadyFileError.
-        """
+        """Raise ReadyFileError if the file cannot be written, before the model is loaded, which may take minutes."""
         if (path := self._settings.ready_file) is not None:
             try:
                 if path.is_dir():
@@ -228,7 +217,7 @@ class Lifecycle:
                 raise ReadyFileError(f"cannot write the ready file {path}: {error.strerror}") from error
 
     def _write_ready_file(self, address: str) -> None:
-        """Tell whoever waits for the file the bound address: whole or not at all, hence the renaming."""
+        """Write the bound addresses; rename, so that a reader never sees a part of the file."""
         if (path := self._settings.ready_file) is None:
             return
         unfinished = _unfinished(path)
@@ -250,7 +239,7 @@ def _call_from_signal(loop: asyncio.AbstractEventLoop, act: Callable[[], None], 
 
 
 def _terminal_is_there() -> bool:
-    """Whether this process has a controlling terminal that is not hung up."""
+    """Return whether this process has a controlling terminal that has not hung up."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
     except OSError:
@@ -259,12 +248,12 @@ def _terminal_is_there() -> bool:
 
 
 async def _let_calls_end() -> None:
-    """A call whose peer has just gone ends in a few turns of the loop; cut off in them, gRPC logs it as a fault."""
+    """Wait for calls whose peer has just disconnected; if the loop ends before them, gRPC logs an error."""
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others, timeout=_CONNECTIONS_SECONDS)
 
 
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
-    """The addresses that the server is then bound to. Raises BindError."""
+    """Bind the server and return its addresses. Raises BindError."""
     secure = credentials and partial(server.add_secure_port, server_credentials=credentials)
     return addresses.bind(listen, secure or server.add_insecure_port)

@@ -1,18 +1,19 @@
-"""The engine with its model, and the frontend above it: the part that every way of serving has in common.
+"""The served model with its engine, frontend and metrics: the part that every way of serving shares.
 
-`python -m server` puts a port before it (lifecycle.py), Ray Serve its own ingress (deploy/ray).
+`python -m server` adds ports (lifecycle.py), Ray Serve its own ingress (deploy/ray).
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
+import platform
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server import starting
+from server.acceleration.kernels import cpu_library
+from server.acceleration.kernels.cpu_library import BuildError
 from server.api import auth, content_filter
 from server.api.decode_errors import DecodeErrorInterceptor
 from server.api.frontend import Frontend
@@ -40,34 +43,35 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_LOOKS = 20  # at the device, in the time after which it is given up
+_CHECKS = 20  # of the device within the timeout
+_DEVICE_SECONDS = 10.0  # for the model call in flight to return when the process stops
 
 
-class Silence:
-    """How long the call in flight has not returned, without the time for which this process itself was paused.
+class CallAge:
+    """Age of the model call in flight, without the time for which this process was paused.
 
-    A process that is stopped (SIGSTOP, a frozen container, a paused virtual machine) makes no progress, and its clock
-    goes on. A check every `interval` seconds notices: the time between two checks is then much longer.
+    A paused process (SIGSTOP, a frozen container or virtual machine) makes no progress while its clock runs. Updates
+    come every `interval` seconds, so a much longer time between two of them is a pause.
     """
 
     def __init__(self, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._longest = 2 * interval  # that counts between two looks; a busy machine is late by less
+        self._max_step = 2 * interval  # on a busy machine an update is late by less
         self._clock = clock
-        self._looked = clock()
-        self._silent = 0.0
+        self._updated = clock()
+        self._age = 0.0
 
-    def after_look(self, busy: float) -> float:
-        """Seconds of silence, when the call in flight began `busy` seconds ago by the clock, or 0 between calls."""
+    def update(self, busy: float) -> float:
+        """Return the age in seconds, given `busy`, the age by the clock, or 0 between calls."""
         now = self._clock()
-        self._silent = min(busy, self._silent + min(now - self._looked, self._longest))
-        self._looked = now
-        return self._silent
+        self._age = min(busy, self._age + min(now - self._updated, self._max_step))
+        self._updated = now
+        return self._age
 
 
 class Runtime:
-    """All of a service but its port. `load` brings the model and is called on the device thread.
+    """Serves one model to any number of ports. `load` loads the model and runs on the device thread.
 
-    Raises CredentialsError, ContentFilterError, or whatever making a content filter raised.
+    Raises CredentialsError, ContentFilterError, or the error of a custom content filter.
     """
 
     def __init__(self, settings: Settings, load: Callable[[], AnyServedModel]) -> None:
@@ -80,15 +84,16 @@ class Runtime:
         self.frontend = Frontend(self.engine, settings, self._observe, self._screening)
         gates = [] if settings.tokens is None else [auth.TokenAuthInterceptor(settings.tokens)]
         self.tokens = gates[0].files if gates else None
-        """The file of tokens, None where calls need none."""
+        """The file of tokens, or None if calls need no token."""
         self.interceptors: list[grpc.aio.ServerInterceptor] = [
             TelemetryInterceptor(self.metrics, self._traces),
             *gates,
             DecodeErrorInterceptor(),
         ]
-        """What calls go through. The first sees every call, those that the others turn away included."""
+        """For every server of this runtime, in this order: the first also observes calls that the others reject."""
         self._compiling: asyncio.Task[None] | None = None
         self._compiler: threading.Thread | None = None
+        self._lost = False
 
     def _observe(self, observation: Observation) -> None:
         self.metrics.observe(observation)
@@ -96,7 +101,7 @@ class Runtime:
             self._traces.observe(observation)
 
     def serve_metrics(self) -> None:
-        """Serve metrics to Prometheus, where the settings name an address for it. Raises BindError."""
+        """Serve metrics to Prometheus if the settings name an address. Raises BindError."""
         if self._settings.metrics_listen is None:
             return
         self.metrics.registry.register(LiveCollector(self.engine, lambda: self.frontend.detached))
@@ -104,70 +109,69 @@ class Runtime:
         log.info("metrics on http://%s/metrics", address)
 
     async def open(self) -> ModelInfo:
-        """Load the model, make one real image, and admit calls from then on; compile meanwhile, if that is so set.
+        """Load the model, generate a first image and admit calls; compile while serving if the settings say so.
 
-        Raises WarmUpError, or whatever loading the model raised.
+        Raises WarmUpError, or the error of loading.
         """
         model = await asyncio.wrap_future(self.engine.start(self._load))
         info = model.info
         self.metrics.set_model(info)
         self.metrics.set_state("warming_up")
         log.info("loaded %s on %s in %s; warming up", info.name, info.device, info.precision)
-        first = await self._warm_up(_reference(info))
+        first = await self._warm_up(_reference_request(info))
         info = await self._serve(model, info, first)
+        self.metrics.set_state("serving")
         if self._settings.compile_while_serving:
             self._compiling = asyncio.create_task(self._compile(model))
         return info
 
     async def _serve(self, model: AnyServedModel, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
-        """Have images made as the info says, of which this is the reference image; the info, which tells that, too."""
+        """Serve the model as `info` describes it and return `info` with the hash of the reference image `first`."""
         reference = hashlib.sha256(first.tobytes()).hexdigest()
         info = replace(info, environment=replace(info.environment, reference=reference))
-        info = await self._screened(info, first)
+        info = await self._with_content_filter(info, first)
         model.info = info
         self.frontend.open(info)
         self.metrics.set_model(info)
         return info
 
     async def _compile(self, model: AnyServedModel) -> None:
-        """Compile beside what is served. Where that fails, images are made as before."""
-        log.info("compiling; meanwhile images are made by calls that are not compiled")
+        """Compile the networks while eager ones serve. If that fails, keep serving those."""
+        log.info("compiling; eager networks serve until it ends")
         self.metrics.set_compilation("compiling")
-        made: Future[tuple[ModelInfo, NDArray[np.uint8]]] = Future()
-        made.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        compile_ = partial(model.compile, _reference(model.info))
-        # Not the event loop's own threads, since nobody may wait for this one: compiling can take minutes.
-        self._compiler = threading.Thread(target=_keep, args=(compile_, made), name="compiler", daemon=True)
+        compiled: Future[tuple[ModelInfo, NDArray[np.uint8]]] = Future()
+        compiled.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        compile_ = partial(model.compile, _reference_request(model.info))
+        # A daemon thread, not the event loop's pool, which waits for its threads at exit: compiling can take minutes.
+        self._compiler = threading.Thread(target=_set_result, args=(compile_, compiled), name="compiler", daemon=True)
         self._compiler.start()
         try:
-            info = await self._serve(model, *await asyncio.wrap_future(made))
-        except Exception as error:  # the wall between what would be faster and what is served
+            info = await self._serve(model, *await asyncio.wrap_future(compiled))
+        except Exception as error:  # a faster path that fails must not affect serving
             self.metrics.set_compilation("failed")
-            told = None if isinstance(error, StartupError) else error
-            log.error("%s; images are still made by calls that are not compiled", error, exc_info=told)
+            log.error(
+                "%s; eager networks keep serving", error, exc_info=None if isinstance(error, StartupError) else error
+            )
         else:
-            log.info(
-                "compiled %d calls in %.1f s; images that begin now are made by them",
-                info.compiled_calls, info.compile_seconds,
-            )  # fmt: skip
+            log.info("compiled %d calls in %.1f s; new images use them", info.compiled_calls, info.compile_seconds)
 
-    async def _screened(self, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
-        """The info with what judges images, which decides their bytes too; it has judged the first."""
+    async def _with_content_filter(self, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
+        """Run the content filter on the first image and return `info` with its name, since it decides bytes too."""
         if self._screening is None:
             return info
         try:
             await asyncio.to_thread(self._screening.rejects, first)
-        except Exception as error:  # an operator's own code, which may raise anything
+        except Exception as error:  # an operator's own filter may raise anything
             raise WarmUpError(f"the content filter cannot judge the first image: {error}") from error
         found = self._screening.info
-        told = {"content_filter": f"{found.name} from {found.threshold:g}"}
-        environment = replace(info.environment, versions={**info.environment.versions, **told})
+        version = {"content_filter": f"{found.name} from {found.threshold:g}"}
+        environment = replace(info.environment, versions={**info.environment.versions, **version})
         return replace(info, content_filter=found, environment=environment)
 
     async def _warm_up(self, request: ImageRequest) -> NDArray[np.uint8]:
-        """Make one real image as most callers will ask for it: compiles, allocates, measures, proves the weights.
+        """Generate an image like most requests: it allocates memory, measures the calls and proves the weights.
 
-        It is the reference image: what this process computes, measured.
+        It is the reference image, whose hash says whether two processes compute the same.
         """
         loop = asyncio.get_running_loop()
         pixels: list[NDArray[np.uint8]] = []
@@ -186,62 +190,92 @@ class Runtime:
         return pixels[0]
 
     async def watch_device(self) -> None:
-        """Raises DeviceHung when a call of the model does not come back; no more calls are admitted then.
+        """Watch the model's calls; if one hangs, end all calls with an error, admit no more and raise DeviceHung."""
+        timeout = self._settings.device_timeout_seconds
+        call = CallAge(timeout / _CHECKS)
+        while (age := call.update(self.engine.busy)) < timeout:
+            await asyncio.sleep(timeout / _CHECKS)
+        self._lost = True
+        self.engine.abandon()
+        self.metrics.set_state("lost")
+        raise DeviceHung(f"the device has not responded for {age:.0f} s; start a new process, and check the device")
 
-        The calls that are under way fail with `engine.abandon`, which is for the one who awaits this.
+    def drain(self) -> None:
+        """Admit no more calls; jobs that are admitted go on."""
+        self.metrics.set_state("draining")
+        self.engine.drain()
+
+    async def wait_until_idle(self) -> None:
+        """Wait until no job runs and no call is open."""
+        await self.frontend.wait_until_idle()
+
+    def stop(self) -> None:
+        """End every job with an error."""
+        self.engine.stop()
+
+    async def close(self) -> bool:
+        """Wait for the model call in flight, unless it hangs, and return whether it and compiling have ended.
+
+        Call `stop` first.
         """
-        patience = self._settings.device_timeout_seconds
-        silence = Silence(patience / _LOOKS)
-        while (silent := silence.after_look(self.engine.busy)) < patience:
-            await asyncio.sleep(patience / _LOOKS)
-        raise DeviceHung(f"the device has not answered for {silent:.0f} s; it needs a new process, or a look")
-
-    async def close(self, device_seconds: float) -> bool:
-        """Let go of the device, within so many seconds, and of what compiles, at once; whether their calls had ended.
-
-        The engine is stopped before.
-        """
-        let_go = await asyncio.to_thread(self.engine.join, device_seconds)
+        ended = await asyncio.to_thread(self.engine.join, 0 if self._lost else _DEVICE_SECONDS)
         if self._compiler is not None:
-            let_go = let_go and not self._compiler.is_alive()
-        done = self.engine.statistics()
-        foretold = f", times foretold to {100 * done.eta_error:.0f} % (median error)" if done.eta_error >= 0 else ""
+            ended = ended and not self._compiler.is_alive()
+        totals = self.engine.statistics()
+        eta = f", ETA off by {100 * totals.eta_error:.0f} % (median)" if totals.eta_error >= 0 else ""
+        jobs = ", ".join(f"{count} {outcome}" for outcome, count in sorted(totals.outcomes.items())) or "none"
         log.info(
-            "stopped; %s, %.1f s of the device, %.3f s of them wasted%s",
-            ", ".join(f"{count} {outcome}" for outcome, count in sorted(done.outcomes.items())) or "no jobs",
-            done.device, self.metrics.wasted_seconds, foretold,
-        )  # fmt: skip
+            "stopped; jobs: %s; device time %.1f s, %.3f s of it wasted%s",
+            jobs,
+            totals.device,
+            self.metrics.wasted_seconds,
+            eta,
+        )
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
-        return let_go
+        return ended
 
 
-def _reference(info: ModelInfo) -> ImageRequest:
-    """What shows how a process computes."""
+def _reference_request(info: ModelInfo) -> ImageRequest:
+    """Return the request of the reference image."""
     return default_request(info, "a photo of a cat")
 
 
-def _keep(call: Callable[[], Any], result: "Future[Any]") -> None:
+def _set_result(call: Callable[[], Any], result: "Future[Any]") -> None:
     try:
         result.set_result(call())
-    except Exception as error:  # noqa: BLE001  # whatever it is, who waits for it must know
+    except Exception as error:  # noqa: BLE001  # raised again where the result is awaited
         result.set_exception(error)
 
 
+def _prepare_cpu_kernels(settings: Settings) -> None:
+    """Find or build the C++ kernels in a thread, if the model probably needs them; importing torch takes longer."""
+    is_cpu = settings.device == "cpu" or (settings.device == "auto" and not Path("/dev/nvidiactl").exists())
+    is_fp32 = settings.precision in ("auto", "fp32")
+    if is_cpu and is_fp32 and settings.compile != "off" and not settings.offload and platform.machine() == "x86_64":
+
+        def prepare() -> None:
+            with contextlib.suppress(BuildError):  # which the model's own attempt reports
+                cpu_library.load(settings.compile_cache)
+
+        threading.Thread(target=prepare, name="build kernels", daemon=True).start()
+
+
 def _name_folder_for_torch() -> None:
-    """Name a folder that is there where torch could not make its own, which it does as soon as it is imported."""
+    """Set TORCHINDUCTOR_CACHE_DIR to a folder that exists if torch could not create its own, as it does on import."""
     try:
         Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        log.warning("there is no folder to write to, so torch compiles nothing; TMPDIR names one (%s)", error.strerror)
+        log.warning("no folder is writable, so torch compiles nothing; set TMPDIR (%s)", error.strerror)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep
 
 
 def load(settings: Settings) -> AnyServedModel:
-    """The ensemble that the settings name. Raises CheckpointError."""
-    with closing(checkpoint.inspect(*settings.experts)) as experts:
+    """Load the ensemble that the settings name. Raises StartupError."""
+    _prepare_cpu_kernels(settings)
+    with contextlib.closing(checkpoint.inspect(*settings.experts)) as experts:
         _name_folder_for_torch()
-        # Imported on the device thread: torch takes seconds, and the port should be open by then.
+        # Imported on the device thread, since torch takes seconds and the port is open by then.
         from server import model
 
         starting.resume_garbage_collection()

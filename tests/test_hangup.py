@@ -43,7 +43,7 @@ def test_tokens_and_certificates_are_read_again_at_once_and_a_job_goes_on(start,
         stream = stub.StreamGenerate(request(), metadata=[("authorization", "Bearer first")])
         first_step(stream)
         hang_up(server)
-        server.wait_for_log("INFO .*SIGHUP: reading again")
+        server.wait_for_log("INFO .*SIGHUP: reloading")
         server.wait_for_log("INFO .*read the tokens again")
         server.wait_for_log("INFO .*read the certificates again")
         tokens.write_text("nonsense\n")
@@ -57,7 +57,7 @@ def test_where_there_is_nothing_to_read_it_says_so_and_serves_on(start, tmp_path
     ready = tmp_path / "ready"
     server = start("--ready-file", str(ready)).wait_until_ready()
     hang_up(server)
-    server.wait_for_log("SIGHUP: there are no tokens or certificates to read again")
+    server.wait_for_log("SIGHUP: no tokens or certificates to reload")
     assert ready.exists()
     assert server.stop() == 0
 
@@ -121,7 +121,7 @@ def test_sighup_to_a_server_with_its_terminal_there_is_no_end(in_a_terminal):
     server, terminal = in_a_terminal
     server.wait_for_log("lifecycle: serving")
     hang_up(server)
-    server.wait_for_log("SIGHUP: there are no tokens or certificates to read again")
+    server.wait_for_log("SIGHUP: no tokens or certificates to reload")
     assert server.process.poll() is None
     os.close(terminal)
     assert server.process.wait(60) == 0

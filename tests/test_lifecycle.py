@@ -49,9 +49,7 @@ def test_sigterm_refuses_new_calls_lets_the_running_one_finish_and_exits_with_0(
         assert [event.WhichOneof("event") for event in running][-2:] == ["choice", "done"]
     assert server.wait() == 0
     assert "Traceback" not in server.log
-    assert re.search(
-        r"stopped; 2 finished, \d+\.\d s of the device, 0\.000 s of them wasted, times foretold", server.log
-    )
+    assert re.search(r"stopped; jobs: 2 finished; device time \d+\.\d s, 0\.000 s of it wasted, ETA off by", server.log)
 
 
 @pytest.mark.parametrize("how", ["the grace period ends", "a second signal comes"])

@@ -31,8 +31,6 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
-_DEVICE_SECONDS = 10.0  # for the device to end its call, at the end
-
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
@@ -104,7 +102,6 @@ class Replica:
         for add, servicer in _services(self._runtime, settings):
             add(servicer, self._handlers)
         info = await self._runtime.open()
-        self._runtime.metrics.set_state("serving")
         self._watching = asyncio.create_task(self._runtime.watch_device())
         log.info("serving %s", info.name)
 
@@ -116,16 +113,14 @@ class Replica:
     __call__ = _job("/model.ray.v1alpha.UserDefinedService/__call__")
 
     async def check_health(self) -> None:
-        """Raises DeviceHung when the device does not answer any more: Ray then ends this process and starts another."""
+        """Raise DeviceHung if the device has hung, when every call has ended: Ray then replaces this process."""
         if self._watching.done():
-            self._runtime.metrics.set_state("lost")
-            self._runtime.engine.abandon()  # every call ends with a status before
             self._watching.result()
 
     async def __del__(self) -> None:
         self._watching.cancel()
-        self._runtime.engine.stop()
-        await self._runtime.close(_DEVICE_SECONDS)
+        self._runtime.stop()
+        await self._runtime.close()
 
     async def answer(self, method: str, request: Any, context: "Context") -> Any:
         """What a port of our own would do with the call. How it ended is in the context."""

@@ -341,7 +341,7 @@ class TestService:
         await service.open()
         yield service
         service.engine.stop()
-        assert await service.close(PATIENCE)
+        assert await service.close()
 
     async def test_it_compiles_after_it_is_open_and_tells_metrics_and_the_log(self, opened: Runtime, caplog):
         caplog.set_level("INFO", "server.runtime")
@@ -363,11 +363,11 @@ class TestService:
         await service.open()
         await until(lambda: state(service, "failed") == 1)
         (told,) = [each for each in caplog.messages if "cannot be compiled here" in each]
-        assert "install a C++ compiler, or leave --compile off; images are still made by calls" in told
+        assert "install a C++ compiler, or leave --compile off; eager networks keep serving" in told
         assert not any(record.exc_info for record in caplog.records)
         assert (await environment_of_an_image(service)).compiled == "off"
         service.engine.stop()
-        assert await service.close(PATIENCE)
+        assert await service.close()
 
 
 def state(service: Runtime, name: str) -> float | None:

@@ -115,7 +115,7 @@ def channel() -> Iterator[grpc.Channel]:
     async def stop(runtime: Runtime, server: grpc.aio.Server) -> None:
         runtime.engine.stop()
         await server.stop(None)
-        assert await runtime.close(PATIENCE)
+        assert await runtime.close()
 
     runtime, server, port = asyncio.run_coroutine_threadsafe(serve(), loop).result(PATIENCE)
     try:

@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from serving import ROOT
 
-from server import __version__, lifecycle
+from server import __version__, lifecycle, runtime
 from server.api.service_names import SERVICE
 from server.engine.engine import Engine
 from server.engine.scheduling import QueueLimits
@@ -148,7 +148,7 @@ def test_probes_ask_the_health_port_for_services_that_the_server_has(resources: 
 
 
 def test_the_pod_outlives_the_drain(resources: list[Resource], settings: Settings):
-    ending = lifecycle._CALLS_SECONDS + lifecycle._CONNECTIONS_SECONDS + lifecycle._DEVICE_SECONDS
+    ending = lifecycle._CALLS_SECONDS + lifecycle._CONNECTIONS_SECONDS + runtime._DEVICE_SECONDS
     before = server(resources)["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod(resources)["terminationGracePeriodSeconds"] >= before + settings.grace_seconds + ending
 

@@ -11,23 +11,23 @@ from stepped_model import Clock
 from server.api.frontend import Frontend
 from server.engine.engine import Engine
 from server.engine.scheduling import QueueLimits
-from server.runtime import Silence
+from server.runtime import CallAge
 from server.servicer import TextToImageServicer
 from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 
-class TestSilence:
+class TestCallAge:
     """The watchdog looks every second; the call begins at `began`."""
 
     def looks(self, *times: float, began: float = 0.0) -> list[float]:
         clock = Clock()
-        silence = Silence(1.0, clock)
+        age = CallAge(1.0, clock)
         seen = []
         for now in times:
             clock.now = now
-            seen.append(silence.after_look(max(0.0, now - began)))
+            seen.append(age.update(max(0.0, now - began)))
         return seen
 
     def test_equals_the_time_of_the_call_in_flight(self):
@@ -41,10 +41,10 @@ class TestSilence:
 
     def test_restarts_with_every_call(self):
         clock = Clock()
-        silence = Silence(1.0, clock)
+        age = CallAge(1.0, clock)
         for now, busy, expected in ((1, 1, 1), (2, 2, 2), (3, 0.5, 0.5), (4, 1.5, 1.5), (5, 0, 0), (6, 0.2, 0.2)):
             clock.now = now
-            assert silence.after_look(busy) == expected
+            assert age.update(busy) == expected
 
     def test_reaches_any_timeout_despite_pauses(self):
         times = [7.0 * look for look in range(1, 21)]

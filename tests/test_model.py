@@ -235,8 +235,16 @@ def test_two_images_can_take_turns_without_touching_each_other(ensemble):
     assert all(torch.equal(one.latents, other) for one, other in zip(together, alone, strict=True))
 
 
+def test_launched_step_of_a_cpu_runs_in_wait(ensemble):
+    trajectory = ensemble.plan(REQUEST, ensemble.encode(REQUEST), 1)
+    launched = ensemble.launch([trajectory])
+    assert trajectory.position == 0
+    launched.wait()
+    assert trajectory.position == 1
+
+
 @pytest.mark.parametrize("scheduler", ["euler", "euler_ancestral", "heun"])
-def test_running_ahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
+def test_lookahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
     request = replace(REQUEST, scheduler=scheduler)
     expected = [finished(ensemble, request, seed) for seed in (1, 2)]
     monkeypatch.setattr(ensemble, "_looks_ahead", True)
@@ -245,19 +253,19 @@ def test_running_ahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
         monkeypatch.setitem(
             ensemble._networks, stage, lambda *inputs, its=network, of=stage: calls.append(of) or its(*inputs)
         )
-    conditioning = replace(ensemble.encode(request), compiled=True)  # as if calls were recorded ones
+    conditioning = replace(ensemble.encode(request), compiled=True)  # as if the calls were CUDA graphs
     one, other = (ensemble.plan(request, conditioning, seed) for seed in (1, 2))
     in_a_row = 5
     for _ in range(in_a_row):
         ensemble.step([one])
     assert len(calls) == in_a_row + 1
-    ensemble.step([other])  # in vain was the sixth predicted
+    ensemble.step([other])  # the look-ahead to the sixth call of `one` is discarded
     ensemble.step([one])
     assert len(calls) == in_a_row + 3
     for trajectory in (one, other):
         while trajectory.position < len(trajectory.stages):
             ensemble.step([trajectory])
-    assert len(calls) == 1 + len(one.stages) + len(other.stages), "only one was not wanted"
+    assert len(calls) == 1 + len(one.stages) + len(other.stages), "one look-ahead was discarded"
     for trajectory, once in zip((one, other), expected, strict=True):
         assert torch.equal(trajectory.latents, once.latents)
         assert torch.equal(trajectory.denoised, once.denoised)

@@ -46,7 +46,7 @@ from server.engine.events import (
 )
 from server.engine.in_flight import CallsInFlight, SideQueue
 from server.engine.interface import AnyModel, Submission, TrajectoryLike
-from server.engine.job import Call, Job, calls_after_encoding, script
+from server.engine.job import Job, JobCall, calls_after_encoding, script
 from server.engine.previews import Previews
 from server.engine.scheduling import Forecast, Order, QueueLimits, Schedule
 from server.engine.task import ImageTask
@@ -93,7 +93,7 @@ class Engine:
         self._max_batch = 1
         self._in_flight = CallsInFlight()
         self._side = SideQueue()
-        self._pending_progress: list[tuple[Job, Call]] = []  # calls that are reported once the device is busy again
+        self._pending_progress: list[tuple[Job, JobCall]] = []  # calls that are reported once the device is busy again
         self._next_refresh = -math.inf
         self._totals = Totals()
         self._previews = Previews(self._deliver, observe)
@@ -399,7 +399,7 @@ class Engine:
             for job in jobs:
                 job.record_call(began, now, len(jobs))
 
-    def _continue_script(self, job: Job, call: Call, result: Any) -> None:
+    def _continue_script(self, job: Job, call: JobCall, result: Any) -> None:
         """Find the job's next call. The progress of a step is reported later, while the device is busy again.
 
         A report wakes other threads. While they hold the interpreter, this one cannot launch the next call.

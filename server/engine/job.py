@@ -15,7 +15,7 @@ from server.engine.task import ImageTask
 
 
 @dataclass(frozen=True)
-class Call:
+class JobCall:
     """One call of the model for one job: `run`, or for an expert one step of `trajectories`.
 
     The first trajectory is image `index`. This is call `step` of `steps` in its stage, and the last of the
@@ -31,7 +31,7 @@ class Call:
     run: Callable[[], Any] = lambda: None
 
 
-Script: TypeAlias = Generator[Call, Any, tuple[tuple[Warning, ...], Environment]]
+Script: TypeAlias = Generator[JobCall, Any, tuple[tuple[Warning, ...], Environment]]
 """All calls of one job, in order. Each yield receives the result of its call."""
 
 
@@ -47,7 +47,7 @@ class Job:
     deliver: Callable[[Event], None]
     task: ImageTask
     script: Script | None = None
-    call: Call | None = None
+    call: JobCall | None = None
     started: float | None = None
     error: EngineError | None = None  # with which the job ends after the call in flight
     error_time: float = math.inf
@@ -92,7 +92,7 @@ def script(
     expert per image, the number of images left, and how many of them share their calls.
     """
     request = job.submission.request
-    conditioning: ConditioningT = yield Call(Stage.ENCODE, run=partial(model.encode, request))
+    conditioning: ConditioningT = yield JobCall(Stage.ENCODE, run=partial(model.encode, request))
     warnings = list(conditioning.warnings)
     images = list(enumerate(request.seeds))
     while images:
@@ -107,9 +107,9 @@ def script(
         done = dict.fromkeys(calls, 0)
         for expert_calls, stage in enumerate(stages, 1):
             done[stage] += 1
-            yield Call(stage, group[0][0], done[stage], calls[stage], expert_calls, trajectories)
+            yield JobCall(stage, group[0][0], done[stage], calls[stage], expert_calls, trajectories)
         for (index, seed), trajectory in zip(group, trajectories, strict=True):
-            pixels = yield Call(Stage.DECODE, index, run=partial(model.decode, trajectory))
+            pixels = yield JobCall(Stage.DECODE, index, run=partial(model.decode, trajectory))
             deliver(job, ImageReady(index, seed, pixels, calls[Stage.BASE], calls[Stage.REFINER]))
     return tuple(warnings), conditioning.environment
 

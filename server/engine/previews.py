@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from server.engine.events import Observe, Preview, PreviewDropped
 from server.engine.interface import AnyModel, TrajectoryLike
-from server.engine.job import Call, Job
+from server.engine.job import Job, JobCall
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Previews:
             self._changed.notify()
         self._thread.join()
 
-    def offer(self, job: Job, call: Call) -> None:
+    def offer(self, job: Job, call: JobCall) -> None:
         """Draw a preview of each image of an expert's call, if one is due after this call."""
         interval = job.submission.preview_interval
         if call.trajectories and interval and call.expert_calls % interval == 0:

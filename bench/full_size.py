@@ -1,8 +1,8 @@
-"""A full-size SDXL ensemble with random weights in the published layout: the arithmetic does not care what they are.
+"""Write a full-size SDXL ensemble with random weights in the published layout, about 10 GB in fp16.
 
-The configurations are those of stable-diffusion-xl-base-1.0 and -refiner-1.0, the vocabulary is the embedded one. Some
-10 GB in fp16. Coding and sending an image does care: what random weights draw is noise, 2 MB of JPEG where a picture
-has less than one. With `--contrast 0.1` it has 0.6. Run: python -m bench.full_size FOLDER
+The configurations are those of stable-diffusion-xl-base-1.0 and -refiner-1.0, the vocabulary is the embedded one. The
+speed of the networks does not depend on the weights. The size of the images does: random weights draw noise, a JPEG of
+2 MB where a picture has less than 1 MB. With `--contrast 0.1` it has 0.6 MB. Run: python -m bench.full_size FOLDER
 """
 
 import argparse
@@ -22,7 +22,7 @@ from server.settings import EMBEDDED
 
 
 def save(folder: Path, contrast: float = 1.0) -> tuple[Path, Path]:
-    """Write base and refiner below `folder` as the fp16 variant; their images have so much of the usual contrast."""
+    """Write base and refiner below `folder` as the fp16 variant, with the contrast of images scaled by `contrast`."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         vae = _vae().half()
         vae.decoder.conv_out.weight.data *= contrast
@@ -118,6 +118,6 @@ def _scheduler() -> EulerDiscreteScheduler:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--contrast", type=float, default=1.0, help="of the images (default: 1)")
+    parser.add_argument("--contrast", type=float, default=1.0, help="scale of the images' contrast (default: 1)")
     options = parser.parse_args()
     print(*save(options.folder, options.contrast))

@@ -1,12 +1,12 @@
-"""MLCommons' LoadGen drives the service through gRPC, and stock diffusers beside it in the same run.
+"""Benchmark the service through gRPC, and stock diffusers in the same run, with MLCommons' LoadGen.
 
-The scenarios are MLPerf Inference's: SingleStream sends one request after the other, Offline all at once, Server at
-random times, of which a bound on latency says how many a second are too many. The setting is that of its SDXL: the base
-alone, 20 steps of Euler, guidance 8, one negative prompt. Prompts are our own, and only speed is measured: MLPerf's
-accuracy needs captions and networks that are not here, so this is no MLPerf result.
+The scenarios are MLPerf Inference's. SingleStream sends one request after the other, Offline all at once. Server sends
+them at random times, and a limit on latency decides whether their rate is valid. The workload is that of MLPerf's SDXL:
+the base alone, 20 Euler steps, guidance scale 8, one negative prompt. The prompts are our own, and only speed is
+measured: MLPerf's accuracy needs captions and networks that are not included, so this is no MLPerf result.
 
-Run: make bench-loadgen. The embedded ensemble is served, or what T2I_BASE and so on say; --target names a service
-that runs already.
+Run: make bench-loadgen. It serves the embedded ensemble, or the one of T2I_BASE and the other variables; --target names
+a running service.
 """
 
 import argparse
@@ -58,18 +58,19 @@ PROMPTS = [
 ]
 SEEDS = {"qsl_rng_seed": 1, "sample_index_rng_seed": 2, "schedule_rng_seed": 3}
 PERCENTILES = ("50.00", "90.00", "95.00", "97.00", "99.00")
-_SHORTEST = 0.01  # seconds of a sample: by this LoadGen decides how many to get ready
+_SHORTEST = 0.01  # seconds of the shortest sample, from which LoadGen computes how many to generate
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every sample asks for; a side of None is the model's own."""
+    """The parameters of every sample. A `side` of None is the model's default."""
 
     steps: int
     guidance: float
     side: int | None
 
     def request(self, index: int) -> pb.GenerateRequest:
+        """Return the request of sample `index`."""
         sampling = pb.Sampling(steps=self.steps, guidance_scale=self.guidance, high_noise_frac=1, scheduler="euler")
         if self.side is not None:
             sampling.width = sampling.height = self.side
@@ -82,20 +83,21 @@ class Work:
 
 
 class System(Protocol):
-    """What LoadGen tests. Each sample is completed, whatever becomes of it; `outcomes` counts how."""
+    """A system under test. It completes every sample, also failed ones; `outcomes` counts statuses."""
 
     outcomes: Counter[str]
 
     def issue(self, samples: Sequence[Any]) -> None:
-        """Begin with these, and return."""
+        """Start these samples and return."""
 
 
 def complete(samples: Sequence[Any]) -> None:
+    """Report the samples to LoadGen as completed."""
     lg.QuerySamplesComplete([lg.QuerySampleResponse(each.id, 0, 0) for each in samples])
 
 
 class Service:
-    """The service at an address: a call for each sample."""
+    """The service at an address, with one call for each sample."""
 
     def __init__(self, target: str, work: Work) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -115,16 +117,16 @@ class Service:
 
 @dataclass(frozen=True)
 class _Sample:
-    """LoadGen's own live no longer than the call that brings them."""
+    """A copy of LoadGen's sample, which is valid only during the call that passes it."""
 
     id: int
     index: int
 
 
 class Stock:
-    """diffusers' own pipeline on the same weights, `batch` samples at a time where so many wait.
+    """diffusers' pipeline on the same weights, with up to `batch` samples in a call.
 
-    All of it runs on one thread of the process, as the graphs of what is compiled have to (pytorch/pytorch#123177).
+    All of it runs on one thread, as CUDA graphs of compiled networks require (pytorch/pytorch#123177).
     """
 
     _worker = ThreadPoolExecutor(1, thread_name_prefix="stock")
@@ -140,7 +142,7 @@ class Stock:
             self._worker.submit(self._complete, own[first : first + self._batch])
 
     def close(self) -> None:
-        """Give the memory back, and forget what was compiled, which decides how another batch would be."""
+        """Free the memory and the compiled networks, which are specialized to the batch size."""
         self._worker.submit(self._unload).result()
 
     def _load(self, settings: Settings, compiled: bool) -> None:
@@ -170,7 +172,7 @@ class Stock:
             base.unet = torch.compile(base.unet, mode="reduce-overhead", fullgraph=True)
             base.vae.decode = torch.compile(base.vae.decode, mode="reduce-overhead", fullgraph=True)
         for _ in range(2):
-            self._draw([_Sample(0, 0)] * self._batch)  # warms up, as the service does, and records graphs
+            self._draw([_Sample(0, 0)] * self._batch)  # warm up, as the service does, and record graphs
 
     def _unload(self) -> None:
         import torch
@@ -205,7 +207,7 @@ class Stock:
 
 @dataclass
 class Result:
-    """What LoadGen found. Latencies in seconds, by percentile; `invalid` is why it would not count the run."""
+    """The result of one test. Latencies in seconds, by percentile; `invalid` is LoadGen's reason to reject the run."""
 
     way: str
     scenario: str
@@ -217,7 +219,7 @@ class Result:
 
 
 def run(way: str, scenario: str, system: System, options: argparse.Namespace, qps: float, folder: Path) -> Result:
-    """One test, which lasts until both `--samples` and `--seconds` have passed; Offline has its samples at once."""
+    """Run one test until both `--samples` and `--seconds` have passed. Offline ends with its samples."""
     settings = lg.TestSettings()
     settings.scenario = getattr(lg.TestScenario, scenario)
     settings.mode = lg.TestMode.PerformanceOnly
@@ -240,14 +242,14 @@ def run(way: str, scenario: str, system: System, options: argparse.Namespace, qp
     elapsed = time.perf_counter() - began
     lg.DestroySUT(tested)
     lg.DestroyQSL(samples)
-    told = dict(_logged(folder / "mlperf_log_detail.txt"))
+    log = dict(_logged(folder / "mlperf_log_detail.txt"))
     return Result(
         way,
         scenario,
-        "" if told["result_validity"] == "VALID" else told.get("result_invalid_reason", "INVALID"),
+        "" if log["result_validity"] == "VALID" else log.get("result_invalid_reason", "INVALID"),
         sum(system.outcomes.values()) / elapsed,
-        told["result_mean_latency_ns"] / 1e9,
-        {each: told[f"result_{each}_percentile_latency_ns"] / 1e9 for each in PERCENTILES},
+        log["result_mean_latency_ns"] / 1e9,
+        {each: log[f"result_{each}_percentile_latency_ns"] / 1e9 for each in PERCENTILES},
         dict(system.outcomes),
     )
 
@@ -255,8 +257,8 @@ def run(way: str, scenario: str, system: System, options: argparse.Namespace, qp
 def _logged(path: Path) -> Iterator[tuple[str, Any]]:
     for line in path.read_text("utf-8").splitlines():
         if line.startswith(":::MLLOG "):
-            said = json.loads(line.removeprefix(":::MLLOG "))
-            yield said["key"], said["value"]
+            entry = json.loads(line.removeprefix(":::MLLOG "))
+            yield entry["key"], entry["value"]
 
 
 def row(result: Result) -> str:
@@ -310,22 +312,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["service"])
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--target", help="HOST:PORT of a service that runs (default: one of our own)")
-    parser.add_argument("--samples", type=int, default=64, help="at least, of a scenario (default: 64)")
+    parser.add_argument("--target", help="HOST:PORT of a running service (default: start one)")
+    parser.add_argument("--samples", type=int, default=64, help="minimum for each scenario (default: 64)")
     parser.add_argument(
-        "--seconds", type=float, default=60, help="at least, but of Offline (default: 60; MLPerf's: 600)"
+        "--seconds", type=float, default=60, help="minimum for each scenario but Offline (default: 60; MLPerf: 600)"
     )
-    parser.add_argument("--qps", type=float, help="of Server (default: 0.7 of what the scenario before gave, by way)")
-    parser.add_argument("--latency", type=float, default=20, help="seconds for 99 %% in Server (default: MLPerf's 20)")
+    parser.add_argument(
+        "--qps", type=float, help="requests per second in Server (default: 0.7 of the result of the previous scenario)"
+    )
+    parser.add_argument(
+        "--latency",
+        type=float,
+        default=20,
+        help="limit of the 99th percentile in Server, seconds (default: 20, as MLPerf)",
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=8)
     parser.add_argument("--side", type=int, help="pixels (default: the model's own)")
     parser.add_argument(
-        "--batch", type=int, default=1, help="images to a call in Offline (default: 1, as in the others)"
+        "--batch", type=int, default=1, help="images in a call in Offline (default: 1, as in the other scenarios)"
     )
     parser.add_argument("--json", type=Path, help="write the results into this file")
     parser.add_argument("--plot", type=Path, help="write a figure into this file")
-    parser.add_argument("--of", type=Path, metavar="JSON", help="draw what an earlier run wrote, and run nothing")
+    parser.add_argument("--of", type=Path, metavar="JSON", help="plot the results in this file, and run nothing")
     options = parser.parse_args()
     if options.of:
         if not options.plot:
@@ -333,7 +342,7 @@ def main() -> None:
         plot(json.loads(options.of.read_text("utf-8")), options.plot)
         return
     if options.target and options.batch > 1:
-        parser.error("--batch is for a service of our own; that of --target has its own --max-batch")
+        parser.error("--batch needs a service that is started here; that of --target has its own --max-batch")
 
     work = Work(options.steps, options.guidance, options.side)
     results: list[Result] = []
@@ -363,7 +372,7 @@ def main() -> None:
 
 
 def by_batch(options: argparse.Namespace) -> list[tuple[int, list[str]]]:
-    """The scenarios that one system serves, and for how many images at once it is made."""
+    """Return the batch sizes, with the scenarios that a system of each size runs."""
     if options.batch == 1:
         return [(1, options.scenarios)]
     groups = (options.batch, {"Offline"}), (1, {"SingleStream", "Server"})
@@ -372,7 +381,7 @@ def by_batch(options: argparse.Namespace) -> list[tuple[int, list[str]]]:
 
 @contextmanager
 def systems(way: str, options: argparse.Namespace, work: Work, batch: int) -> Iterator[tuple[System, str]]:
-    """A system to test, and its device."""
+    """Start a system under test, and yield it with the name of its device."""
     if way.startswith("service"):
         with contextlib.ExitStack() as started:
             target = options.target

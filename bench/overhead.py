@@ -1,9 +1,9 @@
-"""What the service costs beyond the model: one image through gRPC against the bare loop over the same model calls.
+"""Measure the overhead of the service: one image through gRPC, and the bare loop over the same model calls.
 
-Both run in this process on the same loaded ensemble and on the same thread, in turn, A B B A ..., so that neither a
-machine whose speed drifts nor a second pool of OpenMP threads decides the ratio; decoding and coding the image is part
-of both. On CUDA `--trace` also says for how long the device stands idle between two steps of a call through gRPC.
-Run: python -m bench.overhead; T2I_BASE, T2I_COMPILE and so on say what is served, as for the server.
+Both run in this process on the same ensemble and the same thread, in the order A B B A ..., so that neither drifting
+machine speed nor a second pool of OpenMP threads changes the ratio. Both decode and encode the image. On CUDA,
+`--trace` also reports how long the device is idle between two steps of a call through gRPC.
+Run: python -m bench.overhead. T2I_BASE, T2I_COMPILE and the other variables configure it as they configure the server.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from server.settings import Settings
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-_KERNELS = 500  # of a graph that is a network's: those of text encoders and decoders have fewer
+_KERNELS = 500  # minimum of a U-Net's CUDA graph; those of text encoders and decoders have fewer
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20, help="pairs that count, after two that do not (default: 20)")
-    parser.add_argument("--trace", type=Path, help="file for a Chrome trace of a call, on CUDA")
+    parser.add_argument("--runs", type=int, default=20, help="pairs, after two that warm up (default: 20)")
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace of a call to this file, on CUDA")
     options = parser.parse_args()
     runs = options.runs
 
@@ -63,7 +63,7 @@ async def main() -> None:
         for run in range(-2, runs):
             took = {}
             for way in ("bare", "served") if run % 2 else ("served", "bare"):
-                # One for both while they are compared, and then another each: a text is not encoded twice in a row.
+                # The warm-up compares the bytes of one prompt. Later prompts differ, so that each is encoded.
                 prompt = "cat napping" if run < 0 else f"cat napping {way} {run}"
                 request.data.prompt = prompt
                 began = time.perf_counter()
@@ -75,7 +75,7 @@ async def main() -> None:
                             through_grpc = event.choice.choice.raw
                     took[way] = time.perf_counter() - began
             if run < 0:
-                assert alone == through_grpc, "the service must give the bytes that the bare loop gives"
+                assert alone == through_grpc, "the service and the bare loop must give equal bytes"
             else:
                 bare.append(took["bare"])
                 served.append(took["served"])
@@ -104,7 +104,7 @@ async def main() -> None:
 
 
 def _idle(events: list[dict[str, Any]]) -> list[float]:
-    """For how long the device did nothing between one network call, which is a graph, and the next."""
+    """Return the seconds for which the device was idle between one U-Net call, which is a graph, and the next."""
     done = [each for each in events if each.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     launched = Counter(each["args"]["correlation"] for each in done)
     calls = {correlation for correlation, kernels in launched.items() if kernels >= _KERNELS}
@@ -121,10 +121,10 @@ def _idle(events: list[dict[str, Any]]) -> list[float]:
 
 
 class Bare:
-    """The ensemble as the engine sees it, which for one request of its own makes the whole image in the first call.
+    """The engine's model, which draws the whole image of the bare loop's request in its first call.
 
-    It is loaded on the device thread, as in the service: a second thread with OpenMP threads of its own, even idle
-    ones, makes those of the first give up spinning.
+    It loads on the device thread, as in the service: a second thread with its own OpenMP threads, even idle ones, makes
+    those of the first stop spinning.
     """
 
     max_batch = 1
@@ -137,11 +137,11 @@ class Bare:
         return self
 
     async def bare_loop(self, engine: Engine, prompt: str) -> tuple[bytes, float]:
-        """The image's bytes, and how long the loop alone took on the device thread."""
+        """Return the image's bytes, and the seconds of the loop on the device thread."""
         self._request = default_request(self.info, prompt, seed=1)
-        self._made: Future[tuple[bytes, float]] = Future()
+        self._result: Future[tuple[bytes, float]] = Future()
         engine.submit(Submission("bare loop", self._request), lambda event: None)
-        return await asyncio.wrap_future(self._made)
+        return await asyncio.wrap_future(self._result)
 
     def encode(self, request: ImageRequest) -> Any:
         if request is not self._request:
@@ -152,9 +152,9 @@ class Bare:
             self._ensemble.launch([trajectory]).wait()
         pixels = self._ensemble.decode(trajectory)
         coded = images.code(pixels, images.JPEG, 95).data
-        self._made.set_result((coded, time.perf_counter() - began))
+        self._result.set_result((coded, time.perf_counter() - began))
         environment = self.info.environment
-        return SimpleNamespace(pixels=pixels, warnings=(), environment=environment, stages=())  # nothing is left to do
+        return SimpleNamespace(pixels=pixels, warnings=(), environment=environment, stages=())  # already drawn
 
     def limit_batch(self, images: int) -> None:
         """Do nothing: a call of one image cannot be smaller."""
@@ -163,7 +163,7 @@ class Bare:
         return self._ensemble.preview(trajectory)
 
     def plan(self, request: ImageRequest, conditioning: Any, seed: int) -> Any:
-        if isinstance(conditioning, SimpleNamespace):  # of a bare loop, after which another may have been asked for
+        if isinstance(conditioning, SimpleNamespace):  # of a bare loop
             return conditioning
         return self._ensemble.plan(request, conditioning, seed)
 

@@ -1,8 +1,8 @@
-"""Many devices: what Ray costs, what a second replica brings, what is lost when replicas die, and a thousand simulated.
+"""Measure several replicas: Ray's overhead, throughput, calls lost with killed replicas, and a simulated thousand.
 
 Run: make bench-scale. The first part starts `python -m server` and Ray Serve with deploy/ray/cpu.yaml on this machine,
-both with T2I_BASE and T2I_REFINER, or the embedded ensemble; every process has one thread (OMP_NUM_THREADS=1). The
-second drives the scheduling core, one for each simulated replica, behind routers that choose as Ray's and others do.
+both with T2I_BASE and T2I_REFINER, or the embedded ensemble. Every process has one thread (OMP_NUM_THREADS=1). The
+second part simulates replicas with one scheduling core each, behind routers of several policies.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 SECONDS = {Stage.ENCODE: 0.011, Stage.BASE: 0.027, Stage.REFINER: 0.0289, Stage.DECODE: 0.0209}
 CALLS = {Stage.ENCODE: 1, Stage.BASE: 32, Stage.REFINER: 8, Stage.DECODE: 1}
 REPLICAS = (1, 2, 4, 8, 16, 64, 256, 1000)
-SETTLING = 0.2  # the share of the first jobs that do not count, while queues fill
+WARM_UP = 0.2  # the share of jobs that are not counted, while queues fill
 
 
-# On this machine.
+# Measured on this machine.
 
 
 @contextmanager
 def on_ray(variables: dict[str, str]) -> Iterator[RayServe]:
-    """One replica."""
+    """Run one replica under Ray Serve."""
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     ray = RayServe(folder, lambda ports: replicas(ports, variables, 1))
     try:
@@ -67,13 +67,13 @@ def replicas(ports: tuple[int, int], variables: dict[str, str], count: int) -> d
 
 
 async def overhead(bare: Any, ray: Any, pairs: int, calls: int) -> None:
-    """Print what a call, a stream and each of its events take both ways, in turn: A B B A ..."""
-    for stub in (bare, ray):  # a stream of many events that is there to be told again
+    """Print the times of a call, a stream and an event with and without Ray, in the order A B B A ..."""
+    for stub in (bare, ray):  # a finished job of many events, to attach to
         await _events(
-            stub.StreamGenerate(_request(1, steps=100, request_id="kept", on_disconnect=pb.ON_DISCONNECT_DETACH))
+            stub.StreamGenerate(_request(1, steps=100, request_id="finished", on_disconnect=pb.ON_DISCONNECT_DETACH))
         )
     took: dict[str, dict[str, list[float]]] = {}
-    for pair in range(-1, pairs):  # the first does not count
+    for pair in range(-1, pairs):  # the first warms up
         ways = [("bare", bare), ("ray", ray)]
         for way, stub in ways if pair % 2 else reversed(ways):
             for name, seconds in [("call", await _calls(stub, calls)), *(await _streams(stub)).items()]:
@@ -82,9 +82,9 @@ async def overhead(bare: Any, ray: Any, pairs: int, calls: int) -> None:
     names = {
         "call": f"GetModel, median of {calls} one after the other",
         "first": "the first event of a stream",
-        "event": "each event of a stream that is told again at once",
-        "ran": "what the engine tells of a job of one image",
-        "beyond": "its stream beyond that",
+        "event": "each event of a finished job's stream",
+        "ran": "the engine's time for a job of one image",
+        "beyond": "its stream in addition to that",
     }
     print(f"| medians of {pairs} rounds | bare server | Ray | more |\n| --- | --- | --- | --- |")
     for name, words in names.items():
@@ -102,7 +102,7 @@ async def _calls(stub: Any, calls: int) -> float:
 
 
 async def _events(stream: Any) -> tuple[list[float], pb.StreamGenerateResponse]:
-    """When each event came, and the last one."""
+    """Return the arrival time of each event, and the last event."""
     began = time.perf_counter()
     times = []
     async for each in stream:
@@ -112,7 +112,7 @@ async def _events(stream: Any) -> tuple[list[float], pb.StreamGenerateResponse]:
 
 
 async def _streams(stub: Any) -> dict[str, float]:
-    again, _ = await _events(stub.Attach(pb.AttachRequest(request_id="kept")))
+    again, _ = await _events(stub.Attach(pb.AttachRequest(request_id="finished")))
     times, last = await _events(stub.StreamGenerate(_request(1)))
     metadata = last.done.metadata
     engine = metadata.waited.ToTimedelta().total_seconds() + metadata.ran.ToTimedelta().total_seconds()
@@ -135,7 +135,7 @@ def _request(seed: int, steps: int | None = None, **fields: Any) -> pb.GenerateR
 
 @dataclass
 class Load:
-    """So many callers, each with a call at a time, until `stopping`. `took` is of calls that went well."""
+    """`callers` callers with one call at a time each, until `stopping`. `took` has the seconds of successful calls."""
 
     stub: Any
     callers: int
@@ -156,13 +156,13 @@ class Load:
                 await self.stub.Generate(_request(seed))
             except grpc.aio.AioRpcError as error:
                 self.outcomes[error.code().name] += 1
-                await asyncio.sleep(0.1)  # as a client that is told to come again
+                await asyncio.sleep(0.1)  # like a client that retries
             else:
                 self.outcomes["OK"] += 1
                 self.took.append(time.perf_counter() - began)
 
     async def under(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work while the callers call."""
+        """Do `work` under load."""
         running = asyncio.create_task(self.run())
         await work()
         self.stopping = True
@@ -170,7 +170,7 @@ class Load:
 
 
 async def throughput(ray: RayServe, stub: Any, count: int, callers: int, jobs: int) -> None:
-    """Print a row: so many jobs from so many callers at once, with `count` replicas."""
+    """Print a row: `jobs` jobs from `callers` callers, with `count` replicas."""
     before = len(ray.lines)
     load = Load(stub, callers)
 
@@ -185,17 +185,17 @@ async def throughput(ray: RayServe, stub: Any, count: int, callers: int, jobs: i
     cells = [f"{np.percentile(load.took, p):.2f}" for p in (50, 95, 99)]
     print(
         f"| {count} | {len(load.took) / elapsed:.2f} | " + " | ".join(cells) + f" | {imbalance:.2f} "
-        f"| {_told(load.outcomes)} |",
+        f"| {_summary(load.outcomes)} |",
         flush=True,
     )
 
 
-def _told(outcomes: Counter[str]) -> str:
+def _summary(outcomes: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
 
 
 def rescale(ray: RayServe, variables: dict[str, str], was: int, count: int) -> None:
-    """Wait until those that are too few serve, or the processes of those that are too many have ended."""
+    """Change the number of replicas, and wait until the new ones serve or the processes of the others have ended."""
     before = len(ray.lines)
     ray.deploy(replicas(ray.ports, variables, count))
     if count > was:
@@ -208,15 +208,15 @@ def rescale(ray: RayServe, variables: dict[str, str], was: int, count: int) -> N
 
 
 async def rescaled(ray: RayServe, stub: Any, variables: dict[str, str], callers: int) -> None:
-    """Print what became of the calls while one replica becomes two and two one."""
+    """Print the outcomes of calls while the number of replicas changes from one to two and back."""
     for was, count in ((1, 2), (2, 1)):
         load = Load(stub, callers)
         await load.under(partial(asyncio.to_thread, rescale, ray, variables, was, count))
-        print(f"| to {count} | {time.perf_counter() - load.began:.0f} s | {_told(load.outcomes)} |", flush=True)
+        print(f"| to {count} | {time.perf_counter() - load.began:.0f} s | {_summary(load.outcomes)} |", flush=True)
 
 
 async def killed(ray: RayServe, stub: Any, what: str, callers: int) -> None:
-    """Print what became of the calls while the processes of that title are killed one after the other."""
+    """Print the outcomes of calls while the processes of the title `what` are killed one after the other."""
     load = Load(stub, callers)
 
     async def kill() -> None:
@@ -230,7 +230,7 @@ async def killed(ray: RayServe, stub: Any, what: str, callers: int) -> None:
                 await asyncio.sleep(0.05)
 
     await load.under(kill)
-    print(f"| {what} | {time.perf_counter() - load.began:.0f} s | {_told(load.outcomes)} |", flush=True)
+    print(f"| {what} | {time.perf_counter() - load.began:.0f} s | {_summary(load.outcomes)} |", flush=True)
 
 
 async def measured(options: argparse.Namespace) -> None:
@@ -244,10 +244,10 @@ async def measured(options: argparse.Namespace) -> None:
             ):
                 bare, stub = (pb_grpc.TextToImageServiceStub(channel) for channel in (straight, through))
                 info = await stub.GetModel(pb.GetModelRequest())  # type: ignore[misc]
-                print(f"{info.name} on {info.device}, {os.cpu_count()} cores, a thread to each process.\n")
+                print(f"{info.name} on {info.device}, {os.cpu_count()} cores, one thread in each process.\n")
                 await overhead(bare, stub, options.pairs, options.calls)
                 server.stop()
-                print(f"\n{options.callers} callers, a call each at a time:\n")
+                print(f"\n{options.callers} callers with one call at a time each:\n")
                 print("| replicas | images/s | p50 s | p95 | p99 | busiest over mean | outcomes |")
                 print("|" + " --- |" * 7)
                 await throughput(ray, stub, 1, options.callers, options.jobs)
@@ -269,7 +269,7 @@ async def measured(options: argparse.Namespace) -> None:
 
 
 class Replica:
-    """A device with the scheduling core before it, on simulated time that is moved on when somebody looks."""
+    """A device with its scheduling core, on simulated time that `advance` moves."""
 
     def __init__(self) -> None:
         self.times = CallTimes()
@@ -277,10 +277,10 @@ class Replica:
         self.now = 0.0
         self.busy = 0.0
         self.jobs: dict[ImageTask, int] = {}
-        self.ended: list[float] = []  # heap of the ends that are later than when somebody last looked
+        self.ended: list[float] = []  # heap of the ends after the last call of `length`
 
     def advance(self, until: float, finishes: "np.ndarray[Any, Any]", paces: list[float]) -> None:
-        """Make calls until this time, the last of which may end after it."""
+        """Simulate calls until this time. The last one may end after it."""
         while self.now < until:
             batch = self.schedule.choose(self.now)
             if not batch:
@@ -300,16 +300,16 @@ class Replica:
                 heapq.heappush(self.ended, self.now)
 
     def length(self, now: float) -> int:
-        """Jobs that are there at this time, the running one included."""
+        """Return the number of jobs at this time, the running one included."""
         while self.ended and self.ended[0] <= now:
             heapq.heappop(self.ended)
         return len(self.schedule) + len(self.ended)
 
 
 def simulate(count: int, router: str, load: float, jobs: int, seed: int) -> dict[str, float]:
-    """Poisson arrivals of one to four images of 1024 x 1024 and 32 + 8 steps, for so many replicas.
+    """Simulate Poisson arrivals of jobs of one to four images of 1024 x 1024 and 32 + 8 steps, for `count` replicas.
 
-    Round robin is that of one client who has all the calls; of many who each go in turn, the sum is nearly random.
+    "round robin" is one client with all calls. Many clients with round robin each are nearly "random".
     """
     rng = random.Random(seed)
     fleet = [Replica() for _ in range(count)]
@@ -337,7 +337,7 @@ def simulate(count: int, router: str, load: float, jobs: int, seed: int) -> dict
         chosen.jobs[task] = number
     for each in fleet:
         each.advance(math.inf, finishes, paces)
-    counted = slice(round(SETTLING * jobs), None)
+    counted = slice(round(WARM_UP * jobs), None)
     took = (finishes - arrivals)[counted]
     span = arrivals[-1] - arrivals[counted.start]
     busy = [each.busy for each in fleet]
@@ -360,12 +360,12 @@ def simulated(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("measured", "simulated"), help="one of the two parts (default: both)")
-    parser.add_argument("--pairs", type=int, default=5, help="rounds of both ways (default: 5)")
-    parser.add_argument("--calls", type=int, default=100, help="calls of a round (default: 100)")
-    parser.add_argument("--callers", type=int, default=6, help="calls at once (default: 6)")
+    parser.add_argument("--only", choices=("measured", "simulated"), help="run one part (default: both)")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds with and without Ray (default: 5)")
+    parser.add_argument("--calls", type=int, default=100, help="calls in a round (default: 100)")
+    parser.add_argument("--callers", type=int, default=6, help="concurrent callers (default: 6)")
     parser.add_argument("--jobs", type=int, default=60, help="calls for each number of replicas (default: 60)")
-    parser.add_argument("--load", type=float, default=0.8, help="of the simulated devices (default: 0.8)")
+    parser.add_argument("--load", type=float, default=0.8, help="utilization of the simulated devices (default: 0.8)")
     parser.add_argument("--simulated", type=int, default=100, help="jobs for each simulated replica (default: 100)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

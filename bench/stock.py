@@ -1,6 +1,6 @@
-"""diffusers' own two pipelines, as its documentation runs them and, if so, compiles them: what benches compare with.
+"""The baseline of the benchmarks: diffusers' two SDXL pipelines, run and optionally compiled as its documentation says.
 
-Nothing of the service is imported here, since it sets for its process what torch reads as it is imported.
+This module imports nothing of the service, which sets variables that torch reads on import.
 """
 
 from pathlib import Path
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-HIGH_NOISE_FRAC = 0.8  # of the steps, which the base makes
+HIGH_NOISE_FRAC = 0.8  # the base's share of the steps
 
 
 class Stock:
-    """The ensemble of experts of diffusers' documentation, on a device."""
+    """The ensemble of experts in diffusers' documentation."""
 
     def __init__(self, base: Path, refiner: Path, device: str, dtype: torch.dtype, compiled: bool) -> None:
         files = {"dtype": dtype, "variant": "fp16", "add_watermarker": False}
@@ -29,9 +29,9 @@ class Stock:
             self._base.vae.decode = torch.compile(self._base.vae.decode, mode="reduce-overhead", fullgraph=True)
 
     @torch.inference_mode()
-    def image(self, prompt: str, steps: int, seed: int, **more: Any) -> Any:
-        """A picture; `more` is what both pipelines are told besides."""
-        more |= {"prompt": prompt, "num_inference_steps": steps}
+    def image(self, prompt: str, steps: int, seed: int, **options: Any) -> Any:
+        """Return an image. `options` go to both pipelines."""
+        options |= {"prompt": prompt, "num_inference_steps": steps}
         generator = torch.Generator().manual_seed(seed)
-        noisy = self._base(**more, denoising_end=HIGH_NOISE_FRAC, generator=generator, output_type="latent").images
-        return self._refiner(**more, denoising_start=HIGH_NOISE_FRAC, generator=generator, image=noisy).images[0]
+        noisy = self._base(**options, denoising_end=HIGH_NOISE_FRAC, generator=generator, output_type="latent").images
+        return self._refiner(**options, denoising_start=HIGH_NOISE_FRAC, generator=generator, image=noisy).images[0]

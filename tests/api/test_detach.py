@@ -39,8 +39,8 @@ def cancel(stub: pb_grpc.TextToImageServiceStub, name: str) -> None:
     stub.Cancel(pb.CancelRequest(request_id=name), timeout=PATIENCE)
 
 
-def told(events: Iterable[pb.StreamGenerateResponse]) -> list[tuple]:
-    """What happened, without times: kind, image, stage and step of each event, or the image's digest."""
+def summaries(events: Iterable[pb.StreamGenerateResponse]) -> list[tuple]:
+    """Summarize events without times: kind, image, stage and step of each, or the image's digest."""
     return [
         (kind, event.progress.choice_index, event.progress.stage, event.progress.step, *digests_of(event))
         for event in events
@@ -66,7 +66,7 @@ class TestAttach:
             heard = [next(left) for _ in range(5)]
         heard += attach(stub, "left", after=heard[-1].number)
         assert [event.number for event in heard] == list(range(1, len(undisturbed) + 1))
-        assert told(heard) == told(undisturbed)
+        assert summaries(heard) == summaries(undisturbed)
         assert list(attach(stub, "left", after=len(heard))) == []
         assert list(attach(stub, "left")) == heard
 
@@ -134,7 +134,7 @@ class TestJoin:
         answer = stub.Generate(drawn_once, timeout=PATIENCE)
         rest = list(events)
         again = list(stream(stub, drawn_once))
-        assert told(again)[1:] == told(rest)
+        assert summaries(again)[1:] == summaries(rest)
         assert answer.metadata == again[-1].done.metadata == rest[-1].done.metadata
         assert digests(answer.data.choices) == digests([again[-2].choice.choice])
 

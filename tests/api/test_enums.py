@@ -36,7 +36,7 @@ def enums(message: Descriptor | Any) -> Iterator[EnumDescriptor]:
 
 
 def values(name: str) -> set[int]:
-    """The numbers of an enum of the contract, without the unspecified 0."""
+    """Return the numbers of an enum of the contract, without the unspecified 0."""
     (found,) = (each for each in enums(pb.DESCRIPTOR) if each.full_name == f"text_to_image.v1.{name}")
     return {value.number for value in found.values} - {0}
 
@@ -46,7 +46,7 @@ def parsed(**fields: Any) -> requests.ParsedRequest:
 
 
 def coded_by_server() -> set[int]:
-    """The formats that the server takes, as it names them in an image's metadata."""
+    """Return the formats that the server accepts and reports in an image's metadata."""
     pixels = np.zeros((8, 8, 3), np.uint8)
     found = set()
     for number in pb.Format.values():
@@ -75,7 +75,7 @@ def warned_by_server() -> set[int]:
 
 
 def read_by_client(field: str, name: str) -> Callable[[], set[int]]:
-    """The numbers that the client knows a word for and makes the same number of again."""
+    """Return the numbers that the client reads as a word and writes as the same number."""
 
     def read() -> set[int]:
         found = set()

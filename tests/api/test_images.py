@@ -46,7 +46,7 @@ def test_an_rgb_jpeg_has_adobes_marker_like_instills():
 
 
 def test_the_coding_version_changes_with_the_codings():
-    """Else `t2i generate --like` cannot name why the bytes of an image differ. After a change, raise the version."""
+    """Raise the version after a change, for `t2i generate --like` to name the cause of different bytes."""
     codings = {name: dict(coding.options) for name, coding in CODINGS.items()}
     assert (images.CODING_VERSION, codings) == (
         "2",

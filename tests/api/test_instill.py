@@ -50,7 +50,7 @@ def task(prompt: str = "a cat", **parameter: Any) -> dict[str, Any]:
 
 
 class TestRequests:
-    """What inputs become, without a server."""
+    """Reading of inputs, without a server."""
 
     def test_every_field_has_its_place_in_our_contract(self):
         parameter = {"aspect-ratio": "16:9", "negative-prompt": "dogs", "n": 2, "seed": 2**32 - 1}
@@ -185,11 +185,11 @@ def images(output: dict[str, Any]) -> list[str]:
 class TestCall:
     def test_images_have_the_same_bytes_as_by_our_contract_in_order(self, channel):
         drawn = call(channel, task("a red apple", n=2, seed=7), task("a blue heart", seed=3))
-        first = pb_grpc.TextToImageServiceStub(channel)
+        own_stub = pb_grpc.TextToImageServiceStub(channel)
         for output, prompt, parameter in zip(
             drawn, ("a red apple", "a blue heart"), ({"seed": 7, "n": 2}, {"seed": 3}), strict=True
         ):
-            same = first.Generate(request(prompt, parameter=parameter, output=RGB), timeout=PATIENCE)
+            same = own_stub.Generate(request(prompt, parameter=parameter, output=RGB), timeout=PATIENCE)
             assert output == {
                 "data": {"choices": [{"finish-reason": "success", "image": each.image} for each in same.data.choices]}
             }
@@ -357,7 +357,7 @@ Call = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def sdk(tmp_path_factory: pytest.TempPathFactory) -> Call:
-    """Runs tests/interoperability/programs/instill_sdk.py, with Instill's SDK in an environment of its own."""
+    """Run tests/interoperability/programs/instill_sdk.py, with Instill's SDK in an environment of its own."""
     folder = tmp_path_factory.mktemp("instill")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
@@ -377,7 +377,7 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Call:
     return run
 
 
-def told(program: "subprocess.Popen[str]", *, asked: dict[str, Any] | None = None) -> Any:
+def output_of(program: "subprocess.Popen[str]", *, asked: dict[str, Any] | None = None) -> Any:
     said, _ = program.communicate(f"{json.dumps(asked)}\n" if asked else None, timeout=PATIENCE)
     assert program.returncode == 0
     return json.loads(said.splitlines()[-1])
@@ -392,20 +392,20 @@ class TestSdk:
             ]
             for message in user_defined.DESCRIPTOR.message_types_by_name.values()
         }
-        assert told(sdk()) == ours
+        assert output_of(sdk()) == ours
 
     def test_the_sdk_gets_the_images_of_our_contract_in_its_schema(self, sdk, core, channel):
         inputs = [task("a red apple", n=1.0, seed=7.0), {"data": {"prompt": "a red apple", "model": "any"}}]
-        drawn = told(sdk(core.target), asked={"task_inputs": inputs, "application": "instill-ai_sdxl_latest"})
+        drawn = output_of(sdk(core.target), asked={"task_inputs": inputs, "application": "instill-ai_sdxl_latest"})
         assert drawn["invalid"] == []
-        first = pb_grpc.TextToImageServiceStub(channel)
+        own_stub = pb_grpc.TextToImageServiceStub(channel)
         for output, seed in zip(drawn["task_outputs"], (7, 0), strict=True):
-            same = first.Generate(request("a red apple", parameter={"seed": seed}, output=RGB), timeout=PATIENCE)
+            same = own_stub.Generate(request("a red apple", parameter={"seed": seed}, output=RGB), timeout=PATIENCE)
             assert images(output) == [same.data.choices[0].image]
 
     def test_messages_of_more_than_4_mib_pass_both_ways(self, sdk, core):
         loud = {**task("loud", n=2), "unread": "x" * 5_000_000}
-        drawn = told(sdk(core.target), asked={"task_inputs": [loud]})
+        drawn = output_of(sdk(core.target), asked={"task_inputs": [loud]})
         assert drawn["invalid"] == []
         assert min(drawn["bytes"]) > 4 * 1024 * 1024
         for image in images(drawn["task_outputs"][0]):
@@ -413,11 +413,11 @@ class TestSdk:
             assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).size == (1024, 1024)
 
     def test_the_sdk_gets_all_violations(self, sdk, core):
-        assert told(sdk(core.target), asked={"task_inputs": [{"data": {"prompt": " "}}]}) == {
+        assert output_of(sdk(core.target), asked={"task_inputs": [{"data": {"prompt": " "}}]}) == {
             "status": "INVALID_ARGUMENT",
             "message": "task_inputs[0].data.prompt: is required and must not be blank",
         }
-        late = told(sdk(core.target), asked={"task_inputs": [task(n=8)], "timeout": 0.3})
+        late = output_of(sdk(core.target), asked={"task_inputs": [task(n=8)], "timeout": 0.3})
         assert late["status"] in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 
     def test_a_cancelled_call_frees_the_device(self, sdk, core):

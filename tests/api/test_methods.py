@@ -24,7 +24,7 @@ PYTHONS_WORDS = ("Error", "Exception", "exception", "Traceback", ".py", "object 
 
 
 def known_methods() -> list[MethodDescriptor]:
-    """Every method of every service of every file that this process has imported."""
+    """Yield every method of every service of every file that this process has imported."""
     files = {id(each): each for each in (getattr(module, "DESCRIPTOR", None) for module in list(sys.modules.values()))}
     return sorted(
         (
@@ -52,7 +52,7 @@ MADE_UP = [
 
 @pytest.fixture(scope="module")
 def steady() -> Iterator[ServerProcess]:
-    """A server with all that can be on."""
+    """Yield a server with every protocol on."""
     server = ServerProcess(
         "--kserve", "--instill", "--channelz", "--health-listen", "127.0.0.1:0", program=STEADY, cold=True
     ).wait_until_ready()
@@ -63,7 +63,7 @@ def steady() -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The same, for those with a token."""
+    """Yield the same with tokens."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text(f"one {'0' * 64}\n")
     server = ServerProcess("--kserve", "--instill", "--channelz", "--tokens", str(tokens), program=STEADY, cold=True)
@@ -73,7 +73,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 
 def answer(channel: grpc.Channel, path: str, timeout: float = PATIENCE) -> tuple[grpc.StatusCode, str]:
-    """How a call with one empty message ends, whatever kind of method it is for."""
+    """Return the end of a call with one empty message, for a method of any kind."""
     call = channel.stream_stream(path)(iter([b""]), timeout=timeout)
     try:
         for _ in call:
@@ -137,7 +137,7 @@ def test_health_lists_every_service_by_its_name(steady, port):
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 def test_reflection_describes_the_contract_and_itself_in_both_versions(steady, version):
-    """With the messages that it describes itself by, built from what it answers."""
+    """The test builds the messages of v1 from the descriptors that reflection returns."""
     name = f"grpc.reflection.{version}.ServerReflection"
     with connect(steady) as channel:
         ask = channel.stream_stream(
@@ -174,7 +174,7 @@ def size(metadata: list[tuple[str, str]]) -> int:
 @pytest.mark.parametrize("port", ["main", "health"])
 @pytest.mark.parametrize(("spare", "expected"), [(1024, "OK"), (0, "RESOURCE_EXHAUSTED")])
 def test_the_metadata_limit_is_exact(steady, port, spare, expected):
-    """gRPC's own headers of a call have a few hundred bytes."""
+    """A call's own headers take a few hundred bytes of the limit."""
     target = steady.target if port == "main" else steady.wait_for_log(r"health checks on (\S+)")[1]
     metadata = [("x-padding", "x" * (METADATA_BYTES - spare - size([("x-padding", "")])))]
     with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel, ThreadPoolExecutor(25) as pool:

@@ -55,7 +55,7 @@ def stub(channel: grpc.Channel) -> oip_grpc.GRPCInferenceServiceStub:
 
 
 @pytest.fixture
-def first(channel: grpc.Channel) -> pb_grpc.TextToImageServiceStub:
+def own_stub(channel: grpc.Channel) -> pb_grpc.TextToImageServiceStub:
     return pb_grpc.TextToImageServiceStub(channel)
 
 
@@ -91,7 +91,7 @@ def packed(*values: bytes) -> bytes:
 
 
 def torn_prompt() -> Tensor:
-    """A prompt that is not as its shape says."""
+    """Return a prompt that does not match its shape."""
     return Tensor(name="prompt", datatype="BYTES", shape=[9], contents={"bytes_contents": [b"a cat"]})
 
 
@@ -103,7 +103,7 @@ def unreadable(message: oip.ModelInferRequest) -> Sequence[errors.Violation]:
 
 
 class TestRequests:
-    """What tensors and parameters become, without a server."""
+    """Reading of tensors and parameters, without a server."""
 
     def test_every_input_and_parameter_has_its_place_in_our_contract(self):
         message = raw(
@@ -258,12 +258,12 @@ def test_an_answer_too_large_by_its_metadata_is_an_error():
 
 
 class TestModelInfer:
-    def test_images_have_the_same_bytes_as_by_our_contract(self, stub, first, model):
+    def test_images_have_the_same_bytes_as_by_our_contract(self, stub, own_stub, model):
         made = stub.ModelInfer(
             asked(texts("prompt", "a red apple"), model=model, seed=7, steps=3, n=2), timeout=PATIENCE
         )
         same = request("a red apple", parameter={"seed": 7, "n": 2}, sampling={"steps": 3}, output={"raw": True})
-        answer = first.Generate(same, timeout=PATIENCE)
+        answer = own_stub.Generate(same, timeout=PATIENCE)
         outputs = {each.name: each for each in made.outputs}
         assert list(outputs) == ["image", "finish_reason", "seed", "metadata"]
         assert list(outputs["image"].contents.bytes_contents) == [each.raw for each in answer.data.choices]
@@ -361,7 +361,7 @@ class TestModelInfer:
         ]
 
     def test_any_tensor_is_answered_with_a_status_and_a_message(self, stub, model):
-        """Inputs and parameters of every kind, and an output that there is not, lest one of them be drawn."""
+        """Send inputs and parameters of every kind, and an unknown output, so that no image is made."""
         names = st.sampled_from([*open_inference._INPUTS, *open_inference._PARAMETERS, "other"])
         tensors = st.builds(
             Tensor,
@@ -461,7 +461,7 @@ class TestServer:
 def triton(
     tmp_path_factory: pytest.TempPathFactory, kserve: ServerProcess, model: str
 ) -> Callable[[str], "subprocess.Popen[str]"]:
-    """Runs a case of tests/interoperability/programs/triton.py, with NVIDIA's client in an environment of its own."""
+    """Run a case of tests/interoperability/programs/triton.py, with NVIDIA's client in an environment of its own."""
     folder = tmp_path_factory.mktemp("triton")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
@@ -476,9 +476,9 @@ def triton(
 
 
 def outcome(program: "subprocess.Popen[str]") -> dict:
-    told, _ = program.communicate(timeout=PATIENCE)
+    output, _ = program.communicate(timeout=PATIENCE)
     assert program.returncode == 0
-    return json.loads(told.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -494,7 +494,7 @@ class TestTriton:
         assert found["outputs"]["image"] == ["BYTES", -1, -1]
         assert found["extensions"] == ["schedule_policy"]
 
-    def test_triton_gets_the_images_of_our_contract(self, triton, first):
+    def test_triton_gets_the_images_of_our_contract(self, triton, own_stub):
         drawn = outcome(triton("draw"))
         same = request(
             "a red apple",
@@ -502,7 +502,7 @@ class TestTriton:
             sampling={"guidanceScale": 4.2, "steps": 3},
             output={"format": "FORMAT_PNG", "raw": True},
         )
-        (choice,) = first.Generate(same, timeout=PATIENCE).data.choices
+        (choice,) = own_stub.Generate(same, timeout=PATIENCE).data.choices
         assert [base64.b64decode(each) for each in drawn["images"]] == [choice.raw]
         assert (drawn["id"], drawn["shape"], drawn["finish_reasons"]) == ("from-triton", [1, 1], ["success"])
         assert drawn["metadata"][0]["requestId"] == "from-triton"
@@ -547,6 +547,6 @@ class TestTriton:
         assert program.stdout.readline() == "begun\n"
         while not scrape(kserve)("t2i_queue_jobs", state="running"):
             pass  # each look is an HTTP request; without a job, the test's timeout ends it
-        told, _ = program.communicate("\n", timeout=PATIENCE)
-        assert json.loads(told)["status"] == "StatusCode.CANCELLED"
+        output, _ = program.communicate("\n", timeout=PATIENCE)
+        assert json.loads(output)["status"] == "StatusCode.CANCELLED"
         kserve.wait_for_log("to-be-cancelled: Cancelled after")

@@ -54,9 +54,9 @@ def progress(step: int) -> Progress:
 
 @dataclass(eq=False)
 class Submitted:
-    """A job of the engine below; `tell` makes its events happen."""
+    """A job of ScriptedEngine; `deliver` is its callback."""
 
-    tell: Callable[[Event], None]
+    deliver: Callable[[Event], None]
     submission: Submission
     cancelled: bool = False
     task: ImageTask = field(default_factory=lambda: ImageTask("", [], used=1.25))
@@ -76,7 +76,7 @@ class ScriptedEngine:
 
 @dataclass
 class Clock:
-    """Timers that go off when the test moves the time on."""
+    """Timers that fire when the test advances the time."""
 
     now: float = 0
     timers: dict["Timer", tuple[float, Callable[[Recording], None], Recording]] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Timer:
 
 
 @dataclass
-class House:
+class Scenario:
     """Recordings over the scripted engine and clock."""
 
     engine: ScriptedEngine = field(default_factory=ScriptedEngine)
@@ -126,16 +126,16 @@ class House:
         return [each for each in self.observed if isinstance(each, DeviceTimeAttributed)]
 
     async def end(self, name: str, *events: Event, **fields: object) -> Recording:
-        """A detached job from its beginning to after its end."""
+        """Run a detached job to its end."""
         recording = self.begin(name, **DETACH, **fields)
-        await tell(recording, self.engine, *events)
+        await deliver(recording, self.engine, *events)
         return recording
 
 
-async def tell(recording: Recording, engine: ScriptedEngine, *events: Event) -> None:
-    """Make the events of the newest job happen, the last of which ends it, and wait until they are recorded."""
+async def deliver(recording: Recording, engine: ScriptedEngine, *events: Event) -> None:
+    """Deliver the events of the newest job, the last of which ends it, and wait until they are recorded."""
     for event in events:
-        engine.jobs[-1].tell(event)
+        engine.jobs[-1].deliver(event)
     await recording.ended
     await asyncio.sleep(0)  # let whoever waits for the end see it
 
@@ -150,65 +150,65 @@ def kinds(messages: Iterable[pb.StreamGenerateResponse]) -> list[str | None]:
 
 
 @pytest.fixture
-def house() -> House:
-    return House()
+def scenario() -> Scenario:
+    return Scenario()
 
 
 class TestListening:
-    async def test_listeners_get_all_events_once_in_order_live_or_later_from_any_number(self, house):
-        recording = house.begin(**DETACH)
+    async def test_listeners_get_all_events_once_in_order_live_or_later_from_any_number(self, scenario):
+        recording = scenario.begin(**DETACH)
         early = asyncio.create_task(listen(recording))
-        await tell(recording, house.engine, Queued(0, 1.0), progress(1), progress(2), image(0), DONE)
+        await deliver(recording, scenario.engine, Queued(0, 1.0), progress(1), progress(2), image(0), DONE)
         heard = await early
         assert kinds(heard) == ["queued", "progress", "progress", "choice", "done"]
         assert [message.number for message in heard] == [1, 2, 3, 4, 5]
         for after in range(6):
             assert await listen(recording, after) == heard[after:]
 
-    async def test_a_number_beyond_the_newest_event_is_invalid(self, house):
-        recording = house.begin(**DETACH)
+    async def test_a_number_beyond_the_newest_event_is_invalid(self, scenario):
+        recording = scenario.begin(**DETACH)
         with pytest.raises(errors.InvalidRequest, match="after: must be at most 0, the newest event, is 1"):
             await listen(recording, 1)
 
-    async def test_the_jobs_error_ends_all_listeners_including_late_ones(self, house):
-        recording = house.begin(**DETACH)
+    async def test_the_jobs_error_ends_all_listeners_including_late_ones(self, scenario):
+        recording = scenario.begin(**DETACH)
         early = asyncio.create_task(listen(recording))
-        await tell(recording, house.engine, Queued(0, 1.0), Failed(ModelFailed("broken")))
+        await deliver(recording, scenario.engine, Queued(0, 1.0), Failed(ModelFailed("broken")))
         for listening in (early, listen(recording), listen(recording, 1)):
             with pytest.raises(ModelFailed, match="broken"):
                 await listening
 
-    async def test_an_image_that_cannot_be_coded_ends_the_job_with_an_internal_error(self, house, caplog):
-        recording = house.begin(**DETACH)
-        (job,) = house.engine.jobs
-        job.tell(ImageReady(0, 0, np.zeros((8, 8, 7), np.complex64), 1, 1))
+    async def test_an_image_that_cannot_be_coded_ends_the_job_with_an_internal_error(self, scenario, caplog):
+        recording = scenario.begin(**DETACH)
+        (job,) = scenario.engine.jobs
+        job.deliver(ImageReady(0, 0, np.zeros((8, 8, 7), np.complex64), 1, 1))
         with pytest.raises(errors.InternalError, match="internal error; the server's log has the cause"):
             await listen(recording)
         assert job.cancelled
         assert "Traceback" in caplog.text
 
-    async def test_the_metadata_has_the_images_in_order_of_their_index(self, house):
-        recording = house.begin(parameter={"n": 2, "seed": 0})
-        house.engine.jobs[0].tell(image(1))
-        house.engine.jobs[0].tell(image(0))
-        house.engine.jobs[0].tell(DONE)
+    async def test_the_metadata_has_the_images_in_order_of_their_index(self, scenario):
+        recording = scenario.begin(parameter={"n": 2, "seed": 0})
+        scenario.engine.jobs[0].deliver(image(1))
+        scenario.engine.jobs[0].deliver(image(0))
+        scenario.engine.jobs[0].deliver(DONE)
         *_, done = await listen(recording)
         assert [each.seed for each in done.done.metadata.images] == [0, 1]
 
 
 class TestSupersededEvents:
-    async def test_a_replay_has_only_the_newest_queued_event(self, house):
+    async def test_a_replay_has_only_the_newest_queued_event(self, scenario):
         events = (Queued(2, 3.0), Queued(1, 2.0), Queued(0, 1.0), progress(1), image(0), DONE)
-        messages = await listen(await house.end("mine", *events))
+        messages = await listen(await scenario.end("mine", *events))
         assert kinds(messages) == ["queued", "progress", "choice", "done"]
         assert messages[0].queued.position == 0
         assert [message.number for message in messages] == [3, 4, 5, 6]
 
-    async def test_only_the_newest_preview_of_an_image_is_kept_until_the_image_is_ready(self, house):
-        recording = house.begin(parameter={"n": 2, "seed": 0}, output={"previewInterval": 1}, **DETACH)
-        (job,) = house.engine.jobs
+    async def test_only_the_newest_preview_of_an_image_is_kept_until_the_image_is_ready(self, scenario):
+        recording = scenario.begin(parameter={"n": 2, "seed": 0}, output={"previewInterval": 1}, **DETACH)
+        (job,) = scenario.engine.jobs
         for event in (preview(0, 1), preview(1, 1), preview(0, 2), image(1)):
-            job.tell(event)
+            job.deliver(event)
         with recording.listening() as messages:
             while not (await anext(messages)).HasField("choice"):
                 pass
@@ -216,208 +216,208 @@ class TestSupersededEvents:
             first, second = await anext(messages), await anext(messages)
         assert kinds([first, second]) == ["preview", "choice"]
         assert (first.preview.choice_index, first.preview.step) == (0, 2)
-        await tell(recording, house.engine, image(0), preview(0, 3), DONE)
+        await deliver(recording, scenario.engine, image(0), preview(0, 3), DONE)
         assert kinds(await listen(recording)) == ["choice", "choice", "done"]
 
-    async def test_live_listeners_get_every_preview(self, house):
-        recording = house.begin(output={"previewInterval": 1})
-        (job,) = house.engine.jobs
+    async def test_live_listeners_get_every_preview(self, scenario):
+        recording = scenario.begin(output={"previewInterval": 1})
+        (job,) = scenario.engine.jobs
         with recording.listening() as messages:
             for step in range(1, 4):
-                job.tell(preview(0, step))
+                job.deliver(preview(0, step))
                 message = await anext(messages)
                 assert (message.number, message.preview.step, message.preview.steps) == (step, step, 30)
 
     @pytest.mark.parametrize("raw", [True, False])
-    async def test_a_preview_is_a_small_jpeg_in_the_form_of_the_images(self, house, raw: bool):
-        recording = house.begin(output={"previewInterval": 1, "raw": raw, "format": "FORMAT_PNG"})
-        house.engine.jobs[0].tell(preview(0, 1))
+    async def test_a_preview_is_a_small_jpeg_in_the_form_of_the_images(self, scenario, raw: bool):
+        recording = scenario.begin(output={"previewInterval": 1, "raw": raw, "format": "FORMAT_PNG"})
+        scenario.engine.jobs[0].deliver(preview(0, 1))
         with recording.listening() as messages:
-            told = (await anext(messages)).preview
+            shown = (await anext(messages)).preview
         if raw:
-            assert Image.open(io.BytesIO(told.raw)).size == (16, 16)
+            assert Image.open(io.BytesIO(shown.raw)).size == (16, 16)
         else:
-            assert told.image.startswith("data:image/jpeg;base64,")
-        assert bool(told.raw) is raw
-        assert bool(told.image) is not raw
+            assert shown.image.startswith("data:image/jpeg;base64,")
+        assert bool(shown.raw) is raw
+        assert bool(shown.image) is not raw
 
-    async def test_the_submission_has_the_caller_the_priority_and_the_preview_interval(self, house):
-        recording = house.begin(output={"previewInterval": 5}, priority=-1)
-        assert house.engine.jobs[0].submission == Submission(
+    async def test_the_submission_has_the_caller_the_priority_and_the_preview_interval(self, scenario):
+        recording = scenario.begin(output={"previewInterval": 5}, priority=-1)
+        assert scenario.engine.jobs[0].submission == Submission(
             "mine", recording.parsed.image, ME, math.inf, priority=-1, preview_interval=5
         )
 
 
 class TestOwnership:
-    async def test_a_job_ends_with_its_caller(self, house):
-        recording = house.begin()
+    async def test_a_job_ends_with_its_caller(self, scenario):
+        recording = scenario.begin()
         with recording.listening():
-            assert not house.engine.jobs[0].cancelled
-        assert house.engine.jobs[0].cancelled
+            assert not scenario.engine.jobs[0].cancelled
+        assert scenario.engine.jobs[0].cancelled
 
-    async def test_a_detached_job_outlives_its_caller(self, house):
-        recording = house.begin(**DETACH)
+    async def test_a_detached_job_outlives_its_caller(self, scenario):
+        recording = scenario.begin(**DETACH)
         with recording.listening():
             pass
-        assert not house.engine.jobs[0].cancelled
+        assert not scenario.engine.jobs[0].cancelled
 
-    async def test_messages_of_the_only_listener_are_released(self, house):
-        recording = house.begin()
-        (job,) = house.engine.jobs
+    async def test_messages_of_the_only_listener_are_released(self, scenario):
+        recording = scenario.begin()
+        (job,) = scenario.engine.jobs
         with recording.listening() as messages:
             before = recording.size
-            job.tell(image(0))
+            job.deliver(image(0))
             await anext(messages)
-            job.tell(DONE)
+            job.deliver(DONE)
             await recording.ended
             assert recording.size < before + 3000, "the metadata of `done`, and no image"
 
-    async def test_the_same_request_joins_and_another_is_rejected(self, house):
-        first = house.begin(**DETACH)
-        assert house.begin(**DETACH) is first
+    async def test_the_same_request_joins_and_another_is_rejected(self, scenario):
+        first = scenario.begin(**DETACH)
+        assert scenario.begin(**DETACH) is first
         with pytest.raises(errors.JobAlreadyExists, match="mine is another request"):
-            house.begin(prompt="a dog", **DETACH)
-        assert len(house.engine.jobs) == 1
-        await tell(first, house.engine, image(0), DONE)
-        assert house.begin(**DETACH) is first, "it joins after the end, too"
+            scenario.begin(prompt="a dog", **DETACH)
+        assert len(scenario.engine.jobs) == 1
+        await deliver(first, scenario.engine, image(0), DONE)
+        assert scenario.begin(**DETACH) is first, "it joins after the end, too"
 
-    async def test_a_job_that_is_not_detached_cannot_be_joined_or_attached_to(self, house):
-        first = house.begin()
-        assert house.begin() is not first
+    async def test_a_job_that_is_not_detached_cannot_be_joined_or_attached_to(self, scenario):
+        first = scenario.begin()
+        assert scenario.begin() is not first
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find("mine", ME)
-        detached = house.begin(**DETACH)
-        assert house.begin(prompt="a dog") is not detached
-        assert house.recordings.find("mine", ME) is detached
+            scenario.recordings.find("mine", ME)
+        detached = scenario.begin(**DETACH)
+        assert scenario.begin(prompt="a dog") is not detached
+        assert scenario.recordings.find("mine", ME) is detached
 
-    async def test_a_failed_job_leaves_its_name_to_the_next_request(self, house):
-        failed = await house.end("mine", Failed(ModelFailed("broken")))
-        assert house.recordings.find("mine", ME) is failed
-        again = house.begin(prompt="a dog", **DETACH)
-        assert house.recordings.find("mine", ME) is again
-        house.clock.advance(601)
-        assert house.recordings.find("mine", ME) is again, "the failed one's time is not its own"
+    async def test_a_failed_job_leaves_its_name_to_the_next_request(self, scenario):
+        failed = await scenario.end("mine", Failed(ModelFailed("broken")))
+        assert scenario.recordings.find("mine", ME) is failed
+        again = scenario.begin(prompt="a dog", **DETACH)
+        assert scenario.recordings.find("mine", ME) is again
+        scenario.clock.advance(601)
+        assert scenario.recordings.find("mine", ME) is again, "the failed one's time is not its own"
 
-    async def test_a_failed_job_keeps_its_name_when_the_next_request_is_not_admitted(self, house, monkeypatch):
+    async def test_a_failed_job_keeps_its_name_when_the_next_request_is_not_admitted(self, scenario, monkeypatch):
         def refuse(*arguments: object) -> None:
             raise Draining("the server is shutting down")
 
-        failed = await house.end("mine", Failed(ModelFailed("broken")))
-        monkeypatch.setattr(house.engine, "submit", refuse)
+        failed = await scenario.end("mine", Failed(ModelFailed("broken")))
+        monkeypatch.setattr(scenario.engine, "submit", refuse)
         with pytest.raises(Draining):
-            house.begin(**DETACH)
-        assert house.recordings.find("mine", ME) is failed
+            scenario.begin(**DETACH)
+        assert scenario.recordings.find("mine", ME) is failed
 
-    async def test_the_error_of_an_invalid_name_does_not_repeat_it(self, house):
-        for look in (house.recordings.find, house.recordings.cancel):
+    async def test_the_error_of_an_invalid_name_does_not_repeat_it(self, scenario):
+        for look in (scenario.recordings.find, scenario.recordings.cancel):
             with pytest.raises(errors.UnknownJob, match="no detached job has such a name: they have 1 to 128 char"):
                 look(None, ME)
 
-    async def test_cancel_ends_the_job_and_frees_its_name_at_once(self, house):
-        first = house.begin(**DETACH)
+    async def test_cancel_ends_the_job_and_frees_its_name_at_once(self, scenario):
+        first = scenario.begin(**DETACH)
         following = asyncio.create_task(listen(first))
-        house.recordings.cancel("mine", ME)
-        assert house.engine.jobs[0].cancelled
+        scenario.recordings.cancel("mine", ME)
+        assert scenario.engine.jobs[0].cancelled
         with pytest.raises(errors.UnknownJob, match="no detached job is named mine here"):
-            house.recordings.cancel("mine", ME)
-        second = house.begin(prompt="a dog", **DETACH)
-        house.engine.jobs[0].tell(Failed(Cancelled("cancelled")))
+            scenario.recordings.cancel("mine", ME)
+        second = scenario.begin(prompt="a dog", **DETACH)
+        scenario.engine.jobs[0].deliver(Failed(Cancelled("cancelled")))
         with pytest.raises(Cancelled):
             await following
         await asyncio.sleep(0)
-        assert house.recordings.find("mine", ME) is second
+        assert scenario.recordings.find("mine", ME) is second
 
-    async def test_cancel_forgets_an_ended_job(self, house):
-        await house.end("mine", image(0), DONE)
-        house.recordings.cancel("mine", ME)
+    async def test_cancel_forgets_an_ended_job(self, scenario):
+        await scenario.end("mine", image(0), DONE)
+        scenario.recordings.cancel("mine", ME)
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find("mine", ME)
-        assert not house.clock.timers
+            scenario.recordings.find("mine", ME)
+        assert not scenario.clock.timers
 
     @pytest.mark.parametrize("name", [None, "", "nobody"])
-    async def test_unknown_names_are_errors(self, house, name: str | None):
+    async def test_unknown_names_are_errors(self, scenario, name: str | None):
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find(name, ME)
+            scenario.recordings.find(name, ME)
 
-    async def test_waiting_for_all_jobs_includes_those_without_listeners(self, house):
-        recording = house.begin(**DETACH)
-        waiting = asyncio.create_task(house.recordings.wait_until_ended())
+    async def test_waiting_for_all_jobs_includes_those_without_listeners(self, scenario):
+        recording = scenario.begin(**DETACH)
+        waiting = asyncio.create_task(scenario.recordings.wait_until_ended())
         await asyncio.sleep(0)
         assert not waiting.done()
-        await tell(recording, house.engine, image(0), DONE)
+        await deliver(recording, scenario.engine, image(0), DONE)
         await waiting
 
 
 class TestRetention:
-    async def test_a_detached_job_is_kept_for_the_retention_after_its_end(self, house):
-        running = house.begin("running", **DETACH)
-        house.clock.advance(10_000)
-        assert house.recordings.find("running", ME) is running
-        await tell(running, house.engine, image(0), DONE)
-        house.clock.advance(599)
-        assert house.recordings.find("running", ME) is running
-        house.clock.advance(1)
+    async def test_a_detached_job_is_kept_for_the_retention_after_its_end(self, scenario):
+        running = scenario.begin("running", **DETACH)
+        scenario.clock.advance(10_000)
+        assert scenario.recordings.find("running", ME) is running
+        await deliver(running, scenario.engine, image(0), DONE)
+        scenario.clock.advance(599)
+        assert scenario.recordings.find("running", ME) is running
+        scenario.clock.advance(1)
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find("running", ME)
+            scenario.recordings.find("running", ME)
 
     async def test_beyond_the_byte_limit_the_oldest_ended_jobs_are_dropped(self):
-        house = House()
-        size = (await house.end("a size", image(0), DONE)).size
-        house = House(retention_bytes=2 * size + size // 2)
-        late = house.begin("begun first, ended last", **DETACH)
-        late_job = house.engine.jobs[-1]
+        scenario = Scenario()
+        size = (await scenario.end("a size", image(0), DONE)).size
+        scenario = Scenario(retention_bytes=2 * size + size // 2)
+        late = scenario.begin("begun first, ended last", **DETACH)
+        late_job = scenario.engine.jobs[-1]
         for name in ("a", "b", "c"):
-            await house.end(name, image(0), DONE)
+            await scenario.end(name, image(0), DONE)
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find("a", ME)
-        assert house.recordings.find("b", ME)
-        late_job.tell(image(0))
-        late_job.tell(DONE)
+            scenario.recordings.find("a", ME)
+        assert scenario.recordings.find("b", ME)
+        late_job.deliver(image(0))
+        late_job.deliver(DONE)
         await late.ended
         await asyncio.sleep(0)
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find("b", ME)
-        assert house.recordings.find("c", ME)
-        assert house.recordings.find("begun first, ended last", ME) is late
-        assert len(house.clock.timers) == 2, "no timer holds on to what is forgotten"
+            scenario.recordings.find("b", ME)
+        assert scenario.recordings.find("c", ME)
+        assert scenario.recordings.find("begun first, ended last", ME) is late
+        assert len(scenario.clock.timers) == 2, "no timer holds on to what is forgotten"
 
     async def test_a_job_larger_than_the_byte_limit_reaches_its_listeners_and_is_not_kept(self):
-        house = House(retention_bytes=1000)
-        recording = house.begin(**DETACH)
+        scenario = Scenario(retention_bytes=1000)
+        recording = scenario.begin(**DETACH)
         listening = asyncio.create_task(listen(recording))
-        await tell(recording, house.engine, image(0), DONE)
+        await deliver(recording, scenario.engine, image(0), DONE)
         assert kinds(await listening) == ["choice", "done"]
         with pytest.raises(errors.UnknownJob):
-            house.recordings.find("mine", ME)
+            scenario.recordings.find("mine", ME)
 
-    async def test_a_listener_continues_in_a_recording_that_is_dropped(self, house):
-        recording = await house.end("mine", image(0), DONE)
+    async def test_a_listener_continues_in_a_recording_that_is_dropped(self, scenario):
+        recording = await scenario.end("mine", image(0), DONE)
         with recording.listening() as messages:
             first = await anext(messages)
-            house.clock.advance(600)
+            scenario.clock.advance(600)
             assert kinds([first, *[message async for message in messages]]) == ["choice", "done"]
 
 
 class TestHeartbeat:
-    async def test_after_a_silence_the_newest_state_is_repeated_as_the_same_event(self, house):
-        recording = house.begin(**DETACH)
-        house.engine.jobs[0].tell(Queued(2, 100.0))
+    async def test_after_a_silence_the_newest_state_is_repeated_as_the_same_event(self, scenario):
+        recording = scenario.begin(**DETACH)
+        scenario.engine.jobs[0].deliver(Queued(2, 100.0))
         with recording.listening(heartbeat_seconds=0.01) as messages:
             queued, again = await anext(messages), await anext(messages)
             assert kinds([queued, again]) == ["queued", "queued"]
             assert (again.number, again.queued.position) == (queued.number, 2)
             assert again.queued.eta.ToTimedelta() < queued.queued.eta.ToTimedelta(), "what has passed is taken off"
-            house.engine.jobs[0].tell(progress(1))
+            scenario.engine.jobs[0].deliver(progress(1))
             while (step := await anext(messages)).number == queued.number:
                 pass
             again = await anext(messages)
             assert kinds([step, again]) == ["progress", "progress"]
             assert (again.number, again.progress.step) == (step.number, 1)
 
-    async def test_a_repeated_event_has_the_newest_number_so_that_attach_gets_nothing_twice(self, house):
-        recording = house.begin(output={"previewInterval": 1}, **DETACH)
+    async def test_a_repeated_event_has_the_newest_number_so_that_attach_gets_nothing_twice(self, scenario):
+        recording = scenario.begin(output={"previewInterval": 1}, **DETACH)
         for event in (Queued(0, 1.0), progress(1), preview(0, 1)):
-            house.engine.jobs[0].tell(event)
+            scenario.engine.jobs[0].deliver(event)
         with recording.listening(heartbeat_seconds=0.01) as messages:
             events = [await anext(messages) for _ in range(4)]
         assert kinds(events) == ["queued", "progress", "preview", "progress"]
@@ -425,8 +425,8 @@ class TestHeartbeat:
         with recording.listening(after=3, heartbeat_seconds=0.01) as messages:
             again = await anext(messages)
             assert (again.number, again.progress.step) == (3, 1)
-            house.engine.jobs[0].tell(image(0))
-            house.engine.jobs[0].tell(DONE)
+            scenario.engine.jobs[0].deliver(image(0))
+            scenario.engine.jobs[0].deliver(DONE)
             rest = [message async for message in messages if message.number != 3]
         assert [each.number for each in rest] == [4, 5]
 
@@ -441,15 +441,15 @@ class TestImageSpace:
     async def test_images_of_one_message_get_the_same_space_in_any_order(self):
         sizes = []
         for order in ((0, 1), (1, 0)):
-            house = House()
-            recording = house.begin(
+            scenario = Scenario()
+            recording = scenario.begin(
                 parameter={"n": 2, "seed": 0},
                 output={"format": "FORMAT_PNG", "raw": True, "maxMessageBytes": 40_000},
                 whole=True,
             )
             for index in order:
-                house.engine.jobs[0].tell(image(index, side=128))
-            house.engine.jobs[0].tell(DONE)
+                scenario.engine.jobs[0].deliver(image(index, side=128))
+            scenario.engine.jobs[0].deliver(DONE)
             *_, done = await listen(recording)
             sizes.append([each.sha256 for each in done.done.metadata.images])
             assert {each.code for each in done.done.metadata.warnings} == {pb.Warning.CODE_IMAGE_RECODED}
@@ -460,50 +460,50 @@ class TestDeviceTime:
     """Each job of the scripted engine has used 1.25 s of its device."""
 
     @pytest.mark.parametrize("detach", [{}, DETACH])
-    async def test_images_that_a_caller_got_count_as_delivered(self, house, detach: dict[str, object]):
-        recording = house.begin(**detach)
+    async def test_images_that_a_caller_got_count_as_delivered(self, scenario, detach: dict[str, object]):
+        recording = scenario.begin(**detach)
         listening = asyncio.create_task(listen(recording))
-        await tell(recording, house.engine, image(0), DONE)
+        await deliver(recording, scenario.engine, image(0), DONE)
         await listening
-        assert house.settled == [DeviceTimeAttributed(1.25, delivered=True)]
+        assert scenario.settled == [DeviceTimeAttributed(1.25, delivered=True)]
 
     @pytest.mark.parametrize("detach", [{}, DETACH])
-    async def test_a_failed_job_counts_as_wasted(self, house, detach: dict[str, object]):
-        recording = house.begin(**detach)
+    async def test_a_failed_job_counts_as_wasted(self, scenario, detach: dict[str, object]):
+        recording = scenario.begin(**detach)
         listening = asyncio.create_task(listen(recording))
-        await tell(recording, house.engine, Failed(ModelFailed("broken")))
+        await deliver(recording, scenario.engine, Failed(ModelFailed("broken")))
         with pytest.raises(ModelFailed):
             await listening
-        assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
+        assert scenario.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
-    async def test_a_job_that_finishes_after_its_listener_left_counts_as_wasted(self, house):
-        recording = house.begin()
+    async def test_a_job_that_finishes_after_its_listener_left_counts_as_wasted(self, scenario):
+        recording = scenario.begin()
         with recording.listening() as messages:
-            house.engine.jobs[0].tell(Queued(0, 1.0))
+            scenario.engine.jobs[0].deliver(Queued(0, 1.0))
             await anext(messages)
-        assert house.settled == []
-        await tell(recording, house.engine, image(0), DONE)
-        assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
+        assert scenario.settled == []
+        await deliver(recording, scenario.engine, image(0), DONE)
+        assert scenario.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
-    async def test_a_job_whose_listener_leaves_before_the_last_message_counts_as_wasted(self, house):
-        recording = house.begin()
+    async def test_a_job_whose_listener_leaves_before_the_last_message_counts_as_wasted(self, scenario):
+        recording = scenario.begin()
         with recording.listening() as messages:
-            await tell(recording, house.engine, image(0), DONE)
+            await deliver(recording, scenario.engine, image(0), DONE)
             await anext(messages)
-            assert house.settled == []
-        assert house.settled == [DeviceTimeAttributed(1.25, delivered=False)]
+            assert scenario.settled == []
+        assert scenario.settled == [DeviceTimeAttributed(1.25, delivered=False)]
 
-    async def test_a_detached_job_is_undecided_until_it_is_dropped(self, house):
-        found, _ = await house.end("found", image(0), DONE), await house.end("forgotten", image(0), DONE)
-        assert house.settled == []
+    async def test_a_detached_job_is_undecided_until_it_is_dropped(self, scenario):
+        found, _ = await scenario.end("found", image(0), DONE), await scenario.end("forgotten", image(0), DONE)
+        assert scenario.settled == []
         await listen(found)
-        assert house.settled == [DeviceTimeAttributed(1.25, delivered=True)]
-        house.clock.advance(600)
-        assert house.settled == [
+        assert scenario.settled == [DeviceTimeAttributed(1.25, delivered=True)]
+        scenario.clock.advance(600)
+        assert scenario.settled == [
             DeviceTimeAttributed(1.25, delivered=True),
             DeviceTimeAttributed(1.25, delivered=False),
         ]
 
-    async def test_a_preview_after_its_image_is_reported_as_dropped(self, house):
-        await house.end("mine", image(0), preview(0, 1), DONE)
-        assert house.observed.count(PreviewDropped()) == 1
+    async def test_a_preview_after_its_image_is_reported_as_dropped(self, scenario):
+        await scenario.end("mine", image(0), preview(0, 1), DONE)
+        assert scenario.observed.count(PreviewDropped()) == 1

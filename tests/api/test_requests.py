@@ -24,19 +24,19 @@ def violations(text: str, info: ModelInfo = MODEL_INFO) -> dict[str, str]:
 
 
 def test_a_bare_prompt_gets_every_default():
-    task = parse('{"data": {"prompt": "a cat"}}')
-    assert task.image.seeds == (7,)
-    assert (task.image.steps, task.image.guidance_scale, task.image.high_noise_frac) == (40, 5.0, 0.8)
-    assert (task.image.width, task.image.height, task.image.scheduler) == (1024, 1024, "euler")
-    assert task.output == requests.Output(images.JPEG, 95, raw=False, max_message_bytes=4194304)
-    assert task.warnings == ()
-    assert len(task.request_id) == 36
+    parsed = parse('{"data": {"prompt": "a cat"}}')
+    assert parsed.image.seeds == (7,)
+    assert (parsed.image.steps, parsed.image.guidance_scale, parsed.image.high_noise_frac) == (40, 5.0, 0.8)
+    assert (parsed.image.width, parsed.image.height, parsed.image.scheduler) == (1024, 1024, "euler")
+    assert parsed.output == requests.Output(images.JPEG, 95, raw=False, max_message_bytes=4194304)
+    assert parsed.warnings == ()
+    assert len(parsed.request_id) == 36
 
 
 def test_json_names_are_instills_kebab_case():
-    task = parse('{"data": {"prompt": "x"}, "parameter": {"aspect-ratio": "9:16", "negative-prompt": "y", "n": 2}}')
-    assert (task.image.width, task.image.height) == (768, 1344)
-    assert task.image.negative_prompt == "y"
+    parsed = parse('{"data": {"prompt": "x"}, "parameter": {"aspect-ratio": "9:16", "negative-prompt": "y", "n": 2}}')
+    assert (parsed.image.width, parsed.image.height) == (768, 1344)
+    assert parsed.image.negative_prompt == "y"
     answer = json_format.MessageToDict(pb.Choice(finish_reason="success", image="data:"))
     assert answer == {"finish-reason": "success", "image": "data:"}
 
@@ -99,9 +99,9 @@ def test_all_violations_are_reported_at_once():
 
 
 def test_a_size_that_the_autoencoder_cannot_make_is_snapped_with_a_warning():
-    task = parse('{"data": {"prompt": "x"}, "sampling": {"width": 515, "height": 512}}')
-    assert (task.image.width, task.image.height) == (512, 512)
-    assert [(each.notice, each.field) for each in task.warnings] == [(Notice.SIZE_SNAPPED, "sampling.width")]
+    parsed = parse('{"data": {"prompt": "x"}, "sampling": {"width": 515, "height": 512}}')
+    assert (parsed.image.width, parsed.image.height) == (512, 512)
+    assert [(each.notice, each.field) for each in parsed.warnings] == [(Notice.SIZE_SNAPPED, "sampling.width")]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_an_option_without_effect_is_a_warning(fields: str, field: str):
 
 
 @pytest.mark.parametrize(
-    ("asked", "ceiling", "given", "told"),
+    ("requested", "limit", "used", "texts"),
     [
         (0, 0, 0, []),
         (-2, 0, -2, []),
@@ -142,18 +142,18 @@ def test_an_option_without_effect_is_a_warning(fields: str, field: str):
         (0, -1, -1, ["0 became -1, the highest that is allowed here"]),
     ],
 )
-def test_a_priority_above_the_limit_is_lowered_with_a_warning(asked: int, ceiling: int, given: int, told: list[str]):
-    message = json_format.ParseDict({"data": {"prompt": "x"}, "priority": asked}, pb.GenerateRequest())
-    task = check(message, limits=requests.limits_of(MODEL_INFO, Settings(max_priority=ceiling)))
-    assert task.priority == given
-    assert [each.message for each in task.warnings] == told
-    assert {(each.notice, each.field) for each in task.warnings} <= {(Notice.PRIORITY_LOWERED, "priority")}
+def test_a_priority_above_the_limit_is_lowered_with_a_warning(requested: int, limit: int, used: int, texts: list[str]):
+    message = json_format.ParseDict({"data": {"prompt": "x"}, "priority": requested}, pb.GenerateRequest())
+    parsed = check(message, limits=requests.limits_of(MODEL_INFO, Settings(max_priority=limit)))
+    assert parsed.priority == used
+    assert [each.message for each in parsed.warnings] == texts
+    assert {(each.notice, each.field) for each in parsed.warnings} <= {(Notice.PRIORITY_LOWERED, "priority")}
 
 
 def test_previews_in_generate_are_a_warning():
-    task = parse('{"data": {"prompt": "x"}, "output": {"previewInterval": 2}}')
-    assert (task.output.preview_interval, task.warnings) == (2, ())
-    whole = requests.in_one_message(task)
+    parsed = parse('{"data": {"prompt": "x"}, "output": {"previewInterval": 2}}')
+    assert (parsed.output.preview_interval, parsed.warnings) == (2, ())
+    whole = requests.in_one_message(parsed)
     assert whole.output.preview_interval == 0
     assert [(each.notice, each.field) for each in whole.warnings] == [(Notice.OPTION_UNUSED, "output.previewInterval")]
 

@@ -22,15 +22,15 @@ def test_images_of_one_message_share_its_space_evenly():
 
 
 def test_the_error_of_an_answer_too_large_for_one_message_suggests_attach():
-    task = parse('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 16384}, "requestId": "mine"}')
+    parsed = parse('{"data": {"prompt": "x"}, "output": {"maxMessageBytes": 16384}, "requestId": "mine"}')
     with pytest.raises(images.ImageTooLarge, match=r"the images of mine, .* use Attach"):
-        responses.generate_response(task, {0: pb.Choice(raw=b"x" * 16384)}, pb.Metadata())
+        responses.generate_response(parsed, {0: pb.Choice(raw=b"x" * 16384)}, pb.Metadata())
 
 
-def metadata_of(task: requests.ParsedRequest, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
+def metadata_of(parsed: requests.ParsedRequest, index: int, coding: images.Coding, quality: int) -> pb.ImageMetadata:
     pixels = np.zeros((8, 8, 3), np.uint8)
-    event = events.ImageReady(index, task.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
-    return responses.image_metadata_message(task, event, images.code(pixels, coding, quality, smaller=True))
+    event = events.ImageReady(index, parsed.image.seeds[index], pixels, base_calls=150, refiner_calls=150)
+    return responses.image_metadata_message(parsed, event, images.code(pixels, coding, quality, smaller=True))
 
 
 PROMPTS = st.text(min_size=1, max_size=40).filter(str.strip)
@@ -67,11 +67,11 @@ def test_the_request_in_an_images_metadata_reproduces_that_image(
     where = parameter if "aspect-ratio" in size else sampling
     where |= size
     asked = {"data": data, "parameter": parameter, "sampling": sampling, "requestId": "mine", "output": {"raw": True}}
-    task = check(json_format.ParseDict(asked, pb.GenerateRequest()))
-    for index, seed in enumerate(task.image.seeds):
-        told = json_format.MessageToJson(metadata_of(task, index, coding, quality).request)
-        again = parse(told)
-        assert again.image == dataclasses.replace(task.image, seeds=(seed,))
+    parsed = check(json_format.ParseDict(asked, pb.GenerateRequest()))
+    for index, seed in enumerate(parsed.image.seeds):
+        request = json_format.MessageToJson(metadata_of(parsed, index, coding, quality).request)
+        again = parse(request)
+        assert again.image == dataclasses.replace(parsed.image, seeds=(seed,))
         assert again.output.coding is coding
         assert coding.lossless or again.output.quality == quality
         assert {each.notice for each in again.warnings} <= {Notice.OPTION_UNUSED}
@@ -83,12 +83,12 @@ def test_the_metadata_of_the_longest_prompts_fits_next_to_the_images():
     message.parameter.negative_prompt = "犬" * 10_000
     message.parameter.n = 8
     message.parameter.seed = 2**32 - 8
-    task = requests.in_one_message(check(message))
+    parsed = requests.in_one_message(check(message))
     coded = images.CodedImage(b"", images.WEBP_LOSSLESS, 0, smaller=True)
     metadata = responses.metadata_message(
-        task,
-        [metadata_of(task, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
-        [responses.recoded_warning(task, coded, index) for index in range(8)],
+        parsed,
+        [metadata_of(parsed, index, images.JPEG_SUBSAMPLED, 95) for index in range(8)],
+        [responses.recoded_warning(parsed, coded, index) for index in range(8)],
         events.Finished(
             (Warning(Notice.PROMPT_TRUNCATED, "parameter.negative-prompt", "犬" * 300),) * 2,
             1e6,
@@ -96,4 +96,4 @@ def test_the_metadata_of_the_longest_prompts_fits_next_to_the_images():
             MODEL_INFO.environment,
         ),
     )
-    assert metadata.ByteSize() <= task.output.max_message_bytes - 8 * requests.max_image_bytes(task)
+    assert metadata.ByteSize() <= parsed.output.max_message_bytes - 8 * requests.max_image_bytes(parsed)

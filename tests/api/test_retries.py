@@ -40,7 +40,7 @@ from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 
 def device_lost(call: Any) -> bool:
-    """Whether the call's status says so to a program."""
+    """Return whether the status has the error info of a lost device."""
     lost = error_details_pb2.ErrorInfo()
     status = rpc_status.from_call(call)
     return (
@@ -128,20 +128,20 @@ METHODS = {
 
 
 def call(channel: grpc.aio.Channel, method: str) -> Any:
-    """A call of a unary method, as if its answer were a stream: gRPC hands the headers of others over at their end."""
+    """Call a unary method as if it streamed: gRPC delivers the headers of unary calls only at their end."""
     message = METHODS[method]
     return channel.unary_stream(f"/{method}", type(message).SerializeToString)(message)
 
 
-class House:
-    """A server in this process, whose model waits for the test, and a channel that retries whatever ends a call."""
+class InProcessServer:
+    """A server in this process, whose model waits for the test, and a channel that retries every error."""
 
     def __init__(self, jobs: int) -> None:
         self.model = SteppedModel()
         self.engine = Engine(QueueLimits(jobs=jobs))
         self.metrics = Metrics(jobs)
 
-    async def __aenter__(self) -> "House":
+    async def __aenter__(self) -> "InProcessServer":
         await asyncio.wrap_future(self.engine.start(lambda: self.model))
         frontend = Frontend(self.engine, Settings())
         frontend.open(self.model.info)
@@ -168,21 +168,21 @@ class House:
 
 
 @pytest.fixture
-async def house() -> AsyncIterator[House]:
-    async with House(jobs=4) as house:
-        yield house
+async def local() -> AsyncIterator[InProcessServer]:
+    async with InProcessServer(jobs=4) as local:
+        yield local
 
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_headers_are_sent_on_admission_and_the_status_stays_complete(
-    house: House, method: str, caplog: pytest.LogCaptureFixture
+    local: InProcessServer, method: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
-    running = call(house.channel, method)
+    running = call(local.channel, method)
     await asyncio.wait_for(running.initial_metadata(), PATIENCE)
     assert not running.done()
-    await asyncio.to_thread(house.model.calls.get, timeout=PATIENCE)
-    house.engine.abandon()
+    await asyncio.to_thread(local.model.calls.get, timeout=PATIENCE)
+    local.engine.abandon()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.read()
     assert device_lost(caught.value)
@@ -194,17 +194,17 @@ async def test_a_call_whose_second_job_is_rejected_sends_no_headers_and_leaves_n
     method: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
-    async with House(jobs=1) as house:
-        house.model.allow(1000)
+    async with InProcessServer(jobs=1) as local:
+        local.model.allow(1000)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(house.channel, method).read()
+            await call(local.channel, method).read()
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(ended(caplog)) == 2  # gRPC has made it again
         labels = {"method": method.rpartition("/")[2]}
-        assert house.metrics.registry.get_sample_value("t2i_retries_total", labels) == 1
-        assert house.engine.statistics().outcomes.keys() <= {"Cancelled"}
+        assert local.metrics.registry.get_sample_value("t2i_retries_total", labels) == 1
+        assert local.engine.statistics().outcomes.keys() <= {"Cancelled"}
 
 
 def ended(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The lines that the calls' ends leave in the log."""
+    """Return the log lines of ended calls."""
     return [each.getMessage() for each in caplog.records if each.name == "server.api.grpc_calls"]

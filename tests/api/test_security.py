@@ -55,7 +55,7 @@ def bearer(token: str) -> list[tuple[str, str]]:
 
 
 def outcome(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
-    """How a call ends, all its messages read, and what is said."""
+    """Read all messages of a call and return its status and details."""
     try:
         answer = call()
         if isinstance(answer, Iterator):
@@ -79,8 +79,8 @@ PROMPT = "a heron that nobody may read of"
 
 
 @dataclass
-class House:
-    """A server that has everything on, and what it is to be reached with."""
+class SecuredServer:
+    """A server with every protection on, and the credentials for it."""
 
     server: ServerProcess
     authority: Authority
@@ -104,7 +104,7 @@ TOKENS = (
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredServer]:
     authority = Authority(tmp_path_factory.mktemp("tls") / "ours")
     certificate, key = authority.issue("server", *LOCAL)
     own = authority.issue("client", "client@example.org")
@@ -114,7 +114,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         *("--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-ca", str(authority.file)),
         *("--tokens", str(tokens), "--health-listen", "127.0.0.1:0"),
     )
-    yield House(server.wait_until_ready(), authority, own, tokens)
+    yield SecuredServer(server.wait_until_ready(), authority, own, tokens)
     assert server.stop() == 0, server.log
     assert "Traceback" not in server.log
     assert "token-of" not in server.log
@@ -122,8 +122,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 @pytest.fixture
-def stub(house: House) -> Iterator[pb_grpc.TextToImageServiceStub]:
-    with house.channel() as open_channel:
+def stub(secured: SecuredServer) -> Iterator[pb_grpc.TextToImageServiceStub]:
+    with secured.channel() as open_channel:
         yield pb_grpc.TextToImageServiceStub(open_channel)
 
 
@@ -133,48 +133,48 @@ def check(open_channel: grpc.Channel, service: str = "") -> int:
 
 
 class TestTls:
-    def test_a_client_with_a_certificate_of_the_ca_is_served(self, house):
-        with house.channel() as known:
+    def test_a_client_with_a_certificate_of_the_ca_is_served(self, secured):
+        with secured.channel() as known:
             assert check(known, SERVICE) == SERVING
 
     @pytest.mark.parametrize("who", ["in plaintext", "without a certificate", "with one of another authority"])
-    def test_other_clients_cannot_connect(self, house, tmp_path, who):
+    def test_other_clients_cannot_connect(self, secured, tmp_path, who):
         stranger = Authority(tmp_path / "others").issue("client", "client@example.org")
         stranded = {
-            "in plaintext": lambda: connect(house.server),
-            "without a certificate": lambda: channel(house.server.target, house.authority.file),
-            "with one of another authority": lambda: channel(house.server.target, house.authority.file, stranger),
+            "in plaintext": lambda: connect(secured.server),
+            "without a certificate": lambda: channel(secured.server.target, secured.authority.file),
+            "with one of another authority": lambda: channel(secured.server.target, secured.authority.file, stranger),
         }
         with stranded[who]() as shut_out:
             assert code(lambda: check(shut_out)) == grpc.StatusCode.UNAVAILABLE
 
-    def test_a_new_certificate_serves_the_next_connection_and_a_broken_one_is_ignored(self, house):
-        first = self.shown(house)
-        with house.channel() as before:
+    def test_a_new_certificate_serves_the_next_connection_and_a_broken_one_is_ignored(self, secured):
+        first = self.shown(secured)
+        with secured.channel() as before:
             assert check(before) == SERVING
-            certificate, key = house.authority.issue("server", *LOCAL)
-            second = self.shown(house)
+            certificate, key = secured.authority.issue("server", *LOCAL)
+            second = self.shown(secured)
             assert second != first
             assert check(before) == SERVING, "a connection outlives its certificate"
         good = key.read_bytes()
         exchange(key, b"no key at all, but secret")
-        assert self.shown(house) == second
-        told = house.server.wait_for_log(
+        assert self.shown(secured) == second
+        logged = secured.server.wait_for_log(
             r"WARNING .*the changed certificates cannot be used, keeping the previous ones: (.*)"
         )
-        assert told[1] == f"{certificate} and {key} must be a certificate and its unencrypted key, in PEM"
-        assert "secret" not in house.server.log
+        assert logged[1] == f"{certificate} and {key} must be a certificate and its unencrypted key, in PEM"
+        assert "secret" not in secured.server.log
         exchange(key, good)
-        assert self.shown(house) == second
-        house.authority.issue("server", *LOCAL)
-        assert self.shown(house) not in (first, second)
+        assert self.shown(secured) == second
+        secured.authority.issue("server", *LOCAL)
+        assert self.shown(secured) not in (first, second)
 
-    def shown(self, house: House) -> str:
-        """The serial number of the certificate that a new connection sees."""
-        context = ssl.create_default_context(cafile=str(house.authority.file))
-        context.load_cert_chain(*house.own)
+    def shown(self, secured: SecuredServer) -> str:
+        """Return the serial number of the certificate that a new connection gets."""
+        context = ssl.create_default_context(cafile=str(secured.authority.file))
+        context.load_cert_chain(*secured.own)
         context.set_alpn_protocols(["h2"])
-        host, _, port = house.server.target.rpartition(":")
+        host, _, port = secured.server.target.rpartition(":")
         with (
             socket.create_connection((host, int(port)), PATIENCE) as plain,
             context.wrap_socket(plain, server_hostname=host) as encrypted,
@@ -182,8 +182,8 @@ class TestTls:
             return encrypted.getpeercert()["serialNumber"]
 
     @pytest.mark.parametrize(("version", "is_spoken"), [(b"\3\3", True), (b"\3\2", False)], ids=["1.2", "1.1"])
-    def test_versions_before_tls_1_2_are_rejected(self, house, version, is_spoken):
-        """The hello is made by hand, since the ssl of this Python may not offer TLS 1.1 any more."""
+    def test_versions_before_tls_1_2_are_rejected(self, secured, version, is_spoken):
+        """The hello is written by hand, since Python's ssl may not offer TLS 1.1 any more."""
 
         def counted(size: int, content: bytes) -> bytes:
             return len(content).to_bytes(size, "big") + content
@@ -195,7 +195,7 @@ class TestTls:
             + b"\0\x10" + counted(2, counted(2, counted(1, b"h2")))
         )  # fmt: skip
         hello = version + bytes(32) + b"\0" + counted(2, ciphers) + b"\1\0" + counted(2, extensions)
-        with dialled(house.server.target, b"\x16\3\1" + counted(2, b"\1" + counted(3, hello))) as connection:
+        with dialled(secured.server.target, b"\x16\3\1" + counted(2, b"\1" + counted(3, hello))) as connection:
             reply = _first_byte(connection)
         assert (reply == b"\x16") == is_spoken, "a handshake goes on, or is over"
 
@@ -286,8 +286,8 @@ def test_libraries_send_no_telemetry(start_server, tmp_path: Path):
 
 
 class TestHealthPort:
-    def test_the_health_port_serves_health_alone_without_tls_or_token(self, house):
-        with grpc.insecure_channel(house.health_target) as probe:
+    def test_the_health_port_serves_health_alone_without_tls_or_token(self, secured):
+        with grpc.insecure_channel(secured.health_target) as probe:
             assert check(probe) == check(probe, SERVICE) == SERVING
             for path in (*(f"/{SERVICE}/{method}" for method in METHODS), REFLECTION):
                 assert code(lambda: probe.unary_unary(path)(b"")) == grpc.StatusCode.UNIMPLEMENTED  # noqa: B023
@@ -302,10 +302,10 @@ class TestHealthPort:
             assert next(watch).status == NOT_SERVING
         assert server.wait() == 0
 
-    def test_a_health_port_in_use_ends_the_server_with_exit_code_3(self, start_server, house):
-        server = start_server("--health-listen", house.health_target)
+    def test_a_health_port_in_use_ends_the_server_with_exit_code_3(self, start_server, secured):
+        server = start_server("--health-listen", secured.health_target)
         assert server.wait() == 3
-        assert f"cannot listen on {house.health_target}" in server.log
+        assert f"cannot listen on {secured.health_target}" in server.log
 
 
 WRONG_TOKENS = {
@@ -325,8 +325,8 @@ WRONG_TOKENS = {
 
 class TestTokens:
     @pytest.mark.parametrize("method", METHODS)
-    def test_every_method_needs_a_token(self, house, method):
-        with house.channel() as open_channel:
+    def test_every_method_needs_a_token(self, secured, method):
+        with secured.channel() as open_channel:
             call = open_channel.unary_stream(f"/{SERVICE}/{method}")
             ended = outcome(lambda: call(b"", timeout=PATIENCE))
         assert ended == (
@@ -344,16 +344,16 @@ class TestTokens:
         for token in ("token-of-one", "token-of-two", "next-token-of-two"):
             assert code(lambda: stub.GetModel(pb.GetModelRequest(), metadata=bearer(token))) == grpc.StatusCode.OK  # noqa: B023
 
-    def test_a_call_without_a_token_ends_before_its_message(self, house):
+    def test_a_call_without_a_token_ends_before_its_message(self, secured):
         over = threading.Event()
-        with house.channel() as open_channel:
+        with secured.channel() as open_channel:
             call = open_channel.stream_unary(f"/{SERVICE}/Generate")
             silent = (b"" for _ in iter(lambda: over.wait(PATIENCE), True))
             assert code(lambda: call(silent, timeout=PATIENCE)) == grpc.StatusCode.UNAUTHENTICATED
         over.set()
 
-    def test_health_and_reflection_need_no_token(self, house):
-        with house.channel() as open_channel:
+    def test_health_and_reflection_need_no_token(self, secured):
+        with secured.channel() as open_channel:
             assert check(open_channel, SERVICE) == SERVING
             reflected = reflection_pb2_grpc.ServerReflectionStub(open_channel).ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=PATIENCE
@@ -385,17 +385,17 @@ class TestTokens:
         for call in (attach, cancel):
             found, never = outcome(call(other)), outcome(call(other, "never-was"))
             assert found[0] == grpc.StatusCode.NOT_FOUND
-            assert found[1] == never[1].replace("never-was", "private"), "not even whether it exists is told"
+            assert found[1] == never[1].replace("never-was", "private"), "its existence must not be revealed"
         another = request("a dog", requestId="private", **DETACH, **ONE_STEP)
         assert code(lambda: stub.StreamGenerate(another, metadata=other, timeout=PATIENCE)) == grpc.StatusCode.OK
         assert code(cancel(other)) == grpc.StatusCode.OK
         assert code(attach(mine)) == grpc.StatusCode.OK
         assert code(cancel(mine)) == grpc.StatusCode.OK
 
-    def test_the_job_limit_of_a_name_holds_for_all_of_its_connections(self, house, stub):
+    def test_the_job_limit_of_a_name_holds_for_all_of_its_connections(self, secured, stub):
         running = stub.StreamGenerate(request(requestId="the-only-one", **LONG_JOB), metadata=bearer("token-of-one"))
         first_step(running)
-        with house.channel() as elsewhere:
+        with secured.channel() as elsewhere:
             again = pb_grpc.TextToImageServiceStub(elsewhere)
             ended, text = outcome(lambda: again.Generate(request(**ONE_STEP), metadata=bearer("token-of-one")))
             assert ended == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -403,7 +403,7 @@ class TestTokens:
             served = code(lambda: again.Generate(request(**ONE_STEP), metadata=bearer("token-of-two")))
             assert served == grpc.StatusCode.OK, "another name has a turn, from the same host"
         running.cancel()
-        house.server.wait_for_log("the-only-one: Cancelled")
+        secured.server.wait_for_log("the-only-one: Cancelled")
 
     def test_a_name_can_have_its_own_highest_priority(self, stub):
         for token, highest in (("token-of-two", 2), ("token-of-one", 0)):
@@ -413,22 +413,22 @@ class TestTokens:
             lowered = [each for each in done.metadata.warnings if each.code == pb.Warning.CODE_PRIORITY_LOWERED]
             assert len(lowered) == (highest < 2)
 
-    def test_a_changed_token_file_is_reloaded_and_a_broken_one_is_ignored(self, house, stub):
+    def test_a_changed_token_file_is_reloaded_and_a_broken_one_is_ignored(self, secured, stub):
         def known(token: str) -> bool:
             ended = code(lambda: stub.GetModel(pb.GetModelRequest(), metadata=bearer(token), timeout=PATIENCE))
             return ended != grpc.StatusCode.UNAUTHENTICATED
 
-        exchange(house.tokens, line("three", "token-of-three").encode())
+        exchange(secured.tokens, line("three", "token-of-three").encode())
         assert (known("token-of-three"), known("token-of-one")) == (True, False)
-        exchange(house.tokens, TOKENS.encode() + b"four token-of-four-in-clear\n")
+        exchange(secured.tokens, TOKENS.encode() + b"four token-of-four-in-clear\n")
         assert (known("token-of-three"), known("token-of-one")) == (True, False)
-        told = house.server.wait_for_log(
+        logged = secured.server.wait_for_log(
             "WARNING .*the changed tokens cannot be used, keeping the previous ones: (.*)"
         )[1]
-        assert told.startswith(f"line 6 of {house.tokens} must be NAME SHA256")
-        house.tokens.unlink()
+        assert logged.startswith(f"line 6 of {secured.tokens} must be NAME SHA256")
+        secured.tokens.unlink()
         assert known("token-of-three")
-        exchange(house.tokens, TOKENS.encode())
+        exchange(secured.tokens, TOKENS.encode())
         assert (known("token-of-three"), known("token-of-one")) == (False, True)
 
     @pytest.mark.parametrize(
@@ -467,9 +467,9 @@ class TestTokens:
 
 
 class TestClients:
-    def test_the_python_client_uses_tls_and_a_token_in_every_call(self, house):
-        tls = TLS(house.authority.file, *house.own)
-        with TextToImage(house.server.target, tls=tls, token="token-of-two") as client:
+    def test_the_python_client_uses_tls_and_a_token_in_every_call(self, secured):
+        tls = TLS(secured.authority.file, *secured.own)
+        with TextToImage(secured.server.target, tls=tls, token="token-of-two") as client:
             assert client.health() is ServingStatus.SERVING
             assert client.model().limits.max_priority == 2
             assert client.generate("a cat", steps=1).images
@@ -478,40 +478,40 @@ class TestClients:
             assert list(client.attach("of-the-library"))
             client.cancel("of-the-library")
 
-    async def test_the_asyncio_client_uses_tls_and_a_token_in_every_call(self, house):
-        tls = TLS(house.authority.file, *house.own)
-        async with AsyncTextToImage(house.server.target, tls=tls, token="token-of-two") as client:
+    async def test_the_asyncio_client_uses_tls_and_a_token_in_every_call(self, secured):
+        tls = TLS(secured.authority.file, *secured.own)
+        async with AsyncTextToImage(secured.server.target, tls=tls, token="token-of-two") as client:
             assert await client.health() is ServingStatus.SERVING
             assert (await client.model()).limits.max_priority == 2
             assert (await client.generate("a cat", steps=1)).images
-            async with client.stream("a cat", steps=1, request_id="of-the-twin", on_disconnect="detach") as events:
+            async with client.stream("a cat", steps=1, request_id="async-job", on_disconnect="detach") as events:
                 assert [event async for event in events]
-            assert [event async for event in client.attach("of-the-twin")]
-            await client.cancel("of-the-twin")
+            assert [event async for event in client.attach("async-job")]
+            await client.cancel("async-job")
 
-    def test_a_wrong_or_missing_token_has_its_own_error(self, house):
+    def test_a_wrong_or_missing_token_has_its_own_error(self, secured):
         for token in ("token-of-nobody", None):
-            tls = TLS(house.authority.file, *house.own)
-            with TextToImage(house.server.target, tls=tls, token=token) as client, pytest.raises(Unauthenticated):
+            tls = TLS(secured.authority.file, *secured.own)
+            with TextToImage(secured.server.target, tls=tls, token=token) as client, pytest.raises(Unauthenticated):
                 client.model()
 
-    def test_invalid_client_credentials_are_reported_at_once_and_not_repeated(self, house):
+    def test_invalid_client_credentials_are_reported_at_once_and_not_repeated(self, secured):
         with pytest.raises(ValueError, match="go together"):
-            TextToImage("x:1", tls=TLS(certificate=house.own[0]))
+            TextToImage("x:1", tls=TLS(certificate=secured.own[0]))
         with pytest.raises(ValueError, match="visible ASCII") as caught:
             TextToImage("x:1", token="sécret")
         assert "cret" not in str(caught.value)
 
-    def test_t2i_takes_flags_or_variables_and_never_repeats_the_token(self, house, tmp_path):
+    def test_t2i_takes_flags_or_variables_and_never_repeats_the_token(self, secured, tmp_path):
         def t2i(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "text_to_image_client", "--target", house.server.target, *arguments]
+            command = [sys.executable, "-m", "text_to_image_client", "--target", secured.server.target, *arguments]
             ended = subprocess.run(
                 command, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE, check=False
             )
             assert "token-of" not in ended.stdout + ended.stderr
             return ended
 
-        authority, certificate, key = str(house.authority.file), *map(str, house.own)
+        authority, certificate, key = str(secured.authority.file), *map(str, secured.own)
         flags = ("--tls-ca", authority, "--tls-client-certificate", certificate, "--tls-client-key", key)
         variables = {
             "T2I_TLS_CA": authority,
@@ -547,7 +547,7 @@ HELLO = PREFACE + frame(SETTINGS) + frame(SETTINGS, ACK)
 
 
 def opening(stream: int, path: str) -> bytes:
-    """The headers of a call, its message still to come."""
+    """Return the HTTP/2 frame of a call's headers, without its message."""
     fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
     fields["content-type"] = "application/grpc"
     block = b"".join(b"\0" + b"".join(bytes([len(each)]) + each.encode() for each in field) for field in fields.items())
@@ -556,7 +556,7 @@ def opening(stream: int, path: str) -> bytes:
 
 @contextlib.contextmanager
 def dialled(target: str, said: bytes = b"") -> Iterator[socket.socket]:
-    """A bare connection on which this is said first, as far as the other side listens."""
+    """Open a socket and send `data`, as far as the peer reads."""
     host, _, port = target.rpartition(":")
     with socket.create_connection((host, int(port)), PATIENCE) as connection:
         with contextlib.suppress(ConnectionError):
@@ -565,21 +565,21 @@ def dialled(target: str, said: bytes = b"") -> Iterator[socket.socket]:
 
 
 def frames(connection: socket.socket) -> Iterator[tuple[int, int, bytes]]:
-    """Kind, stream and payload of all frames until the other side closes."""
+    """Yield kind, stream and payload of all frames until the peer closes."""
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as incoming:
         while len(head := incoming.read(9)) == 9:
             yield head[3], int.from_bytes(head[5:], "big"), incoming.read(int.from_bytes(head[:3], "big"))
 
 
 def heard(connection: socket.socket) -> bytes:
-    """All that is said until the other side closes."""
+    """Read all bytes until the peer closes."""
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as incoming:
         return incoming.read()
     return b""
 
 
 def parting(connection: socket.socket) -> tuple[int, bytes]:
-    """Code and reason of the first GOAWAY."""
+    """Return code and reason of the first GOAWAY."""
     first = next(payload for kind, _, payload in frames(connection) if kind == GOAWAY)
     return int.from_bytes(first[4:8], "big"), first[8:]
 
@@ -587,7 +587,7 @@ def parting(connection: socket.socket) -> tuple[int, bytes]:
 class TestHostilePeers:
     @pytest.fixture(autouse=True)
     def _survived(self, server: ServerProcess) -> Iterator[None]:
-        """Whatever it was, health checks and drawing go on as before."""
+        """Check that health checks and images still work after each attack."""
         yield
         with connect(server) as well_meant:
             assert check(well_meant, SERVICE) == SERVING
@@ -698,7 +698,7 @@ class TestHostilePeers:
             send()
 
     def test_random_messages_are_answered_with_a_status_and_a_message(self, server):
-        """Values of every kind in every field, and a name that no request may have, lest one of them be drawn."""
+        """Send values of every kind in every field, and an invalid request id, so that no image is made."""
         numbers = st.integers(0, 2**32 - 1)
         floats = st.floats(width=32)
         with connect(server) as open_channel:
@@ -738,7 +738,7 @@ class TestHostilePeers:
 
 
 class TestConnections:
-    """The options of server/api/auth.py on a real gRPC server, with times that a test can wait for."""
+    """The options of server/api/connections.py on a real gRPC server, with short times."""
 
     @pytest.fixture
     def serve(self) -> Iterator[Callable[..., str]]:

@@ -41,7 +41,7 @@ TEXTS = st.text(max_size=50) | st.text("猫%\n", min_size=1, max_size=9).map(lam
 
 
 def size_of(message: str, trailing: list[tuple[str, str | bytes]]) -> int:
-    """Bytes of what a call ended with, as HPACK counts headers: percent-encoded text, and base64 of what is binary."""
+    """Return the size of a call's trailers by HPACK's count: percent-encoded text, and base64 of binary values."""
     headers = {"grpc-message": len(grpc_percent_encoded(message)), "grpc-status": 2}
     for name, value in trailing:
         headers[name] = -(-len(value) * 4 // 3) if name.endswith("-bin") else len(value)
@@ -49,7 +49,7 @@ def size_of(message: str, trailing: list[tuple[str, str | bytes]]) -> int:
 
 
 def grpc_percent_encoded(message: str) -> str:
-    """As gRPC's specification has it for Status-Message."""
+    """Encode as gRPC's specification says for Status-Message."""
     return "".join(chr(b) if 0x20 <= b <= 0x7E and b != 0x25 else f"%{b:02X}" for b in message.encode())
 
 
@@ -84,15 +84,15 @@ def test_violations_that_fit_are_complete():
 
 
 @pytest.mark.parametrize(
-    ("indices", "told"), [([0], "0"), ([0, 1, 2], "0-2"), ([1, 3], "1,3"), ([0, 1, 4, 6, 7], "0-1,4,6-7")]
+    ("indices", "ranges"), [([0], "0"), ([0, 1, 2], "0-2"), ([1, 3], "1,3"), ([0, 1, 4, 6, 7], "0-1,4,6-7")]
 )
-def test_indices_are_written_as_ranges(indices: list[int], told: str):
-    assert requests.index_ranges(indices) == told
+def test_indices_are_written_as_ranges(indices: list[int], ranges: str):
+    assert requests.index_ranges(indices) == ranges
 
 
 @pytest.fixture(scope="module")
 def channel() -> Iterator[grpc.Channel]:
-    """To a server of every face in this process, around a model of fixed pictures, by a client of default options."""
+    """Yield a channel with default options to a server of every protocol in this process."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

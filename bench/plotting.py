@@ -53,13 +53,13 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG with a palette of 128 colours."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, facecolor="white")
-    _write(Image.open(file), path, colours=128)
+    Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def sheet(
     rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], columns: Sequence[str], side: int, path: Path
 ) -> None:
-    """Write rows of pictures as a PNG with a palette of 256 colours, with a label for each row and column.
+    """Write rows of pictures as a PNG, with a label for each row and column.
 
     `rows` has the label and the pictures of each row, uint8 of shape (height, width, 3); a picture is shown with
     `side` pixels a side.
@@ -76,8 +76,4 @@ def sheet(
         for column, picture in enumerate(pictures):
             shown = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
             whole.paste(shown, (left + column * (side + _GAP), top))
-    _write(whole, path, colours=256)
-
-
-def _write(picture: Image.Image, path: Path, colours: int) -> None:
-    picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+    whole.save(path, optimize=True)

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import no_torch
 import pytest
 from serving import ServerProcess
 
@@ -24,11 +25,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-torch", action="store_true", help="run only the tests that import no torch")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Build the C++ kernels once for all servers of the run, as an image has them. Where that fails, tests say so."""
-    if not hasattr(config, "workerinput") and platform.machine() == "x86_64":  # that of xdist's workers is theirs
+    if config.getoption("--no-torch"):
+        no_torch.enable()
+    elif not hasattr(config, "workerinput") and platform.machine() == "x86_64":  # that of xdist's workers is theirs
         with contextlib.suppress(cpu_library.BuildError):
             cpu_library.prebuild()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run with --no-torch that has imported torch all the same."""
+    if no_torch.is_enabled() and (imported := no_torch.imported()):
+        raise pytest.UsageError(f"--no-torch, but {', '.join(imported)} was imported")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

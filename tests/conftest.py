@@ -6,20 +6,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny_ensemble
 from replicas import Replicas
 
-from server import model
+# torch takes seconds to import, and many tests do without it: fixtures import what needs it.
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    import tiny_ensemble
+
     return tiny_ensemble.save(tmp_path_factory.mktemp("ensemble"))
 
 
-@pytest.fixture(scope="module", params=[name for name, is_there in model._DEVICES.items() if is_there()])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test with the argument `device` on each device of this machine."""
+    if "device" in metafunc.fixturenames:
+        from server import model
+
+        names = [name for name, is_there in model._DEVICES.items() if is_there()]
+        metafunc.parametrize("device", names, scope="module")
 
 
 @pytest.fixture

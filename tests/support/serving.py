@@ -14,6 +14,7 @@ from typing import IO
 
 import forking
 import grpc
+import no_torch
 from google.protobuf import json_format
 
 from text_to_image_client.v1 import text_to_image_pb2 as pb
@@ -112,6 +113,7 @@ class ServerProcess(Logged):
         cwd: Path = ROOT,
         **environment: str,
     ) -> None:
+        no_torch.skip_server()
         arguments = [*program, "--listen", "127.0.0.1:0", *flags]
         whole = os.environ | environment
         process: forking.ForkedProcess | subprocess.Popen[str]

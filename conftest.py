@@ -6,6 +6,7 @@ import platform
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import no_torch
 import pytest
@@ -36,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     elif not hasattr(config, "workerinput") and platform.machine() == "x86_64":  # that of xdist's workers is theirs
         with contextlib.suppress(cpu_library.BuildError):
             cpu_library.prebuild()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if no_torch.must_ignore(collection_path) else None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -39,6 +40,12 @@ def skip_server() -> None:
     """Skip the test that is about to start a server, where these are left out."""
     if is_enabled():
         pytest.skip("--no-torch: it starts a server")
+
+
+def must_ignore(folder: Path) -> bool:
+    """Return whether the conftest of a folder imports torch, for all of its tests."""
+    conftest = folder / "conftest.py"
+    return is_enabled() and conftest.is_file() and "\nimport torch\n" in conftest.read_text("utf-8")
 
 
 def imported() -> list[str]:

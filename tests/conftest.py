@@ -19,8 +19,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test with the argument `device` on each device of this machine."""
-    if "device" in metafunc.fixturenames:
+    """Run a test with the argument `device` on each device of this machine, unless it names devices itself."""
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "device" in metafunc.fixturenames and not any("device" in names for names in given):
         from server import model
 
         names = [name for name, is_there in model._DEVICES.items() if is_there()]

@@ -1,4 +1,4 @@
-"""Write the table of flags in docs/configuration.md from server/settings.py.
+"""Write the tables of flags in docs/configuration.md from server/settings.py.
 
 Run: python scripts/flag_table.py
 """
@@ -6,16 +6,18 @@ Run: python scripts/flag_table.py
 import re
 from pathlib import Path
 
-from server.settings import Settings
+from server.settings import GROUPS, Settings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _TABLE = re.compile(r"(?<=<!-- flags -->\n).*?(?=<!-- /flags -->)", re.DOTALL)
 
 
 def rows() -> list[str]:
-    """Return the lines of the table: one for each flag, in the order of the settings."""
-    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    """Return the lines of one table for each group: one line for each flag, in the order of the settings."""
+    lines: list[str] = []
     for name, field in Settings.model_fields.items():
+        if title := GROUPS.get(name):
+            lines += ["", f"### {title.capitalize()}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
         default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
         shown = "" if default is None else f"`{default}`"
         lines.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |")
@@ -23,8 +25,8 @@ def rows() -> list[str]:
 
 
 def with_table(page: str) -> str:
-    """Return `page` with its table of flags replaced by the current one."""
-    return _TABLE.sub(lambda _: "\n" + "\n".join(rows()) + "\n\n", page)
+    """Return `page` with its tables of flags replaced by the current ones."""
+    return _TABLE.sub(lambda _: "\n".join(rows()) + "\n\n", page)
 
 
 if __name__ == "__main__":

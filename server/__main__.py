@@ -21,13 +21,13 @@ from server.lifecycle import Lifecycle
 from server.observability.logs import log_to_stderr
 from server.observability.stderr_lines import CapturedStderr
 from server.runtime import load
-from server.settings import Settings, read
+from server.settings import Settings, read, unknown_variables
 
 log = logging.getLogger("server")
 
 
 def main() -> int:
-    """Run the server; returns its exit code."""
+    """Run the server and return its exit code."""
     try:
         settings = read(sys.argv[1:])
     except InvalidSettings as error:
@@ -35,11 +35,13 @@ def main() -> int:
             print(f"python -m server: {problem}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     captured = _start_log(settings)
+    if unknown := unknown_variables():
+        log.warning("unknown variables are ignored: %s", ", ".join(unknown))
     code, device_is_busy = asyncio.run(_serve(settings))
     if device_is_busy:
-        # Python cannot leave while another thread is inside the device's library, as when a signal comes while a large
-        # model is being loaded, or compiled.
-        log.warning("the model is still busy; leaving without it")
+        # Python cannot exit while another thread is inside the device's library, for example while it loads or compiles
+        # a large model.
+        log.warning("the model is still busy; exiting without waiting for it")
         logging.shutdown()
         if captured is not None:
             captured.close()
@@ -48,7 +50,7 @@ def main() -> int:
 
 
 def _start_log(settings: Settings) -> CapturedStderr | None:
-    """Log as the settings say; what libraries write to stderr themselves becomes JSON, too, if that is the format."""
+    """Set up the log. With the JSON format, lines that libraries write to stderr become JSON too."""
     captured = failure = None
     if settings.log_format == "json" and sys.stderr is not None:  # else descriptor 2 may be anything
         try:
@@ -57,14 +59,14 @@ def _start_log(settings: Settings) -> CapturedStderr | None:
             failure = error
     log_to_stderr(settings.log_level, settings.log_format, None if captured is None else captured.stream)
     if failure is not None:
-        log.warning("lines of libraries will be in the log as they are: %s", failure)
+        log.warning("lines of libraries on stderr stay text: %s", failure)
     if sys.stderr is not None:
-        faulthandler.enable()  # where Python itself crashes, stderr has where every thread was
+        faulthandler.enable()  # if Python crashes, stderr has the stack of each thread
     return captured
 
 
 async def _serve(settings: Settings) -> tuple[int, bool]:
-    """The exit code, and whether the model is still busy."""
+    """Return the exit code and whether the model is still busy."""
     server = None
     code = 0
     try:

@@ -1,17 +1,18 @@
-"""Every knob of the service: its flag, environment variable, default, range and meaning, declared once.
+"""Every setting of the server, declared once: its flag, environment variable, default, range and meaning.
 
-`--max-queue 8` on the command line is `T2I_MAX_QUEUE=8` in the environment; the flag wins. Without `--base` the
-embedded mini ensemble is served; with `--base` alone, the base without a refiner.
+`--max-queue 8` on the command line is `T2I_MAX_QUEUE=8` in the environment; the flag wins. Without `--base` the server
+loads the embedded ensemble; with `--base` alone, the base without a refiner.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from server.api import addresses
 from server.engine.scheduling import QueueLimits
@@ -31,7 +32,7 @@ def _sizes(value: str) -> str:
 
 def _filter(value: str) -> str:
     if value != OPEN_NSFW and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
-        raise ValueError(f"give {OPEN_NSFW}, or MODULE:NAME of what makes a filter of your own")
+        raise ValueError(f"give {OPEN_NSFW}, or MODULE:NAME of a function that creates a filter")
     return value
 
 
@@ -59,8 +60,8 @@ _Path = Annotated[Path, BeforeValidator(_not_empty)]
 class Settings(BaseSettings):
     """Text to image over gRPC with the Stable Diffusion XL ensemble of experts.
 
-    Every flag can be given as T2I_FLAG in the environment. SIGTERM drains and stops; SIGHUP reads tokens and
-    certificates again or, when the terminal is gone, drains. Exit codes: 0 stopped when asked, 1 unexpected error, 2
+    Each flag is also an environment variable: --max-queue is T2I_MAX_QUEUE. SIGTERM drains and stops. SIGHUP reloads
+    tokens and certificates, or drains if the terminal is gone. Exit codes: 0 stopped when asked, 1 unexpected error, 2
     bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image, 6 the device does not answer
     any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 an incomplete checkpoint, 11 a
     checkpoint cloned without its weights, 12 a truncated weights file, 13 base and refiner mixed up, 14 not enough
@@ -78,205 +79,241 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
+    # Network. GROUPS, below, has the headings in --help.
+
     listen: Annotated[str, AfterValidator(addresses.checked)] = Field(
         "127.0.0.1:50051",
-        description="HOST:PORT or unix:PATH to serve on, or several with commas between; port 0 takes a free one, "
-        "which is in --ready-file; who may write to a socket's file, by the umask, may call",
+        description="Addresses to serve on, HOST:PORT or unix:PATH, separated by commas. Port 0 picks a free port, "
+        "which --ready-file names. The umask decides who may call a Unix socket.",
     )
     ready_file: Annotated[_Path, AfterValidator(_file)] | None = Field(
         None,
-        description="write the bound addresses into this file, a line each, once the model is ready; removed at the "
-        "end",
+        description="File to write the bound addresses to, one a line, once health is SERVING. It is removed at exit.",
     )
     health_listen: Annotated[str, AfterValidator(addresses.checked)] | None = Field(
         None,
-        description="HOST:PORT or unix:PATH for health checks alone, without TLS or tokens: for Kubernetes' gRPC "
-        "probes",
+        description="HOST:PORT or unix:PATH that serves only health checks, without TLS and tokens, for Kubernetes' "
+        "gRPC probes.",
     )
     tls_certificate: _Path | None = Field(
-        None, description="certificate chain, PEM, to serve with TLS alone; read anew when it changes"
+        None, description="Certificate chain in PEM. The server then accepts only TLS, and reloads the file on change."
     )
-    tls_key: _Path | None = Field(None, description="the certificate's key, PEM, not encrypted")
+    tls_key: _Path | None = Field(None, description="Private key of the certificate in PEM, not encrypted.")
     tls_client_ca: _Path | None = Field(
-        None, description="certificates of authorities, PEM; only clients with a certificate of theirs can connect"
+        None, description="CA certificates in PEM. Only clients with a certificate of these CAs can connect."
     )
     tokens: _Path | None = Field(
         None,
-        description="file of lines NAME SHA256; only calls with such a token are served; read anew when it changes",
+        description="File of lines NAME SHA256. Calls need one of these tokens. The file is reloaded on change.",
     )
     plaintext_tokens: bool = Field(
-        False, description="take tokens without TLS from other machines: for when a proxy in front of this does TLS"
+        False, description="Accept tokens without TLS from other machines, if a proxy in front terminates TLS."
     )
-    max_concurrent_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on one connection")
-    max_connections: int = Field(500, ge=1, le=1_000_000, description="connections at once")
+    max_concurrent_streams: int = Field(1000, ge=1, le=100_000, description="Maximum number of calls per connection.")
+    max_connections: int = Field(500, ge=1, le=1_000_000, description="Maximum number of connections.")
     max_connection_age_seconds: float = Field(
-        3600, ge=1, le=86_400, description="after so long a client is asked to connect anew; its calls go on for a day"
+        3600,
+        ge=1,
+        le=86_400,
+        description="Age at which the server asks a client to reconnect. Calls in flight may go on for a day.",
     )
     keepalive_seconds: float = Field(
-        60, ge=1, le=7200, description="after so long a silence a peer is asked whether it is there, and else let go"
-    )
-    base: _Path | None = Field(None, description="folder of the base expert in the diffusers layout; default: embedded")
-    refiner: _Path | None = Field(
-        None, description="folder of the refiner; default: embedded, or none when --base is given"
-    )
-    preview_decoder: _Path | None = Field(
-        None,
-        description="folder of a TAESD (diffusers' AutoencoderTiny) that draws previews; default: a fitted linear map",
-    )
-    model_name: Annotated[str, AfterValidator(_name)] | None = Field(
-        None, description="name that clients see and may ask for; default: the checkpoint's own"
-    )
-    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto takes the first of cuda, mps, cpu")
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
-        "auto",
-        description="arithmetic of the networks; auto is bf16 on cuda, fp16 on mps, fp32 on cpu; fp8 is bf16 with "
-        "most products in fp8, which Ada, Hopper and later have: faster, smaller, and not quite the same picture",
-    )
-    offload: bool = Field(
-        False,
-        description="keep on the device only the network that works and the others in the host's memory: slow, for a "
-        "device that is too small",
-    )
-    scheduling_policy: Literal["shortest", "first-come"] = Field(
-        "shortest",
-        description="shortest: short requests and deadlines first, fair between callers, nobody waits for ever; "
-        "first-come: each to its end in the order of arrival",
-    )
-    max_queue: int = Field(32, ge=1, le=10_000, description="requests admitted at once, the running one included")
-    max_queue_per_caller: int | None = Field(
-        None,
-        ge=1,
-        le=10_000,
-        description="requests of one caller, a host or a token's name, admitted at once; default: --max-queue",
-    )
-    max_queue_pixels: int = Field(
-        2**28, ge=4096, le=_HUGE, description="pixels of all images of the requests admitted at once"
-    )
-    max_queue_bytes: int = Field(
-        2**30,
-        ge=2**20,
-        le=_HUGE,
-        description="memory that the requests admitted at once may need for their images and latents",
-    )
-    max_batch: int = Field(
-        1, ge=1, le=64, description="images that share a network call; every call then costs as much as a full one"
-    )
-    overlap: bool | None = Field(
-        None,
-        description="encode prompts and decode images beside the steps of other requests, which needs memory for both; "
-        "default: on CUDA",
-    )
-    compile: Literal["auto", "off", "blocks"] = Field(
-        "auto",
-        description="how networks run: off: diffusers' own layers; blocks: fused layers, by Triton kernels and CUDA "
-        "graphs on CUDA, by C++ kernels on an x86-64 CPU with AVX2 and FMA in fp32, else by torch.compile; auto: "
-        "blocks on such a CPU if its kernels are there or can be built, which takes a second and a C++ compiler, else "
-        "off",
-    )
-    compile_cache: _Path | None = Field(
-        None, description="folder that keeps what is compiled, so that a later start takes it from there"
-    )
-    compile_while_serving: bool = Field(
-        False,
-        description="CUDA only: serve as soon as the weights are loaded and compile at the same time, which needs "
-        "memory for both; until then images are slower and can differ in their last bits, each made in one way from "
-        "beginning to end",
-    )
-    compile_sizes: Annotated[str, AfterValidator(_sizes)] | None = Field(
-        None,
-        description="WIDTHxHEIGHT,...: sizes that are compiled; other sizes run eagerly, but for the C++ kernels of a "
-        "CPU, which are for all sizes; default: the size the model was trained on",
-    )
-    device_timeout_seconds: float = Field(
-        300,
-        gt=0,
-        le=86_400,
-        description="after so long in one call of the model the device is given up, and the server with it",
-    )
-    max_images: int = Field(8, ge=1, le=64, description="largest n of a request")
-    max_steps: int = Field(150, ge=1, le=1000, description="largest number of denoising steps of a request")
-    max_prompt_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest prompt, in characters")
-    max_pixels: int | None = Field(
-        None,
-        ge=4096,
-        le=_HUGE,
-        description="largest width x height; default: four times the area the model was trained on",
-    )
-    max_priority: int = Field(
-        0, ge=-2, le=2, description="highest priority of a request; a higher one is lowered to it"
-    )
-    content_filter: Annotated[str, AfterValidator(_filter)] | None = Field(
-        None,
-        description="what judges images before they are sent: open-nsfw, of the extra [filter], or MODULE:NAME of what "
-        "makes another; an image that it objects to becomes plain grey, and there are no previews; default: none",
-    )
-    content_filter_threshold: float = Field(
-        0.8, gt=0, le=1, description="score, 0 to 1, from which on the content filter objects to an image"
-    )
-    grace_seconds: float = Field(
-        30, ge=0, le=3600, description="how long running jobs may go on after SIGTERM before they are ended"
+        60, ge=1, le=7200, description="Idle time after which a connection is pinged. It is closed without an answer."
     )
     slow_reader_seconds: float = Field(
-        30, gt=0, le=3600, description="how long a client may leave its stream unread before the call is ended"
+        30, gt=0, le=3600, description="Time a client may leave its stream unread before the call ends."
     )
     heartbeat_seconds: float = Field(
         15,
         ge=0,
         le=3600,
-        description="after so long a silence a stream repeats its newest queued or progress event, so that proxies do "
-        "not end it; 0 for never",
+        description="Idle time after which a stream repeats its last queued or progress event, so that proxies keep it "
+        "open. 0 disables it.",
     )
-    retention_seconds: float = Field(600, ge=0, le=86_400, description="how long a detached job is kept after its end")
+    reflection: bool = Field(True, description="Serve gRPC reflection, so that grpcurl needs no proto files.")
+    kserve: bool = Field(False, description="Also serve the Open Inference Protocol v2, as KServe and Triton do.")
+    instill: bool = Field(
+        False,
+        description="Also serve the services by which Instill Core calls its models, and the image generation of its "
+        "public API.",
+    )
+
+    # Model.
+
+    base: _Path | None = Field(
+        None, description="Folder of the base expert in the diffusers layout. Default: the embedded ensemble."
+    )
+    refiner: _Path | None = Field(
+        None, description="Folder of the refiner. Default: the embedded one, or none if --base is given."
+    )
+    preview_decoder: _Path | None = Field(
+        None,
+        description="Folder of a TAESD (diffusers' AutoencoderTiny) that decodes previews. Default: a fitted linear "
+        "map.",
+    )
+    model_name: Annotated[str, AfterValidator(_name)] | None = Field(
+        None, description="Name of the model in the API. Default: the checkpoint's own."
+    )
+    content_filter: Annotated[str, AfterValidator(_filter)] | None = Field(
+        None,
+        description="Filter of finished images: open-nsfw, of the extra [filter], or MODULE:NAME of a function that "
+        "creates one. A rejected image becomes plain grey, and there are no previews. Default: none.",
+    )
+    content_filter_threshold: float = Field(
+        0.8, gt=0, le=1, description="Score, 0 to 1, at which the content filter rejects an image."
+    )
+
+    # Speed.
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="Device of the networks. auto: the first available of cuda, mps, cpu."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="Precision of the networks. auto: bf16 on cuda, fp16 on mps, fp32 on cpu. fp8: bf16 with most "
+        "matrix products in fp8, on GPUs from Ada and Hopper on; faster and smaller, with slightly different images.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep only the running network on the device and the others in host memory. Slow, for a device "
+        "with too little memory.",
+    )
+    compile: Literal["auto", "off", "blocks"] = Field(
+        "auto",
+        description="How to accelerate the networks. off: diffusers' own layers. blocks: fused kernels (Triton and "
+        "CUDA graphs on CUDA, C++ on x86-64 CPUs with AVX2 and FMA in fp32), elsewhere torch.compile. auto: blocks on "
+        "such a CPU if its kernels are prebuilt or a C++ compiler can build them, which takes a second, otherwise off.",
+    )
+    compile_cache: _Path | None = Field(
+        None, description="Folder that keeps compiled code, so that later starts load it instead of compiling."
+    )
+    compile_while_serving: bool = Field(
+        False,
+        description="CUDA only: serve eager networks as soon as the weights are loaded, and compile at the same time, "
+        "with memory for both. Until then images are slower and can differ in their last bits; none mixes the two.",
+    )
+    compile_sizes: Annotated[str, AfterValidator(_sizes)] | None = Field(
+        None,
+        description="Sizes to compile, WIDTHxHEIGHT,... Other sizes run eagerly; a CPU's C++ kernels run all sizes. "
+        "Default: the size the model was trained on.",
+    )
+    overlap: bool | None = Field(
+        None,
+        description="Encode prompts and decode images while other requests denoise, with memory for both. Default: on "
+        "CUDA.",
+    )
+    max_batch: int = Field(
+        1, ge=1, le=64, description="Maximum number of images per network call. Every call then costs a full one."
+    )
+    device_timeout_seconds: float = Field(
+        300, gt=0, le=86_400, description="Time after which a model call counts as hung and the server exits."
+    )
+
+    # Limits.
+
+    scheduling_policy: Literal["shortest", "first-come"] = Field(
+        "shortest",
+        description="Order of the queue. shortest: short jobs and deadlines first, fair between callers, with bounded "
+        "waiting. first-come: one job after the other in order of arrival.",
+    )
+    max_queue: int = Field(
+        32, ge=1, le=10_000, description="Maximum number of admitted requests, including the running one."
+    )
+    max_queue_per_caller: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Maximum number of admitted requests per caller, which is a host or a token's name. Default: "
+        "--max-queue.",
+    )
+    max_queue_pixels: int = Field(
+        2**28, ge=4096, le=_HUGE, description="Maximum number of pixels in all images of admitted requests."
+    )
+    max_queue_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        le=_HUGE,
+        description="Maximum memory, in bytes, for images and latents of admitted requests.",
+    )
+    max_images: int = Field(8, ge=1, le=64, description="Maximum n of a request.")
+    max_steps: int = Field(150, ge=1, le=1000, description="Maximum number of denoising steps of a request.")
+    max_prompt_characters: int = Field(
+        10_000, ge=1, le=1_000_000, description="Maximum length of a prompt in characters."
+    )
+    max_pixels: int | None = Field(
+        None,
+        ge=4096,
+        le=_HUGE,
+        description="Maximum width x height. Default: four times the area the model was trained on.",
+    )
+    max_priority: int = Field(
+        0, ge=-2, le=2, description="Maximum priority of a request. A higher one is lowered to it."
+    )
+
+    # Jobs.
+
+    grace_seconds: float = Field(
+        30, ge=0, le=3600, description="Time that running jobs may take after SIGTERM before they end with an error."
+    )
+    retention_seconds: float = Field(
+        600, ge=0, le=86_400, description="Time that a detached job is retained after its end."
+    )
     retention_bytes: int = Field(
         256 * 1024 * 1024,
         ge=0,
         le=_HUGE,
-        description="memory for detached jobs that have ended; the oldest are forgotten beyond it",
+        description="Maximum memory, in bytes, for ended detached jobs. Above it the oldest are dropped.",
     )
-    reflection: bool = Field(True, description="gRPC reflection, so that grpcurl needs no proto file")
-    kserve: bool = Field(False, description="serve the Open Inference Protocol, version 2, too, as KServe does")
-    instill: bool = Field(
-        False,
-        description="serve what Instill Core calls its models by, too, and of its public API what draws with them",
-    )
-    channelz: bool = Field(False, description="gRPC channelz: what connections and sockets are doing, for debugging")
+
+    # Observability.
+
     metrics_listen: Annotated[str, AfterValidator(addresses.checked_port)] | None = Field(
-        None, description="HOST:PORT to tell Prometheus metrics on; port 0 takes a free one and tells it in the log"
+        None,
+        description="HOST:PORT that serves Prometheus metrics. Port 0 picks a free port, which the log names.",
     )
-    log_format: Literal["text", "json"] = Field("text", description="how a line of the log is written")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["text", "json"] = Field("text", description="Format of the log, which goes to stderr.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level to log.")
+    channelz: bool = Field(False, description="Serve gRPC channelz, for debugging connections and sockets.")
 
     @model_validator(mode="after")
-    def _contradicts_nothing(self) -> Self:
-        if problems := list(self._contradictions()):
+    def _check_combinations(self) -> Self:
+        checks = self._check_experts, self._check_compile_flags, self._check_tls, self._check_token_transport
+        if problems := [problem for check in checks for problem in check()]:
             raise ValueError("\n".join(problems))
         return self
 
-    def _contradictions(self) -> Iterator[str]:
-        """A sentence for each group of flags that do not go together. `read` puts the names that were typed."""
+    # Each check yields a sentence for each conflict of flags. `read` replaces flags by the variables that were set.
+
+    def _check_experts(self) -> Iterator[str]:
         if self.refiner is not None and self.base is None:
             yield "--refiner was given without --base; give both folders, or neither"
+
+    def _check_compile_flags(self) -> Iterator[str]:
         asked = self.compile_while_serving or self.compile_sizes is not None
         if (asked and self.compile == "auto") or (self.compile == "off" and (asked or self.compile_cache is not None)):
             yield "--compile-cache, --compile-while-serving and --compile-sizes are for --compile blocks"
         if self.offload and (self.compile not in ("auto", "off") or self.overlap):
-            yield "--offload moves networks about, so leave --compile off, and --overlap too"
+            yield "--offload moves the networks, so it excludes --compile blocks and --overlap"
+
+    def _check_tls(self) -> Iterator[str]:
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "--tls-certificate and --tls-key go together; give both files, or neither"
         if self.tls_client_ca is not None and self.tls_certificate is None:
             yield "--tls-client-ca needs --tls-certificate and --tls-key"
+
+    def _check_token_transport(self) -> Iterator[str]:
         exposed = self.tls_certificate is None and not addresses.are_local(self.listen)
         if self.tokens is not None and exposed and not self.plaintext_tokens:
             yield (
-                "--tokens on an address other than loopback needs --tls-certificate and --tls-key, since whoever "
-                "hears a token can use it; or --plaintext-tokens, if a proxy in front of this does TLS"
+                "--tokens on an address other than loopback needs --tls-certificate and --tls-key, since anyone who "
+                "reads a token can use it; or --plaintext-tokens, if a proxy in front of this does TLS"
             )
         if self.plaintext_tokens and self.tokens is None:
             yield "--plaintext-tokens was given without --tokens"
 
     @property
     def queue(self) -> QueueLimits:
-        """What may be admitted at once."""
+        """The limits of the queue."""
         return QueueLimits(
             jobs=self.max_queue,
             jobs_per_caller=self.max_queue_per_caller or self.max_queue,
@@ -286,22 +323,34 @@ class Settings(BaseSettings):
 
     @property
     def sizes_to_compile(self) -> list[tuple[int, int]]:
-        """Width and height of the images that are compiled for; none for the default."""
+        """The width and height of each size to compile; empty for the default."""
         sizes = (size.split("x") for size in (self.compile_sizes or "").split(",") if size)
         return [(int(width), int(height)) for width, height in sizes]
 
     @property
     def experts(self) -> tuple[Path, Path | None]:
-        """The folders of the base and the refiner to be served."""
+        """The folders of the base and of the refiner, if there is one."""
         if self.base is None:
             return EMBEDDED / "base", EMBEDDED / "refiner"
         return self.base, self.refiner
 
 
+GROUPS = {
+    "listen": "network",
+    "base": "model",
+    "device": "speed",
+    "scheduling_policy": "limits",
+    "grace_seconds": "jobs",
+    "metrics_listen": "observability",
+}
+"""The groups of settings, by their first one."""
+
+
 def read(arguments: Sequence[str] = ()) -> Settings:
-    """Read the settings from flags and from T2I_... variables. Raises InvalidSettings; --help ends the process."""
+    """Read the settings from flags and T2I_... variables. --help ends the process. Raises InvalidSettings."""
     try:
-        return Settings(_cli_parse_args=list(arguments), _cli_exit_on_error=False)
+        source = CliSettingsSource[Any](Settings, add_argument_method=_grouped(), cli_exit_on_error=False)
+        return Settings(_cli_settings_source=source(args=list(arguments)))
     except SettingsError as error:
         words = "".join(
             c if c.isprintable() else ascii(c)[1:-1] for c in str(error).removeprefix("error parsing CLI: ")
@@ -311,8 +360,33 @@ def read(arguments: Sequence[str] = ()) -> Settings:
         raise InvalidSettings([words for each in error.errors() for words in _words(each, arguments)]) from error
 
 
+def _grouped() -> Callable[..., None]:
+    """Return an `ArgumentParser.add_argument` that opens a group of GROUPS with its first flag."""
+    group: Any = None
+
+    def add_argument(parser: ArgumentParser, *names: str, **options: Any) -> None:
+        nonlocal group
+        if title := GROUPS.get(options.get("dest", "")):
+            group = parser.add_argument_group(title)
+        (group or parser).add_argument(*names, **options)
+
+    return add_argument
+
+
+# Variables of the client, which has the same prefix.
+_CLIENT_VARIABLES = frozenset(
+    {"T2I_TARGET", "T2I_TOKEN", "T2I_TLS", "T2I_TLS_CA", "T2I_TLS_CLIENT_CERTIFICATE", "T2I_TLS_CLIENT_KEY"}
+)
+
+
+def unknown_variables() -> list[str]:
+    """Return the T2I_... variables that are set and that neither the server nor the client reads, sorted."""
+    known = {f"T2I_{field.upper()}" for field in Settings.model_fields} | _CLIENT_VARIABLES
+    return sorted(name for name in os.environ if name.upper().startswith("T2I_") and name.upper() not in known)
+
+
 def _words(error: Any, arguments: Sequence[str]) -> list[str]:
-    """What is wrong with one field, or with several together, in words of our own."""
+    """Describe an error of one field, or of several together, in one sentence for each problem."""
     context = error.get("ctx", {})
     bounds = {name: str(bound).removesuffix(".0") for name, bound in context.items()}
     if not error["loc"]:
@@ -346,7 +420,7 @@ def _words(error: Any, arguments: Sequence[str]) -> list[str]:
 
 
 def _typed(flag: str, arguments: Sequence[str]) -> str:
-    """The flag, or the variable in its place if that was given."""
+    """Return the flag, or its variable if that was set instead."""
     typed = {each.partition("=")[0] for each in arguments}
     variable = f"T2I_{flag.removeprefix('--').replace('-', '_').upper()}"
     if flag in typed or f"--no-{flag.removeprefix('--')}" in typed:

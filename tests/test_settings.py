@@ -1,9 +1,12 @@
 """What is wrong with flags and T2I_ variables is said in one sentence each, all at once, by the name that was typed."""
 
+import re
+
 import pytest
+from serving import ROOT
 
 from server.errors import InvalidSettings
-from server.settings import read
+from server.settings import GROUPS, Settings, read, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +52,8 @@ def test_all_that_is_wrong_is_said_at_once(monkeypatch):
     monkeypatch.setenv("T2I_KSERVE", "maybe")
     assert problems(["--max-queue=x", "--listen=nowhere"]) == [
         "--listen: give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535, is 'nowhere'",
-        "--max-queue: must be a whole number, is 'x'",
         "T2I_KSERVE: must be true or false, is 'maybe'",
+        "--max-queue: must be a whole number, is 'x'",
     ]
 
 
@@ -74,3 +77,32 @@ def test_what_is_no_flag_is_shown_on_one_line():
     assert problems(["--no-such-flag", "a\nb\x1b"]) == [
         r"unrecognized arguments: --no-such-flag a\nb\x1b; --help lists the flags"
     ]
+
+
+def test_help_groups_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        read(["--help"])
+    shown = capsys.readouterr().out
+    flags = [name for name in Settings.model_fields if name in GROUPS]
+    assert flags == list(GROUPS)
+    titles = [line[:-1] for line in shown.splitlines() if line in {f"{title}:" for title in GROUPS.values()}]
+    assert titles == list(GROUPS.values())
+    options = shown.partition("options:")[2].partition("network:")[0]
+    assert "--" in options
+    assert not any(f"--{name.replace('_', '-')} " in options for name in Settings.model_fields)
+
+
+def test_unknown_variables_are_found_unless_the_client_reads_them(monkeypatch):
+    assert unknown_variables() == []
+    for name in ("T2I_MAX_QEUE", "t2i_warm_up", "T2I_MAX_QUEUE", "t2i_listen", "T2I_TOKEN", "T2IX"):
+        monkeypatch.setenv(name, "1")
+    assert unknown_variables() == ["T2I_MAX_QEUE", "t2i_warm_up"]
+
+
+def test_the_clients_variables_are_known(monkeypatch):
+    sources = (ROOT / "clients" / "python" / "text_to_image_client").rglob("*.py")
+    variables = {name for source in sources for name in re.findall(r"\bT2I_[A-Z_]+", source.read_text("utf-8"))}
+    assert "T2I_TARGET" in variables
+    for name in variables:
+        monkeypatch.setenv(name, "1")
+    assert unknown_variables() == []

@@ -379,5 +379,5 @@ def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_draw
 
 @pytest.mark.parametrize("flags", [{"compile": "blocks"}, {"overlap": True}])
 def test_what_is_offloaded_neither_compiles_nor_overlaps(flags: dict):
-    with pytest.raises(ValidationError, match="--offload moves networks about"):
+    with pytest.raises(ValidationError, match="--offload moves the networks"):
         Settings(offload=True, **flags)

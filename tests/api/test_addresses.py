@@ -232,7 +232,7 @@ def test_tokens_without_tls_need_local_addresses(listen, are_taken):
     if are_taken:
         assert Settings(listen=listen, tokens="t")
     else:
-        with pytest.raises(ValidationError, match="whoever hears a token"):
+        with pytest.raises(ValidationError, match="anyone who reads a token"):
             Settings(listen=listen, tokens="t")
 
 

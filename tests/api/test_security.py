@@ -252,9 +252,9 @@ class TestTls:
         ({"tls_key": "k"}, "go together"),
         ({"tls_certificate": "c"}, "go together"),
         ({"tls_client_ca": "a"}, "needs --tls-certificate and --tls-key"),
-        ({"tokens": "t", "listen": "0.0.0.0:50051"}, "whoever hears a token can use it"),
-        ({"tokens": "t", "listen": "[::]:50051"}, "whoever hears a token can use it"),
-        ({"tokens": "t", "listen": "example.org:50051"}, "whoever hears a token can use it"),
+        ({"tokens": "t", "listen": "0.0.0.0:50051"}, "anyone who reads a token can use it"),
+        ({"tokens": "t", "listen": "[::]:50051"}, "anyone who reads a token can use it"),
+        ({"tokens": "t", "listen": "example.org:50051"}, "anyone who reads a token can use it"),
         ({"plaintext_tokens": True}, "without --tokens"),
     ],
 )

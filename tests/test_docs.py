@@ -105,6 +105,23 @@ def test_files_of_tests_that_prose_names_exist(page: Path):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_commands_in_prose_exist(page: Path):
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names the old commands too")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", read(ROOT / "Makefile"), re.MULTILINE))
+    assert set(re.findall(r"\bmake (?=[a-z])((?:[a-z]+-)*[a-z]+)\b(?=[ `\n])", code(page))) - targets == set()
+    for module in re.findall(r"python -m ((?:server|bench|training)[\w.]*)", read(page)):
+        path = ROOT / module.strip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def code(page: Path) -> str:
+    """The code of a page: blocks and spans."""
+    text = read(page)
+    return "\n".join(re.findall(r"^ *```.*?^ *```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`[^`\n]+`", text))
+
+
 def test_the_readme_and_every_page_are_short():
     assert len(read(README).splitlines()) <= 220
     assert [name_of(page) for page in PAGES if len(read(page).splitlines()) > 300] == []

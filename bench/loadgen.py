@@ -151,7 +151,7 @@ class Stock:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        from server import model
+        from server.ensemble import devices
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
@@ -161,7 +161,7 @@ class Stock:
         base = StableDiffusionXLPipeline.from_pretrained(
             folder,
             variant="fp16" if any(folder.rglob("*.fp16*.safetensors")) else None,
-            dtype=model.PRECISIONS["bf16"] if cuda else torch.float32,
+            dtype=devices.PRECISIONS["bf16"] if cuda else torch.float32,
             add_watermarker=False,
         )
         base.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config)

@@ -61,7 +61,7 @@ def main() -> None:
         overlap=True,
         compile=options.compile,
         compile_cache=options.compile_cache,
-        warm_up=[(options.side, options.side)] if options.side else (),
+        compile_sizes=[(options.side, options.side)] if options.side else (),
     )
     info = ensemble.info
     request = default_request(info, "cat napping")

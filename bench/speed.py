@@ -34,7 +34,8 @@ from bench.stock import Stock
 from server import model
 from server.acceleration.compilation import Mode
 from server.domain import ImageRequest, Stage, default_request
-from server.ensemble import checkpoint
+from server.ensemble import checkpoint, devices
+from server.ensemble.trajectory import Trajectory
 
 WAYS = ("off", "blocks", "blocks-fp8", "offload", "offload-fp8", "stock", "stock-compiled")
 FEW = 8  # steps of a checkpoint that needs no more
@@ -168,9 +169,10 @@ def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -
 
 def _few_steps(ensemble: model.Ensemble, images: int) -> float:
     """Seconds of an image that the base makes alone in a few steps without guidance."""
-    ensemble.info = replace(ensemble.info, default_guidance_scale=1.0, default_high_noise_frac=1.0)
-    ensemble.info = ensemble.warm_up()
-    request = replace(default_request(ensemble.info, "cat napping", seed=0), steps=FEW)
+    plain = default_request(ensemble.info, "cat napping", seed=0)
+    request = replace(plain, steps=FEW, guidance_scale=1.0, high_noise_frac=1.0)
+    if ensemble.compiles:
+        ensemble.use_compiled(ensemble.compile_calls([request]))
     seconds = []
     for image in range(images):
         another = replace(request, prompt=f"cat napping {image}")
@@ -182,11 +184,11 @@ def _few_steps(ensemble: model.Ensemble, images: int) -> float:
     return statistics.median(seconds)
 
 
-def _planned(ensemble: model.Ensemble, request: ImageRequest) -> model.Trajectory:
+def _planned(ensemble: model.Ensemble, request: ImageRequest) -> Trajectory:
     return ensemble.plan(request, ensemble.encode(request), request.seeds[0])
 
 
-def _finish(ensemble: model.Ensemble, trajectory: model.Trajectory) -> list[float]:
+def _finish(ensemble: model.Ensemble, trajectory: Trajectory) -> list[float]:
     """Make all steps that are left, and tell the seconds from the end of each, or the begin of the first, to the next.
 
     A device that runs ahead is in the next one when a step has ended: to wait for that would be to stop it.
@@ -198,7 +200,7 @@ def _finish(ensemble: model.Ensemble, trajectory: model.Trajectory) -> list[floa
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
-def _decoded(ensemble: model.Ensemble, trajectory: model.Trajectory) -> None:
+def _decoded(ensemble: model.Ensemble, trajectory: Trajectory) -> None:
     """Decode noise in place of what random weights make, which need not be finite."""
     trajectory.latents = torch.randn(trajectory.latents.shape, generator=torch.Generator().manual_seed(0)).cuda()
     ensemble.decode(trajectory)
@@ -224,7 +226,7 @@ def _stock(options: argparse.Namespace, compiled: bool) -> Figures:
     """diffusers' own two pipelines, as its documentation runs and, if so, compiles them."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    pipelines = Stock(options.base, options.refiner, "cuda", model.PRECISIONS[options.precision], compiled)
+    pipelines = Stock(options.base, options.refiner, "cuda", devices.PRECISIONS[options.precision], compiled)
 
     def image() -> None:
         pipelines.image("cat napping", options.steps, seed=0)

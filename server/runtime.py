@@ -119,18 +119,18 @@ class Runtime:
         self.metrics.set_state("warming_up")
         log.info("loaded %s on %s in %s; warming up", info.name, info.device, info.precision)
         first = await self._warm_up(_reference_request(info))
-        info = await self._serve(model, info, first)
+        info = await self._serve(model.set_info, info, first)
         self.metrics.set_state("serving")
         if self._settings.compile_while_serving:
             self._compiling = asyncio.create_task(self._compile(model))
         return info
 
-    async def _serve(self, model: AnyServedModel, info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
-        """Serve the model as `info` describes it and return `info` with the hash of the reference image `first`."""
+    async def _serve(self, adopt: Callable[[ModelInfo], None], info: ModelInfo, first: NDArray[np.uint8]) -> ModelInfo:
+        """Publish `info` with the hash of the reference image `first`, let the model `adopt` it, and return it."""
         reference = hashlib.sha256(first.tobytes()).hexdigest()
         info = replace(info, environment=replace(info.environment, reference=reference))
         info = await self._with_content_filter(info, first)
-        model.info = info
+        adopt(info)
         self.frontend.open(info)
         self.metrics.set_model(info)
         return info
@@ -146,7 +146,7 @@ class Runtime:
         self._compiler = threading.Thread(target=_set_result, args=(compile_, compiled), name="compiler", daemon=True)
         self._compiler.start()
         try:
-            info = await self._serve(model, *await asyncio.wrap_future(compiled))
+            info = await self._serve(model.use_compiled, *await asyncio.wrap_future(compiled))
         except Exception as error:  # a faster path that fails must not affect serving
             self.metrics.set_compilation("failed")
             log.error(
@@ -289,7 +289,7 @@ def load(settings: Settings) -> AnyServedModel:
             compile=settings.compile,
             compile_cache=settings.compile_cache,
             compile_while_serving=settings.compile_while_serving,
-            warm_up=settings.sizes_to_compile,
+            compile_sizes=settings.sizes_to_compile,
             preview_decoder=settings.preview_decoder,
             offload=settings.offload,
         )

@@ -22,9 +22,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test with the argument `device` on each device of this machine, unless it names devices itself."""
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "device" in metafunc.fixturenames and not any("device" in names for names in given):
-        from server import model
+        from server.ensemble import devices
 
-        names = [name for name, is_there in model._DEVICES.items() if is_there()]
+        names = [name for name, is_there in devices.AVAILABLE.items() if is_there()]
         metafunc.parametrize("device", names, scope="module")
 
 

@@ -17,6 +17,7 @@ from diffusers import (
 from server import model
 from server.domain import ImageRequest, Notice, Stage, default_request
 from server.ensemble import checkpoint
+from server.ensemble.trajectory import SCHEDULERS, Trajectory
 from server.settings import EMBEDDED
 
 REQUEST = ImageRequest("a cat", "a dog", (1,), 20, 5.0, 0.8, "euler", 32, 32)
@@ -27,7 +28,7 @@ def ensemble(folders: tuple[Path, Path], device: str) -> model.Ensemble:
     return model.load(checkpoint.inspect(*folders), device=device, precision="fp32")
 
 
-def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> model.Trajectory:
+def finished(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> Trajectory:
     trajectory = ensemble.plan(request, ensemble.encode(request), seed)
     for _ in trajectory.stages:
         ensemble.step([trajectory])
@@ -46,7 +47,7 @@ class Stock:
     def latents(self, request: ImageRequest, seed: int = 1, base_calls: int | None = None) -> torch.Tensor:
         """Final latents. `base_calls` stops the base there, and not where its own counting of `denoising_end` would."""
         for pipeline in (self.base, self.refiner):
-            pipeline.scheduler = model.SCHEDULERS[request.scheduler](pipeline.scheduler.config)
+            pipeline.scheduler = SCHEDULERS[request.scheduler](pipeline.scheduler.config)
         generator = torch.Generator("cpu").manual_seed(seed)
         common = {
             "prompt": request.prompt,
@@ -156,7 +157,7 @@ def test_guidance_negative_prompt_size_and_long_prompts_do_as_the_stock_recipe_d
 
 def test_pixels_are_those_of_the_stock_pipeline(ensemble, stock):
     mine = ensemble.decode(finished(ensemble, replace(REQUEST, high_noise_frac=1.0)))
-    stock.base.scheduler = model.SCHEDULERS["euler"](stock.base.scheduler.config)
+    stock.base.scheduler = SCHEDULERS["euler"](stock.base.scheduler.config)
     theirs = stock.base(
         "a cat", negative_prompt="a dog", num_inference_steps=20, generator=torch.Generator().manual_seed(1),
         height=32, width=32, guidance_scale=5.0,
@@ -172,7 +173,7 @@ def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_d
         vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.2, 1.0])
     try:
         mine = ensemble.decode(trajectory)
-        stock.base.scheduler = model.SCHEDULERS["euler"](stock.base.scheduler.config)
+        stock.base.scheduler = SCHEDULERS["euler"](stock.base.scheduler.config)
         theirs = stock.base(
             "a cat", negative_prompt="a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(1),
             height=32, width=32, guidance_scale=5.0,
@@ -249,9 +250,9 @@ def test_lookahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
     expected = [finished(ensemble, request, seed) for seed in (1, 2)]
     monkeypatch.setattr(ensemble, "_looks_ahead", True)
     calls: list[Stage] = []
-    for stage, network in ensemble._networks.items():
+    for stage, network in ensemble._predictors.items():
         monkeypatch.setitem(
-            ensemble._networks, stage, lambda *inputs, its=network, of=stage: calls.append(of) or its(*inputs)
+            ensemble._predictors, stage, lambda *inputs, its=network, of=stage: calls.append(of) or its(*inputs)
         )
     conditioning = replace(ensemble.encode(request), compiled=True)  # as if the calls were CUDA graphs
     one, other = (ensemble.plan(request, conditioning, seed) for seed in (1, 2))
@@ -273,14 +274,14 @@ def test_lookahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
 
 def test_no_text_is_encoded_twice_in_a_row(ensemble):
     read: list[torch.nn.Module] = []
-    for encoder in ensemble._text_encoders:
+    for encoder in ensemble._networks.text_encoders:
         layer = next(each for each in encoder.modules() if isinstance(each, torch.nn.Embedding))
         layer.register_forward_hook(lambda layer, *_: read.append(layer))
     request = replace(REQUEST, negative_prompt="a hog")  # of which no other test has spoken
     first = ensemble.encode(replace(request, prompt="a hen"))
-    assert len(read) == 2 * len(ensemble._text_encoders), "once for each text, whoever of the experts reads it"
+    assert len(read) == 2 * len(ensemble._networks.text_encoders), "once for each text, whoever of the experts reads it"
     again = ensemble.encode(replace(request, prompt="a hat"))
-    assert len(read) == 3 * len(ensemble._text_encoders), "the negative prompt is the same"
+    assert len(read) == 3 * len(ensemble._networks.text_encoders), "the negative prompt is the same"
     for stage in (Stage.BASE, Stage.REFINER):
         assert torch.equal(first.hidden[stage][0], again.hidden[stage][0])
         assert not torch.equal(first.hidden[stage][1], again.hidden[stage][1])

@@ -113,7 +113,7 @@ def main() -> None:
     gallery = reading.gallery(everything, art.RUNS / f"features-{of.st_size}-{of.st_mtime_ns}.npy")
     sizes = [size[::-1] for size in scenes.sizes().values()]
     experts = checkpoint.inspect(options.weights / "base", options.weights / "refiner")
-    load = functools.partial(model.load, experts, options.device, compile=options.compile, warm_up=sizes)
+    load = functools.partial(model.load, experts, options.device, compile=options.compile, compile_sizes=sizes)
     subject = Subject(
         options.weights, load(options.precision), load(options.beside) if options.beside else None, gallery,
         synonyms.everything(everything.concepts), options.prompts, options.sheet,

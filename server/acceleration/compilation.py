@@ -1,18 +1,16 @@
 """Run network calls in their fast form: by C++ kernels on a CPU, as one graph on CUDA.
 
 On CUDA, and on a CPU that can run the C++ kernels, a network has the fused layers of layers.py. On such a CPU a call of
-any shape runs the kernels. On CUDA a call of the shapes seen while `warming` is captured once and replayed from then
-on, because Python launches kernels more slowly than the device runs them. Elsewhere torch.compile compiles the layers
-that a network repeats, for the shapes seen while `warming`. Calls of other shapes run eagerly.
+any shape runs the kernels. On CUDA a call of the shapes seen while `capturing_shapes` is captured once and replayed
+from then on, because Python launches kernels more slowly than the device runs them. Elsewhere torch.compile compiles
+the layers that a network repeats, for the shapes seen while `capturing_shapes`. Calls of other shapes run eagerly.
 """
 
 import contextlib
 import errno
-import functools
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,186 +22,175 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from server.acceleration import layers
-from server.acceleration.kernels import common, cpu
+from server.acceleration.kernels import cpu
 from server.acceleration.kernels.cpu_library import BuildError
 
 Mode = Literal["auto", "off", "blocks"]
+Execution = Literal["cpu_kernels", "cuda_graphs", "torch_compile"]
 Call = Callable[..., Any]
 
-_BLOCKS = (
-    ResnetBlock2D,
-    Transformer2DModel,
-    Downsample2D,
-    Upsample2D,
-    layers.Resnet,
-    layers.Transformer,
-    layers.Upsample,
-)
-# What a folder does to a compiler, in its own words and in those of what loads a library.
-_NO_PLACE = [os.strerror(each) for each in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
-_NO_PLACE += ["failed to map segment"]
-_BEFORE = 2  # calls before one is recorded, in which kernels are loaded and workspaces made
-_SWITCH_SECONDS = 1e-5  # after which the interpreter is left to others: less made these slower again
-_CODES = 1024  # versions of one function that may be compiled: layers of all sizes share theirs
-# On Hopper the first of these that can compute an attention does: cuDNN's was the fastest there by measurement.
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
+_REPEATED_LAYERS = (ResnetBlock2D, Transformer2DModel, Downsample2D, Upsample2D)
+# A folder that a compiler cannot use is reported in these words, or in those of the dynamic loader.
+_FOLDER_ERRORS = [os.strerror(each) for each in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
+_FOLDER_ERRORS += ["failed to map segment"]
+_CALLS_BEFORE_CAPTURE = 2  # they load kernels and allocate workspaces
+_SWITCH_SECONDS = 1e-5  # between requests for the interpreter; less slowed other threads down again
+_RECOMPILE_LIMIT = 1024  # of one function, which layers of all sizes share
 
 
-def keep_in(folder: Path) -> None:
-    """Let what is compiled from now on be kept in a folder, and taken from there by later processes."""
+def set_cache_dir(folder: Path) -> None:
+    """Keep compiled code in a folder from now on, and look for it there first."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     cpu.set_cache(folder)
 
 
-class CannotKeep(Exception):
+class CacheNotWritable(Exception):
     """Nothing can be written to a folder; the message names it and says why."""
 
 
 def check_writable(folder: Path) -> None:
-    """Raises CannotKeep."""
+    """Raise CacheNotWritable unless a file in the folder can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0" * 4096)  # a full disk still takes a name
     except OSError as error:
-        raise CannotKeep(f"nothing can be written to {folder}: {error.strerror}") from error
+        raise CacheNotWritable(f"nothing can be written to {folder}: {error.strerror}") from error
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """Say why something could not be compiled, and what to do about it."""
+    """Return why compiling failed, and what to do about it."""
     if isinstance(error, BuildError):
         return error.reason, error.advice
-    from torch._inductor.exc import InvalidCxxCompiler  # what compiles has imported it
+    from torch._inductor.exc import InvalidCxxCompiler  # whatever compiled has imported it
 
     inner = getattr(error, "inner_exception", error)
-    words = f"{type(inner).__name__}: {inner}"
-    reason = next(line.strip() for line in words.splitlines() if line.strip())
-    no_place = inner.strerror if isinstance(inner, OSError) else None
-    if no_place is None:
-        no_place = next((each for each in _NO_PLACE if each in words), None)
-    if no_place is None:
+    text = f"{type(inner).__name__}: {inner}"
+    reason = next(line.strip() for line in text.splitlines() if line.strip())
+    folder_error = inner.strerror if isinstance(inner, OSError) else None
+    if folder_error is None:
+        folder_error = next((each for each in _FOLDER_ERRORS if each in text), None)
+    if folder_error is None:
         is_absent = isinstance(inner, InvalidCxxCompiler)
         return reason, "install a C++ compiler" if is_absent else "see that the C++ compiler works"
-    # inductor sets the variable itself where nobody has.
+    # inductor sets the variable itself if it is not set.
     folder = getattr(inner, "filename", None) or os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
-    return f"{folder}: {no_place}", (
+    return f"{folder}: {folder_error}", (
         "let --compile-cache, or TMPDIR without one, name a folder that can be written to, has room, and is not "
         "mounted noexec"
     )
 
 
-class Ways:
-    """A call of a network with tensors, in the way that is wanted: as it is, or `Compiled`, where that is `running`.
+class EagerOrCompiled:
+    """Dispatch a network call to its compiled form inside `running(compiled=True)`, otherwise to the eager one.
 
-    What is compiled can be `made` when it is wanted first, by the thread that wants it.
+    `compile_lazily` makes the compiled form in the thread that needs it first.
     """
 
-    def __init__(self, plain: Call, compiled: "Compiled | None" = None, made: "Callable[[], Compiled] | None" = None):
-        self._plain, self._compiled, self._made = plain, compiled, made
+    def __init__(
+        self,
+        eager: Call,
+        compiled: "CompiledCall | None" = None,
+        compile_lazily: "Callable[[], CompiledCall] | None" = None,
+    ) -> None:
+        self._eager, self._compiled, self._compile_lazily = eager, compiled, compile_lazily
 
     @property
     def shapes(self) -> int:
-        """How many are compiled."""
+        """The number of shapes that are compiled."""
         return 0 if self._compiled is None else self._compiled.shapes
 
-    def forget(self) -> None:
-        """From now on what is compiled is not wanted."""
-        self._compiled = self._made = None
+    def discard(self) -> None:
+        """Discard the compiled form: all calls are eager from now on."""
+        self._compiled = self._compile_lazily = None
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        with _attention:
-            if not _compiled.get():
-                return self._plain(*inputs)
-            if self._compiled is None and self._made is not None:
-                self._compiled = self._made()
-            return (self._compiled or self._plain)(*inputs)
+        if not _compiled.get():
+            return self._eager(*inputs)
+        if self._compiled is None and self._compile_lazily is not None:
+            self._compiled = self._compile_lazily()
+            self._compile_lazily = None
+        return (self._compiled or self._eager)(*inputs)
 
 
-class Compiled:
-    """A call of a network with tensors, compiled for the shapes and dtypes that it is called with while `warming`.
+class CompiledCall:
+    """A call of a network with tensors, compiled for the shapes and dtypes that it sees while `capturing_shapes`.
 
-    `call` takes tensors and makes some with `network`, which is, or will be, on `device`. It is for one thread at a
-    time, and on CUDA for one stream; a tensor that was passed before must not have been written into since.
+    `call` takes tensors and returns some, by `network`, which is, or will be, on `device`. One thread at a time may
+    call it, on CUDA on one stream. A tensor that it has seen must not be written into afterwards.
     """
 
-    def __init__(self, network: nn.Module, call: Call, device: torch.device) -> None:
-        self._call = call
-        self._made: dict[Hashable, Call] = {}
-        self._pool: Any = None
-        self._stream: Any = None
-        if device.type == "cuda":
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as its convolutions want it
+    def __init__(self, network: nn.Module, call: Call, execution: Execution, device: torch.device) -> None:
+        self._eager, self._execution = call, execution
+        self._compiled: dict[Hashable, Call] = {}
+        self._fast = call
+        if execution == "cuda_graphs":
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # for cuDNN's convolutions
             self._pool = torch.cuda.graph_pool_handle()
-            # Graphs recorded on one stream share a workspace of cuBLAS, and those of two networks may run at one time.
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._compiled = call
-        self._takes_any_shape = layers.run_cpu_kernels(network)
-        if self._takes_any_shape:
-            self._compiled = _by_cpu_kernels(call)
-        elif device.type != "cuda":
-            _compile_blocks(network)
+            # Graphs captured on one stream share a workspace of cuBLAS, and two networks may run at the same time.
+            self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        elif execution == "cpu_kernels":
+            self._fast = _by_cpu_kernels(call)
+        else:
+            _compile_repeated_layers(network)
 
     @property
     def shapes(self) -> int:
-        """How many are compiled."""
-        return len(self._made)
+        """The number of shapes that are compiled."""
+        return len(self._compiled)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         key = tuple((each.shape, each.dtype) for each in inputs)
-        if _warming.get() and key not in self._made:
-            self._made[key] = self._recorded(inputs) if self._pool is not None else self._compiled
-        if key in self._made:
-            return self._made[key](*inputs)
-        if self._takes_any_shape:
-            return self._compiled(*inputs)
+        if _capturing.get() and key not in self._compiled:
+            self._compiled[key] = self._capture(inputs) if self._execution == "cuda_graphs" else self._fast
+        if key in self._compiled:
+            return self._compiled[key](*inputs)
+        if self._execution == "cpu_kernels":
+            return self._fast(*inputs)
         with running(compiled=False):
-            return self._call(*inputs)
+            return self._eager(*inputs)
 
-    def _recorded(self, inputs: tuple[torch.Tensor, ...]) -> Call:
-        """A call of these shapes as one graph, over inputs and an output of its own."""
-        held = [each.clone() for each in inputs]
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> Call:
+        """Capture a call of these shapes as one graph, with input and output tensors of its own."""
+        static_inputs = [each.clone() for each in inputs]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(_BEFORE):
-                self._compiled(*held)
+            for _ in range(_CALLS_BEFORE_CAPTURE):
+                self._fast(*static_inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            made = self._compiled(*held)
+            static_output = self._fast(*static_inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
 
         last: list[torch.Tensor | None] = [None] * len(inputs)
 
-        def replayed(*inputs: torch.Tensor) -> Any:
+        def replay(*inputs: torch.Tensor) -> Any:
             for at, each in enumerate(inputs):
-                if each is not last[at]:  # what the text says stays the same for all steps
-                    held[at].copy_(each)
+                if each is not last[at]:  # the text embedding is the same for all steps
+                    static_inputs[at].copy_(each)
                     last[at] = each
             graph.replay()
-            return tree_map(torch.clone, made)  # the next replay writes over it
+            return tree_map(torch.clone, static_output)  # the next replay overwrites it
 
-        return replayed
+        return replay
 
 
-# Of each thread its own: one can compile while another makes images.
+# Per thread: one can compile while another makes images.
 _compiled: ContextVar[bool] = ContextVar("compiled", default=False)
-_warming: ContextVar[bool] = ContextVar("warming", default=False)
+_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 
 
-def runs() -> bool:
-    """Whether this thread makes the compiled calls, where there are any."""
+def is_running_compiled() -> bool:
+    """Return whether this thread makes compiled calls, where there are any."""
     return _compiled.get()
 
 
 @contextlib.contextmanager
 def running(compiled: bool) -> Iterator[None]:
-    """While this lasts, this thread makes the compiled calls, where there are any, or none of them."""
+    """Let this thread make compiled calls, where there are any, or eager ones."""
     token = _compiled.set(compiled)
     try:
         yield
@@ -212,27 +199,27 @@ def running(compiled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def warming() -> Iterator[None]:
-    """While this lasts, shapes that this thread sees for the first time where it is `running` compiled are compiled."""
-    token = _warming.set(True)
+def capturing_shapes() -> Iterator[None]:
+    """Let this thread compile calls for the shapes that it sees, where it is `running` compiled ones."""
+    token = _capturing.set(True)
     try:
-        # What is configured holds for the thread that does it. inductor keeps the C++ that it writes by a key without
-        # the instructions that it is for, and would compile it for others: that fails, or computes nonsense.
+        # The configuration applies to this thread. inductor caches C++ code under a key that lacks the CPU's
+        # instruction set. Code for another instruction set would fail, or compute nonsense.
         keys = torch.compiler.config.cache_key_tag + torch.backends.cpu.get_cpu_capability()
         with (
-            torch._dynamo.config.patch(recompile_limit=_CODES, accumulated_recompile_limit=_CODES),
+            torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT),
             torch.compiler.config.patch(cache_key_tag=keys),  # type: ignore[attr-defined]
         ):
             yield
     finally:
-        _warming.reset(token)
+        _capturing.reset(token)
 
 
 @contextlib.contextmanager
-def beside_others() -> Iterator[None]:
-    """While this lasts, a thread that compiles, mostly in Python, leaves the interpreter to others soon after they ask.
+def yielding_gil() -> Iterator[None]:
+    """Make Python threads, above all one that compiles, yield the interpreter soon after another requests it.
 
-    Each of a network's thousands of operations lets go of it, and by Python's default waits 5 ms to have it back.
+    Each of a network's thousands of operations releases it, and by default waits 5 ms to have it back.
     """
     usual = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -242,60 +229,32 @@ def beside_others() -> Iterator[None]:
         sys.setswitchinterval(usual)
 
 
-class _Attention(contextlib.AbstractContextManager[None]):
-    """The order of `_ATTENTION`, which torch has for the whole process: it stands as long as any thread is inside."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._order = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0 and _has_hopper():
-                self._order.enter_context(sdpa_kernel(_ATTENTION, set_priority=True))
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._order.close()
-
-
-_attention = _Attention()
-
-
-@functools.cache
-def _has_hopper() -> bool:
-    return torch.cuda.is_available() and common.is_hopper(torch.device("cuda"))
-
-
-class _Block(nn.Module):
-    """A layer that runs compiled or as it is."""
+class CompiledLayer(nn.Module):
+    """A layer that torch.compile compiles, or the eager layer where this thread is not `running` compiled calls."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self._ways: dict[bool, Callable[..., Any]] = {
+        self._forms: dict[bool, Callable[..., Any]] = {
             True: torch.compile(layer, fullgraph=True, dynamic=False),
             False: layer,
         }
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self._ways[_compiled.get()](*inputs, **named)
+        """Call the layer."""
+        return self._forms[_compiled.get()](*inputs, **named)
 
 
 def _by_cpu_kernels(call: Call) -> Call:
-    def made(*inputs: torch.Tensor) -> Any:
+    def by_kernels(*inputs: torch.Tensor) -> Any:
         with cpu.active():
             return call(*inputs)
 
-    return made
+    return by_kernels
 
 
-def _compile_blocks(network: nn.Module) -> None:
+def _compile_repeated_layers(network: nn.Module) -> None:
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
-            if isinstance(layer, _BLOCKS):
-                setattr(module, name, _Block(layer))
+            if isinstance(layer, _REPEATED_LAYERS):
+                setattr(module, name, CompiledLayer(layer))

@@ -97,13 +97,16 @@ class Model(Protocol[ConditioningT, TrajectoryT]):
 class ServedModel(Model[ConditioningT, TrajectoryT], Protocol[ConditioningT, TrajectoryT]):
     """A model with what its service publishes and compiles.
 
-    Another thread may call `compile` during any other call. It returns the `info` with which calls are faster, and the
-    first image that the request then makes. Prompts encoded after `info` is set to it use the compiled calls, for all
-    of their image; prompts encoded before finish as they began.
+    `set_info` replaces the description; images whose prompts are encoded later have its environment. Another thread may
+    call `compile` during any other call. It returns the `info` of the compiled calls, and the first image that they
+    make for the request. After `use_compiled(info)`, images whose prompts are encoded later use the compiled calls
+    throughout; the others finish as they began.
     """
 
-    info: ModelInfo
-
+    @property
+    def info(self) -> ModelInfo: ...
+    def set_info(self, info: ModelInfo) -> None: ...
+    def use_compiled(self, info: ModelInfo) -> None: ...
     def compile(self, request: ImageRequest) -> tuple[ModelInfo, NDArray[np.uint8]]: ...
 
 

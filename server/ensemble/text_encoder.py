@@ -1,4 +1,4 @@
-"""A CLIP text encoder as pipelines of diffusers call one, without what need not be done in every call."""
+"""A CLIP text encoder that diffusers' pipelines call, without work that need not be done in every call."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -9,13 +9,13 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from server.acceleration import compilation
-from server.acceleration.compilation import Compiled, Ways
+from server.acceleration.compilation import CompiledCall, EagerOrCompiled
 
-_KEPT = 2  # texts: those of one request
+_CACHED_TEXTS = 2  # the prompt and the negative prompt of one request
 
 
 class Encoded:
-    """What pipelines read of a text encoder's output: its first value, and the states before the last layer."""
+    """The parts of a text encoder's output that pipelines read: its first value, and the penultimate hidden state."""
 
     def __init__(self, first: torch.Tensor, penultimate: torch.Tensor) -> None:
         self._first = first
@@ -26,36 +26,37 @@ class Encoded:
 
 
 class TextEncoder(nn.Module):
-    """Answers for a text encoder that is, or will be, on `device`; by a recorded call if it `records`, on CUDA.
+    """Call a text encoder that is, or will be, on `device`; on CUDA as a graph if `captures`.
 
-    It keeps what it made of the last two texts: the experts share an encoder and read the same prompt, and many
-    requests have the same negative prompt, or none. The encoder is not among its modules, all of which pipelines ask
-    before every call whether they are offloaded; that takes milliseconds.
+    It caches the last two texts: the experts share an encoder and read the same prompt, and many requests have the same
+    negative prompt, or none. The encoder is not among its modules: before every call pipelines ask all their modules
+    whether they are offloaded, which takes milliseconds.
     """
 
     def __init__(
-        self, encoder: CLIPTextModel | CLIPTextModelWithProjection, device: torch.device, records: bool
+        self, encoder: CLIPTextModel | CLIPTextModelWithProjection, device: torch.device, captures: bool
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.device = encoder.config, encoder.dtype, device
         self._hidden = (encoder,)
-        self._call = Ways(self._states, Compiled(encoder, self._states, device) if records else None)
-        self._kept: OrderedDict[Hashable, Encoded] = OrderedDict()
+        compiled = CompiledCall(encoder, self._states, "cuda_graphs", device) if captures else None
+        self._call = EagerOrCompiled(self._states, compiled)
+        self._cache: OrderedDict[Hashable, Encoded] = OrderedDict()
 
     @property
     def shapes(self) -> int:
-        """How many are compiled."""
+        """The number of shapes that are compiled."""
         return self._call.shapes
 
     def forward(self, ids: torch.Tensor, output_hidden_states: bool = True) -> Encoded:
-        """Of token ids, (1, 77)."""
-        text = compilation.runs(), ids.cpu().numpy().tobytes()
-        if text not in self._kept:
-            self._kept[text] = Encoded(*self._call(ids))
-        self._kept.move_to_end(text)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[text]
+        """Encode token ids, (1, 77)."""
+        text = compilation.is_running_compiled(), ids.cpu().numpy().tobytes()
+        if text not in self._cache:
+            self._cache[text] = Encoded(*self._call(ids))
+        self._cache.move_to_end(text)
+        while len(self._cache) > _CACHED_TEXTS:
+            self._cache.popitem(last=False)
+        return self._cache[text]
 
     def _states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = self._hidden[0](ids, output_hidden_states=True)

@@ -30,7 +30,8 @@ from server.acceleration.kernels import cpu, cpu_library
 from server.domain import Environment, ImageRequest, OutOfMemory, default_request
 from server.engine.events import Failed, Finished
 from server.engine.interface import Submission
-from server.ensemble import checkpoint
+from server.ensemble import checkpoint, optimization
+from server.ensemble.trajectory import Trajectory
 from server.errors import CompileError
 from server.observability.metrics import Metrics
 from server.runtime import Runtime
@@ -47,14 +48,14 @@ def drawn(ensemble: model.Ensemble, side: int = SIDE, **changes) -> np.ndarray:
     return finished(ensemble, begun(ensemble, side, **changes))
 
 
-def begun(ensemble: model.Ensemble, side: int = SIDE, **changes) -> model.Trajectory:
+def begun(ensemble: model.Ensemble, side: int = SIDE, **changes) -> Trajectory:
     request = replace(default_request(ensemble.info, "cat", seed=1), steps=5, width=side, height=side, **changes)
     trajectory = ensemble.plan(request, ensemble.encode(request), 1)
     ensemble.step([trajectory])
     return trajectory
 
 
-def finished(ensemble: model.Ensemble, trajectory: model.Trajectory) -> np.ndarray:
+def finished(ensemble: model.Ensemble, trajectory: Trajectory) -> np.ndarray:
     for _ in trajectory.stages[trajectory.position :]:
         ensemble.step([trajectory])
     return ensemble.decode(trajectory)
@@ -90,7 +91,7 @@ def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.T
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which loading sets, for this process: it is put back
         patch.setenv("TRITON_CACHE_DIR", "")
         experts = checkpoint.inspect(*folders)
-        loaded = model.load(experts, device="cpu", compile="blocks", compile_cache=cache, warm_up=[(SIDE, SIDE)])
+        loaded = model.load(experts, device="cpu", compile="blocks", compile_cache=cache, compile_sizes=[(SIDE, SIDE)])
         assert any(cache.rglob("*.so")), "what is compiled is kept"
     return loaded
 
@@ -230,7 +231,8 @@ def test_what_was_compiled_for_other_instructions_is_compiled_again(tmp_path):
     """A cache can be that of machines with other CPUs."""
     code = (
         "import torch; from server.acceleration import compilation; values = torch.linspace(0, 1, 1000)\n"
-        "with compilation.warming(): made = torch.compile(lambda values: (values.cos() * 2).sum() + values)(values)\n"
+        "call = torch.compile(lambda values: (values.cos() * 2).sum() + values)\n"
+        "with compilation.capturing_shapes(): made = call(values)\n"
         "assert torch.allclose(made, (values.cos() * 2).sum() + values)"
     )
     for capability in ("avx2", "default", "avx2"):
@@ -245,7 +247,7 @@ def test_what_goes_without_compiled_networks_is_not_built(folders, changes: dict
 
 def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):
     with pytest.raises(CompileError, match="multiples of 2: --compile-sizes cannot have 33x64"):
-        model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", warm_up=[(33, 64), (64, 64)])
+        model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_sizes=[(33, 64), (64, 64)])
 
 
 def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, as_installed, tmp_path: Path):
@@ -276,7 +278,13 @@ def load_with_copies(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         pytest.skip("no kernels suit this CPU")
 
     def load(**options) -> model.Ensemble:
-        monkeypatch.setattr(model, "_check_compiles_while_serving", lambda device: None)
+        choose = optimization.choose
+
+        def choose_with_copies(options: optimization.Options, target: optimization.Target):
+            plan = choose(replace(options, compile_while_serving=False), target)
+            return replace(plan, shared_weight_copies=True)
+
+        monkeypatch.setattr(model, "choose", choose_with_copies)
         return model.load(
             checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_while_serving=True, **options
         )
@@ -287,8 +295,8 @@ def load_with_copies(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 def test_the_eager_networks_serve_until_their_shared_weight_copies_are_compiled(folders, load_with_copies, monkeypatch):
     eager = drawn(model.load(checkpoint.inspect(*folders), device="cpu", max_batch=2))
     fused: list[nn.Module] = []
-    fuse = layers.fuse
-    monkeypatch.setattr(layers, "fuse", lambda network, device: fused.append(network) or fuse(network, device))
+    fuse = layers.fuse_layers
+    monkeypatch.setattr(layers, "fuse_layers", lambda network, device: fused.append(network) or fuse(network, device))
     usual = sys.getswitchinterval()
     ensemble = load_with_copies(max_batch=2)
     assert not fused
@@ -299,7 +307,7 @@ def test_the_eager_networks_serve_until_their_shared_weight_copies_are_compiled(
         while not compiling.done():
             assert np.array_equal(drawn(ensemble), eager)
     assert sys.getswitchinterval() == usual
-    ensemble.info, _ = compiling.result()
+    ensemble.use_compiled(compiling.result()[0])
     assert len({id(each) for each in fused}) == 3, "the base, the refiner and the decoder"
     begun_after = begun(ensemble)
     assert begun_before.batch_key != begun_after.batch_key
@@ -311,23 +319,28 @@ def test_the_eager_networks_serve_until_their_shared_weight_copies_are_compiled(
 
 
 def test_a_failed_compilation_gives_its_memory_back_and_the_eager_networks_go_on(load_with_copies, monkeypatch):
-    ensemble = load_with_copies()
-    expected = drawn(ensemble)
     copies: list[weakref.ref[nn.Module]] = []
-    copy = layers.share_weights
+    share_weights, fuse_layers = layers.share_weights, layers.fuse_layers
 
-    def copy_or_nothing(network: nn.Module) -> nn.Module:
-        if len(copies) == 1:
-            raise torch.OutOfMemoryError("no room for another")
-        made = copy(network)
+    def share(network: nn.Module) -> nn.Module:
+        made = share_weights(network)
         copies.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(layers, "share_weights", copy_or_nothing)
+    def fuse_the_first(network: nn.Module, device: str) -> None:
+        if network is not copies[0]():
+            raise torch.OutOfMemoryError("no room for another")
+        fuse_layers(network, device)
+
+    monkeypatch.setattr(layers, "share_weights", share)
+    monkeypatch.setattr(layers, "fuse_layers", fuse_the_first)
+    ensemble = load_with_copies(max_batch=2)
+    expected = drawn(ensemble)
     with pytest.raises(OutOfMemory):
         ensemble.compile(default_request(ensemble.info, "a photo of a cat"))
     gc.collect()
-    assert [each() for each in copies] == [None]
+    assert len(copies) == 3, "the base, the refiner and the autoencoder"
+    assert [each() for each in copies] == [None] * 3
     assert np.array_equal(drawn(ensemble), expected)
 
 
@@ -464,7 +477,7 @@ class TestWhileServing:
 
     def test_a_signal_ends_it_in_the_middle(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path)
-        server.wait_for_log("compiling; meanwhile")
+        server.wait_for_log("compiling; eager")
         assert server.stop() == 0
         assert "Traceback" not in server.log
 

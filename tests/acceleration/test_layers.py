@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from server import model
-from server.acceleration import layers
+from server.acceleration import convolutions, layers, quantization
 from server.acceleration.kernels import convolution, cpu, tiles
 from server.domain import Stage, default_request
 from server.ensemble import checkpoint
+from server.ensemble.batch_invariance import make_batch_invariant
 from server.errors import CompileError, NoDevice
 from server.settings import EMBEDDED, Settings
 
@@ -56,7 +57,7 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_a_network_made_over_predicts_the_same_noise(device: str, expert: str, size: tuple[int, int]):
     plain = unet(expert)
     fused = copy.deepcopy(plain)
-    layers.fuse(fused, device)
+    layers.fuse_layers(fused, device)
     assert error(predicted(fused, *size), predicted(plain, *size)) < 1e-5
 
 
@@ -64,17 +65,17 @@ def test_a_network_made_over_predicts_the_same_noise(device: str, expert: str, s
 def test_a_decoder_made_over_decodes_the_same_pixels(device: str):
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
-    layers.fuse(fused.decoder, device)
+    layers.fuse_layers(fused.decoder, device)
     latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
 
 
-def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, layers.Upsample]:
+def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, convolutions.Upsample]:
     """diffusers' layer and the one made over for a device, as `fuse` leaves it."""
     torch.manual_seed(0)
     plain = Upsample2D(channels, use_conv=True).requires_grad_(False)
-    return plain, layers.Upsample(copy.deepcopy(plain), device).to(memory_format=torch.channels_last)
+    return plain, convolutions.Upsample(copy.deepcopy(plain), device).to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "by a kernel"])
@@ -83,7 +84,7 @@ def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, layers.Upsam
 def test_an_enlarged_image_is_convolved_to_its_edges(device: str, size: tuple[int, int], cut: tuple[int, int] | None):
     plain, made_over = enlarging("cpu" if device == "cpu" else "cuda")
     if device == "by a kernel":
-        made_over.become_kernel()
+        made_over.use_kernel()
     images = torch.randn(2, 48, *size)
     output_size = None if cut is None else tuple(2 * side - less for side, less in zip(size, cut, strict=True))
     made, expected = made_over(images, output_size), plain(images, output_size)
@@ -93,8 +94,8 @@ def test_an_enlarged_image_is_convolved_to_its_edges(device: str, size: tuple[in
 
 def test_weights_are_summed_before_they_are_rounded():
     plain, _ = enlarging("cuda")
-    rounded = layers._by_phases(plain.conv.bfloat16()).weight
-    assert torch.equal(rounded, layers._by_phases(plain.conv.float()).weight.bfloat16())
+    rounded = convolutions._by_phases(plain.conv.bfloat16()).weight
+    assert torch.equal(rounded, convolutions._by_phases(plain.conv.float()).weight.bfloat16())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -115,9 +116,9 @@ def test_an_enlarged_image_has_the_same_bytes_at_any_place(threads: int):
 def test_in_fp8_an_enlarged_image_is_nearly_the_same():
     plain, made_over = enlarging("cuda")
     images = torch.randn(2, 48, 8, 8)
-    with layers.observing():
+    with quantization.calibrating():
         made_over(images)
-    made_over.quantise(made_over.observed())
+    made_over.quantize(made_over.calibration_scale())
     assert 1e-3 < error(made_over(images), plain(images)) < 0.05
     assert made_over.weight.dtype == torch.float8_e4m3fn
     assert error(made_over(images, (15, 16)), plain(images, (15, 16))) < 1e-6, "odd sizes are not in fp8"
@@ -125,7 +126,7 @@ def test_in_fp8_an_enlarged_image_is_nearly_the_same():
 
 def winograd(network: nn.Module) -> list[bool]:
     """For each convolution of a residual network, whether it runs as a Winograd convolution."""
-    return [each.uses_winograd for each in network.modules() if isinstance(each, layers.ResnetConvolution)]
+    return [each.uses_winograd for each in network.modules() if isinstance(each, convolutions.ResnetConvolution)]
 
 
 @pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
@@ -134,10 +135,10 @@ def winograd(network: nn.Module) -> list[bool]:
 def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_run(expert: str, size: tuple[int, int]):
     plain = unet(expert)
     fused = copy.deepcopy(plain)
-    layers.fuse(fused, "cpu")
+    layers.fuse_layers(fused, "cpu")
     before = predicted(fused, *size)
-    assert layers.run_cpu_kernels(fused)
-    layers.multiply_by_cpu_kernels(fused)
+    assert layers.supports_cpu_kernels(fused)
+    layers.use_cpu_kernels(fused)
     assert torch.equal(predicted(fused, *size), before), "they do not run yet"
     with cpu.active():
         assert all(winograd(fused))
@@ -150,8 +151,8 @@ def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_ru
 def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
-    layers.fuse(fused.decoder, "cpu")
-    layers.multiply_by_cpu_kernels(fused.decoder)
+    layers.fuse_layers(fused.decoder, "cpu")
+    layers.use_cpu_kernels(fused.decoder)
     latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), cpu.active():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
@@ -159,24 +160,24 @@ def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
 
 def test_a_network_that_was_not_made_over_or_is_not_in_fp32_is_not_for_the_kernels_of_a_cpu():
     network = unet("refiner")
-    assert not layers.run_cpu_kernels(network)
-    layers.fuse(network, "cpu")
-    assert not layers.run_cpu_kernels(network.bfloat16())
+    assert not layers.supports_cpu_kernels(network)
+    layers.fuse_layers(network, "cpu")
+    assert not layers.supports_cpu_kernels(network.bfloat16())
 
 
 @pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
 def test_quantized_convolutions_do_not_run_cpu_kernels():
     network = unet("base")
-    layers.fuse(network, "cpu")
+    layers.fuse_layers(network, "cpu")
     quantise(network)
-    layers.multiply_by_cpu_kernels(network)
+    layers.use_cpu_kernels(network)
     with cpu.active():
         assert not any(winograd(network))
 
 
 def test_what_was_made_of_a_text_is_not_taken_for_another():
     layer = nn.Linear(4, 4)
-    once = layers._Once(layer)
+    once = layers.MemoizeLast(layer)
     texts = [torch.ones(2, 4), torch.zeros(2, 4)]
     with torch.inference_mode():
         for text in [*texts, *texts]:
@@ -187,25 +188,25 @@ def test_what_was_made_of_a_text_is_not_taken_for_another():
 def test_in_fp8_a_network_predicts_nearly_the_same_noise():
     plain = unet("base")
     fused = copy.deepcopy(plain)
-    layers.fuse(fused)
-    with layers.observing():
+    layers.fuse_layers(fused)
+    with quantization.calibrating():
         predicted(fused)
-    for layer in layers.quantisable(fused).values():
-        layer.quantise(layer.observed())
+    for layer in quantization.quantizable(fused).values():
+        layer.quantize(layer.calibration_scale())
     assert 1e-4 < error(predicted(fused), predicted(plain)) < 0.05
 
 
-def convolutions(network: nn.Module) -> list[layers.Convolving]:
-    return [each for each in network.modules() if isinstance(each, layers.Convolving)]
+def all_convolutions(network: nn.Module) -> list[convolutions.QuantizableConvolution]:
+    return [each for each in network.modules() if isinstance(each, convolutions.QuantizableConvolution)]
 
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: str):
     plain = unet(expert)
     by_kernel = copy.deepcopy(plain)
-    layers.fuse(by_kernel)
-    layers.convolve_by_kernel(by_kernel)
-    assert all(each.is_kernel for each in convolutions(by_kernel))
+    layers.fuse_layers(by_kernel)
+    layers.use_convolution_kernels(by_kernel)
+    assert all(each.uses_kernel for each in all_convolutions(by_kernel))
     assert error(predicted(by_kernel, 20, 44), predicted(plain, 20, 44)) < 1e-5
 
 
@@ -218,38 +219,38 @@ def test_a_network_some_of_whose_convolutions_are_faster_by_a_kernel_predicts_th
     monkeypatch.setattr(convolution, "convolve", lambda *given: by_kernel.append(given[0]) or convolve(*given))
     plain = unet(expert)
     mixed = copy.deepcopy(plain)
-    layers.fuse(mixed)
+    layers.fuse_layers(mixed)
     assert error(predicted(mixed, 32, 32), predicted(plain, 32, 32)) < 1e-5
-    ways_up = [each for each in mixed.modules() if isinstance(each, layers.Upsample)]
-    assert all(each.is_kernel for each in ways_up)
+    ways_up = [each for each in mixed.modules() if isinstance(each, convolutions.Upsample)]
+    assert all(each.uses_kernel for each in ways_up)
     assert len(by_kernel) > len(ways_up) > 0
-    assert not any(each.is_kernel for each in mixed.modules() if isinstance(each, layers.ResnetConvolution))
+    assert not any(each.uses_kernel for each in mixed.modules() if isinstance(each, convolutions.ResnetConvolution))
 
 
 def quantise(network: nn.Module) -> None:
-    for layer in convolutions(network):
-        layer.quantise(torch.tensor(0.1))
+    for layer in all_convolutions(network):
+        layer.quantize(torch.tensor(0.1))
 
 
-@pytest.mark.parametrize("change", [layers.convolve_by_kernel, quantise])
+@pytest.mark.parametrize("change", [layers.use_convolution_kernels, quantise])
 def test_convolutions_by_a_kernel_take_all_images_at_once(change: Callable[[nn.Module], None]):
     plain, changed = unet("base"), unet("base")
-    layers.fuse(plain)
-    layers.fuse(changed)
+    layers.fuse_layers(plain)
+    layers.fuse_layers(changed)
     change(changed)
-    by_image, fewer = (len(list(model._take_by_image(each, "cuda"))) for each in (plain, changed))
-    assert by_image - fewer == len(convolutions(changed)) > 0
+    by_image, fewer = (len(make_batch_invariant(each, "cuda")) for each in (plain, changed))
+    assert by_image - fewer == len(all_convolutions(changed)) > 0
 
 
 def test_a_kernel_reads_the_weights_that_were_there_and_no_copy_of_them():
     network = unet("base")
-    layers.fuse(network)
-    before = [each.layer.weight.data_ptr() for each in convolutions(network)]
-    layers.convolve_by_kernel(network)
+    layers.fuse_layers(network)
+    before = [each.layer.weight.data_ptr() for each in all_convolutions(network)]
+    layers.use_convolution_kernels(network)
     network.to(memory_format=torch.channels_last)  # as those that are compiled are once more
-    assert [each.weight.data_ptr() for each in convolutions(network)] == before
+    assert [each.weight.data_ptr() for each in all_convolutions(network)] == before
     quantise(network)
-    assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in convolutions(network))
+    assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in all_convolutions(network))
 
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
@@ -258,7 +259,7 @@ def test_a_twin_is_made_over_and_its_network_is_left_as_it_was(expert: str):
     expected, weights = predicted(network), {each.data_ptr(): each.stride() for each in network.parameters()}
     twin = layers.share_weights(network)
     assert weights.keys() == {each.data_ptr() for each in twin.parameters()}, "their weights are in memory once"
-    layers.fuse(twin)
+    layers.fuse_layers(twin)
     assert error(predicted(twin), expected) < 1e-5
     assert torch.equal(predicted(network), expected)
     assert weights == {each.data_ptr(): each.stride() for each in network.parameters()}
@@ -269,25 +270,25 @@ def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
     odd = unet("base")
     odd.time_embed_act = nn.SiLU()
     before = predicted(odd)
-    with pytest.raises(layers.CannotFuse, match="UNet2DConditionModel"):
-        layers.fuse(odd)
+    with pytest.raises(layers.UnsupportedLayer, match="UNet2DConditionModel"):
+        layers.fuse_layers(odd)
     assert torch.equal(predicted(odd), before)
 
 
 @pytest.mark.parametrize(("spared", "in_fp8"), [(0, {0, 1, 2}), (1, {0, 1}), (2, {0}), (9, set())])
 def test_the_last_blocks_of_a_network_can_be_spared(spared: int, in_fp8: set[int]):
     fused = unet("base")
-    layers.fuse(fused)
-    names = layers.quantisable(fused, spared)
+    layers.fuse_layers(fused)
+    names = quantization.quantizable(fused, spared)
     assert {int(name.split(".")[1]) for name in names if name.startswith("up_blocks.")} == in_fp8
     assert {name.split(".")[0] for name in names} >= {"down_blocks", "mid_block"}, "but for those all can"
 
 
 def test_what_no_input_showed_has_no_scale():
     fused = unet("base")
-    layers.fuse(fused)
+    layers.fuse_layers(fused)
     with pytest.raises(RuntimeError, match="no input was seen"):
-        next(iter(layers.quantisable(fused).values())).observed()
+        next(iter(quantization.quantizable(fused).values())).calibration_scale()
 
 
 def load(**options) -> model.Ensemble:
@@ -321,7 +322,7 @@ def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are(in_fp8: mode
     for stage, left in ((Stage.BASE, {2}), (Stage.REFINER, {1, 2})):
         unet = in_fp8._unets[stage]
         for at, block in enumerate(unet.up_blocks):
-            scales = [each.scale for each in block.modules() if isinstance(each, layers.Quantisable)]
+            scales = [each.scale for each in block.modules() if isinstance(each, quantization.Quantizable)]
             assert scales
             assert all((scale is None) == (at in left) for scale in scales)
 
@@ -340,19 +341,19 @@ def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_
     (kept / "something").mkdir(parents=True)
     assert np.array_equal(drawn(load(precision="fp8", compile_cache=kept_in)), image), "without them it observes again"
     assert [each for each in caplog.messages if "kept" in each] == [
-        f"what fp8 observed is not kept: {kept_in}: Is a directory"
+        f"the scales of fp8 are not kept: {kept_in}: Is a directory"
     ]
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(torch.nan), torch.tensor(0.0), torch.ones(2), torch.tensor(1)], ids=str)
 def test_kept_scales_that_can_be_none_count_as_none(scale: torch.Tensor, tmp_path: Path):
     kept = tmp_path / "scales.safetensors"
-    layers.keep_scales({"good": torch.tensor(0.5)}, kept)
-    assert layers.kept_scales(kept) == {"good": 0.5}
-    layers.keep_scales({"good": torch.tensor(0.5), "bad": scale}, kept)
-    assert layers.kept_scales(kept) == {}
+    quantization.save_scales({"good": torch.tensor(0.5)}, kept)
+    assert quantization.load_scales(kept) == {"good": 0.5}
+    quantization.save_scales({"good": torch.tensor(0.5), "bad": scale}, kept)
+    assert quantization.load_scales(kept) == {}
     kept.write_bytes(b"cut off")
-    assert layers.kept_scales(kept) == {}
+    assert quantization.load_scales(kept) == {}
     assert list(tmp_path.iterdir()) == [kept]
 
 
@@ -368,10 +369,10 @@ def test_on_a_processor_fp8_is_for_one_image_to_a_call():
 def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_drawn_as_it_is_where_not(
     plain, monkeypatch: pytest.MonkeyPatch
 ):
-    def odd(network: nn.Module, device: str) -> None:
-        raise layers.CannotFuse("UNet2DConditionModel has an unusual Transformer2DModel")
+    def odd(network: nn.Module) -> None:
+        raise layers.UnsupportedLayer("UNet2DConditionModel has an unusual Transformer2DModel")
 
-    monkeypatch.setattr(layers, "fuse", odd)
+    monkeypatch.setattr(layers, "check_supported", odd)
     with pytest.raises(CompileError, match="unusual Transformer2DModel; leave --compile off, and --precision auto"):
         load(precision="fp8")
     assert np.array_equal(drawn(load()), plain)

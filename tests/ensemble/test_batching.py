@@ -17,6 +17,7 @@ from server.acceleration import compilation
 from server.acceleration.kernels import cpu
 from server.domain import ImageRequest, OutOfMemory, Stage, StepFailed
 from server.ensemble import checkpoint
+from server.ensemble.trajectory import SCHEDULERS, Trajectory
 from server.settings import EMBEDDED
 
 ROOM = 8  # images to a call
@@ -36,11 +37,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def planned(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> model.Trajectory:
+def planned(ensemble: model.Ensemble, request: ImageRequest, seed: int = 1) -> Trajectory:
     return ensemble.plan(request, ensemble.encode(request), seed)
 
 
-def finish(ensemble: model.Ensemble, *together: model.Trajectory) -> None:
+def finish(ensemble: model.Ensemble, *together: Trajectory) -> None:
     """Step those of like batch key together until none has a step left."""
     while unfinished := [each for each in together if each.position < len(each.stages)]:
         key = unfinished[0].batch_key
@@ -54,13 +55,13 @@ def image(ensemble: model.Ensemble, request: ImageRequest) -> np.ndarray:
     return ensemble.decode(trajectory)
 
 
-def neighbour(ensemble: model.Ensemble, like: model.Trajectory, request: ImageRequest, chance: random.Random):
+def neighbour(ensemble: model.Ensemble, like: Trajectory, request: ImageRequest, chance: random.Random):
     """An image that may share the next call, and has nothing else in common but what a call demands."""
     other = replace(
         request,
         prompt=chance.choice(["a house", "x" * 300, "the sea"]),
         negative_prompt=chance.choice(["", "fog"]),
-        scheduler=chance.choice(list(model.SCHEDULERS)),
+        scheduler=chance.choice(list(SCHEDULERS)),
         steps=chance.randint(3, 12),
         guidance_scale=chance.uniform(1.5, 12) if request.guidance_scale > 1 else chance.uniform(0, 1),
         high_noise_frac=chance.choice([0.3, 0.6]),
@@ -77,7 +78,7 @@ def image_in_company(
 ) -> np.ndarray:
     """The image of a request whose every step others share, at steps of their own; they come, and go half-way."""
     mine = planned(ensemble, request)
-    others: list[model.Trajectory] = []
+    others: list[Trajectory] = []
     while mine.position < len(mine.stages):
         staying = [each for each in others if each.position < len(each.stages) and chance.random() < 0.7]
         others = [each for each in staying if each.batch_key == mine.batch_key]
@@ -130,7 +131,7 @@ BY_KERNELS = pytest.mark.skipif(not cpu.is_supported(), reason="the C++ kernels 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param({"compile": "blocks", "warm_up": [(192, 168)]}, marks=BY_KERNELS)]
+    "options", [{}, pytest.param({"compile": "blocks", "compile_sizes": [(192, 168)]}, marks=BY_KERNELS)]
 )
 def test_an_embedded_image_has_the_same_bytes_in_any_company(options: dict):
     experts = checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner")
@@ -256,7 +257,7 @@ def test_a_scheduler_that_raises_stops_its_own_image_alone(ensemble, broken_at: 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-@pytest.mark.parametrize("scheduler", list(model.SCHEDULERS))
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_out_of_memory_leaves_every_image_where_it_was(ensemble, scheduler: str, error: Exception):
     request = replace(REQUEST, scheduler=scheduler, steps=4)
     alone = image(ensemble, request)

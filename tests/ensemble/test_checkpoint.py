@@ -20,7 +20,7 @@ from serving import PATIENCE, ROOT, connect
 
 from server import model
 from server.domain import Stage, default_request
-from server.ensemble import checkpoint
+from server.ensemble import checkpoint, devices
 from server.errors import (
     CheckpointError,
     GitLfsPointer,
@@ -158,13 +158,13 @@ def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, err
 
 
 def test_files_that_were_read_leave_the_memory_of_a_container_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model, "_CGROUP", tmp_path)
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("4000\n")
     (tmp_path / "memory.stat").write_text("anon 700\nactive_file 300\ninactive_file 2500\n")
-    assert model._free_bytes("cpu") == 5000 - (4000 - 300 - 2500)
+    assert devices.free_bytes("cpu") == 5000 - (4000 - 300 - 2500)
     (tmp_path / "memory.max").write_text("max\n")
-    assert model._free_bytes("cpu") > 2**20, "what the machine has free"
+    assert devices.free_bytes("cpu") > 2**20, "what the machine has free"
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_told(folder: Path):
@@ -193,14 +193,14 @@ def test_what_is_wrong_with_the_files_is_told_before_torch_is_imported(folder: P
 
 
 def test_memory_that_runs_out_while_loading_is_told():
-    with pytest.raises(NotEnoughMemory, match="ran out of memory"), model._loading_on("cpu"):
+    with pytest.raises(NotEnoughMemory, match="ran out of memory"), devices.loading_weights("cpu"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"), model._loading_on("cpu"):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), devices.loading_weights("cpu"):
         torch.empty(2, 3) @ torch.empty(2, 3)  # anything else stays what it is
 
 
 def test_an_absent_device_is_told_with_what_is_there(whole: Path):
-    absent = next(name for name in ("mps", "cuda") if not model._DEVICES[name]())
+    absent = next(name for name in ("mps", "cuda") if not devices.AVAILABLE[name]())
     with pytest.raises(NoDevice, match=f"no {absent} device is here, but .*cpu"):
         model.load(checkpoint.inspect(whole / "base", None), device=absent)
 
@@ -226,7 +226,7 @@ def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_serv
 
 
 def test_a_missing_device_ends_the_server_with_its_code(start_server, whole: Path):
-    absent = next(name for name in ("mps", "cuda") if not model._DEVICES[name]())
+    absent = next(name for name in ("mps", "cuda") if not devices.AVAILABLE[name]())
     server = start_server("--base", str(whole / "base"), "--device", absent)
     assert server.wait() == NoDevice.exit_code
 

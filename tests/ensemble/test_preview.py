@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.nn.functional import avg_pool2d
 
 from server import model, runtime
-from server.acceleration import layers
 from server.domain import ImageRequest, default_request
-from server.ensemble import checkpoint, preview
+from server.ensemble import autoencoder, checkpoint, devices, preview
+from server.ensemble.trajectory import SCHEDULERS, Trajectory
 from server.errors import CheckpointError, GitLfsPointer, MissingPart, TruncatedFile
 from server.settings import EMBEDDED, Settings
 
@@ -40,7 +41,7 @@ def decoder(tmp_path: Path) -> Path:
     return tmp_path / "taesd"
 
 
-def planned(ensemble: model.Ensemble, request: ImageRequest) -> model.Trajectory:
+def planned(ensemble: model.Ensemble, request: ImageRequest) -> Trajectory:
     return ensemble.plan(request, ensemble.encode(request), seed=1)
 
 
@@ -58,7 +59,7 @@ def decibels(shown: np.ndarray, true: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.square(shown - true).mean()))
 
 
-@pytest.mark.parametrize("scheduler", list(model.SCHEDULERS))
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_previews_look_more_and_more_like_the_image(embedded, scheduler: str):
     request = replace(default_request(embedded.info, "cat napping"), scheduler=scheduler, steps=12, width=336)
     trajectory = planned(embedded, request)
@@ -85,34 +86,37 @@ def test_before_the_first_step_there_is_noise_to_be_seen(embedded):
 def test_the_map_is_the_same_whenever_it_is_fitted_and_no_chance_is_in_it(tiny):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    again = preview.fit(tiny._encoded, tiny.info.side_multiple)
+    again = preview.fit(encoded(tiny), tiny.info.side_multiple)
     assert torch.equal(torch.get_rng_state(), before)
-    assert np.array_equal(again.colours, tiny._preview.colours)
-    assert np.array_equal(again.bias, tiny._preview.bias)
+    assert np.array_equal(again.colours, tiny._previewer.colours)
+    assert np.array_equal(again.bias, tiny._previewer.bias)
+
+
+def encoded(ensemble: model.Ensemble) -> Callable[[torch.Tensor], torch.Tensor]:
+    return partial(autoencoder.encode, ensemble._vae, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_fitting_leaves_the_weights_as_they_were(folders, tiny, precision: str):
     half = model.load(checkpoint.inspect(*folders), device="cpu", precision=precision)
-    untouched = AutoencoderKL.from_pretrained(folders[0] / "vae", torch_dtype=model.PRECISIONS[precision])
-    layers.fuse(untouched.decoder, "cpu")
+    untouched = AutoencoderKL.from_pretrained(folders[0] / "vae", torch_dtype=devices.PRECISIONS[precision])
     weights = half._vae.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in untouched.state_dict().items())
     assert all(weights[name].dtype == tensor.dtype for name, tensor in untouched.state_dict().items())
-    assert np.allclose(half._preview.colours, tiny._preview.colours, rtol=0.05, atol=0.05)
+    assert np.allclose(half._previewer.colours, tiny._previewer.colours, rtol=0.05, atol=0.05)
 
 
 def test_encoding_undoes_decoding_with_a_mean_and_a_deviation_too(tiny):
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
-    plain = tiny._decoded(tiny._encoded(pixels), torch.float32)
+    plain = tiny._decoded(encoded(tiny)(pixels), torch.float32)
     tiny._vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.2, 1.0])
     try:
-        assert torch.allclose(tiny._decoded(tiny._encoded(pixels), torch.float32), plain, atol=1e-4)
+        assert torch.allclose(tiny._decoded(encoded(tiny)(pixels), torch.float32), plain, atol=1e-4)
     finally:
         tiny._vae.register_to_config(latents_mean=None, latents_std=None)
 
 
-@pytest.mark.parametrize("scheduler", list(model.SCHEDULERS))
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_a_step_never_writes_into_what_another_thread_may_hold(tiny, scheduler: str):
     trajectory = planned(tiny, tiny_request(scheduler))
     for _ in trajectory.stages:

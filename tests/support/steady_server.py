@@ -79,6 +79,9 @@ class SteadyModel:
             pause.wait(0.05)
         pause.wait(self._seconds % 0.05)
 
+    def set_info(self, info: ModelInfo) -> None:
+        self.info = info
+
     def limit_batch(self, images: int) -> None:
         self.max_batch = images
 

@@ -127,6 +127,14 @@ def test_the_readme_and_every_page_are_short():
     assert [name_of(page) for page in PAGES if len(read(page).splitlines()) > 300] == []
 
 
+def test_few_words_of_the_former_dialect_are_left():
+    words = re.compile("told|made over|anew|beside|meanwhile|twin|lessen", re.IGNORECASE)
+    files = [path for folder in ("server", "clients", "docs") for path in (ROOT / folder).rglob("*")]
+    files = [path for path in files if path.suffix in (".py", ".md", ".cpp") and "_pb2" not in path.name]
+    counts = {name_of(path): len(words.findall(read(path))) for path in [README, ROOT / "SECURITY.md", *files]}
+    assert sum(counts.values()) <= 60, {name: count for name, count in counts.items() if count}
+
+
 def anchors(page: Path) -> set[str]:
     """The ids that GitHub and MyST give to the headings of a page."""
     prose = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)

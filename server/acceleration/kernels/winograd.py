@@ -33,7 +33,7 @@ class WinogradConvolution:
     """A 3 x 3 convolution of stride 1 with a zero padding of 1."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        self._weight = torch.stack(torch.split(transform_weight(layer.weight.detach()), cpu.PANEL, dim=2), dim=1)
+        self._weight = transform_weight(layer.weight.detach())
 
     @staticmethod
     def supports(layer: nn.Conv2d) -> bool:
@@ -77,7 +77,10 @@ class WinogradConvolution:
 
 
 def transform_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Return weights (outputs, channels, 3, 3) as (36, channels, outputs)."""
+    """Return weights (outputs, channels, 3, 3) as (36, outputs / cpu.PANEL, channels, cpu.PANEL)."""
     outputs, channels = weight.shape[:2]
-    transformed = torch.einsum("ij,ocjk,lk->ilco", _WEIGHTS, weight.double(), _WEIGHTS)
-    return transformed.reshape(36, channels, outputs).to(weight.dtype).contiguous()
+    # Permute before the weights grow fourfold: start-up waits for this.
+    panels = weight.reshape(outputs // cpu.PANEL, cpu.PANEL, channels, 3, 3).permute(3, 4, 0, 2, 1)
+    columns = (_WEIGHTS @ panels.reshape(3, -1).double()).reshape(6, 3, -1)
+    transformed = torch.matmul(_WEIGHTS, columns).to(weight.dtype)
+    return transformed.reshape(36, outputs // cpu.PANEL, channels, cpu.PANEL)

@@ -100,8 +100,9 @@ def test_every_test_that_the_threat_table_names_exists():
 
 
 @pytest.mark.parametrize("page", PROSE, ids=name_of)
-def test_files_of_tests_that_prose_names_exist(page: Path):
-    paths = re.findall(r"\btests/[\w/]+\.py", read(page))
+def test_files_that_prose_names_exist(page: Path):
+    folders = "tests|server|bench|deploy|proto|scripts|examples"
+    paths = re.findall(rf"(?<![\w/.])(?:{folders})/[\w/]+(?:\.\w+|/)", read(page))
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 

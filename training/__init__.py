@@ -1,1 +1,1 @@
-"""How the embedded ensemble was made; not needed to run the service."""
+"""Train the embedded ensemble. The service does not need this package."""

@@ -1,8 +1,8 @@
-"""Rebuild the embedded ensemble: art, text encoders, autoencoder, base, refiner, and the folders in weights/.
+"""Train the embedded ensemble: art, text encoders, autoencoder, base, refiner, and the folders in weights/.
 
-Each stage leaves its result in training/runs/ and is passed over where that is there, so that a run goes on where it
-was cut off; delete a result to make its stage anew. What is not done when a sitting ends goes on in the next.
-Seconds are those of the device, the defaults for two H100s.
+Each stage writes its result to training/runs/ and is skipped if the result exists, so an interrupted run continues; to
+repeat a stage, delete its result. An expert that is not finished when a session ends continues in the next session.
+Seconds are device time; the defaults are for two H100s.
 Run: python -m training, or, on several GPUs, torchrun --nproc-per-node gpu -m training
 """
 
@@ -43,7 +43,7 @@ from training.scenes import Director
 log = logging.getLogger("training")
 
 _VOCABULARY = 8500  # tokens
-_LEAST = 90  # seconds of a sitting: with fewer left, an expert is not begun, since compiling it can take as long
+_LEAST = 90  # seconds of a session that an expert needs to start, since compiling it can take as long
 
 
 def main() -> None:
@@ -53,10 +53,12 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=float, default=240, metavar="SECONDS")
     parser.add_argument("--base", type=float, default=850, metavar="SECONDS")
     parser.add_argument("--refiner", type=float, default=340, metavar="SECONDS")
-    parser.add_argument("--sitting", type=float, default=math.inf, metavar="SECONDS", help="stop after so long")
-    parser.add_argument("--batch", type=int, default=256, help="scenes in a step of the experts, for each GPU")
-    parser.add_argument("--seed", type=int, default=0, help="another one for other scenes in another sitting")
-    parser.add_argument("--compile", action="store_true", help="compile the experts for squares: minutes, on CUDA")
+    parser.add_argument("--session", type=float, default=math.inf, metavar="SECONDS", help="stop after this time")
+    parser.add_argument("--batch", type=int, default=256, help="scenes in a training step of the experts, for each GPU")
+    parser.add_argument("--seed", type=int, default=0, help="change it for other scenes in another session")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the experts for square images; takes minutes, on CUDA"
+    )
     options = parser.parse_args()
     began = time.monotonic()
     with _processes(options.device) as (device, rank):
@@ -76,26 +78,28 @@ def main() -> None:
         todo = [name for name in seconds if not (RUNS / name).is_dir()]
         if todo:
             seed = 1000 * options.seed + rank
-            data, told = _data(
+            data, caption_ids = _data(
                 everything, Captioner(everything, known, common, seed), pictures, held_out, vae, tokenizer, seed
             )
-            scenes = (told, data, options.batch, options.compile)
+            scenes = (caption_ids, data, options.batch, options.compile)
         for name in todo:
-            if (left := agreed(options.sitting - (time.monotonic() - began), device)) < _LEAST:
-                log.info("no time is left for the %s: run this again to go on", name)
+            if (left := agreed(options.session - (time.monotonic() - began), device)) < _LEAST:
+                log.info("no time is left for the %s: run this again to continue", name)
                 return
             if name == "base":
                 unet, encoders = _unfinished("base", architecture.base_unet(), encoders, device)
-                said, meant = (denoisers.tokens(tokenizer, some, text.LENGTH).to(device)
-                               for some in text.meant(everything, known, common))  # fmt: skip
-                training = denoisers.base_trainer(unet, encoders, said, meant, *scenes)
+                texts, targets = (
+                    denoisers.tokens(tokenizer, some, text.LENGTH).to(device)
+                    for some in text.meaning_pairs(everything, known, common)
+                )
+                training = denoisers.base_trainer(unet, encoders, texts, targets, *scenes)
                 parts = {"unet": unet, "narrow": encoders.narrow, "wide": encoders.wide}
             else:
                 unet, encoders = _unfinished("refiner", architecture.refiner_unet(), _encoders(RUNS / "base"), device)
                 training = denoisers.refiner_trainer(unet, encoders, *scenes)
                 parts = {"unet": unet}
             if not _trained(name, training, parts, seconds[name], left, rank):
-                log.info("%s is not done: run this again to go on", name)
+                log.info("%s is not finished: run this again to continue", name)
                 return
         if rank == 0:
             encoders = _encoders(RUNS / "base")
@@ -104,13 +108,13 @@ def main() -> None:
 
 
 def _trained(
-    name: str, training: Trainer, parts: Mapping[str, nn.Module], seconds: float, sitting: float, rank: int
+    name: str, training: Trainer, parts: Mapping[str, nn.Module], seconds: float, session: float, rank: int
 ) -> bool:
-    """Train an expert as long as this sitting lasts, and write what came of it; whether it is done."""
+    """Train an expert until this session ends, and write its weights. Returns whether it is finished."""
     checkpoint = RUNS / f"{name}.pt"
     if checkpoint.is_file():
         training.load(checkpoint)
-    done = training.run(seconds, sitting)
+    done = training.run(seconds, session)
     training.averaged()
     if rank == 0:
         for part, network in parts.items():
@@ -124,7 +128,7 @@ def _trained(
 
 
 def _wait() -> None:
-    """Until every process is here: what comes next reads what the first one wrote."""
+    """Wait for all processes: the next stage reads files of the first one."""
     if distributed.is_initialized():
         distributed.barrier()
 
@@ -132,7 +136,7 @@ def _wait() -> None:
 def _unfinished(
     name: str, unet: UNet2DConditionModel, encoders: Encoders, device: torch.device
 ) -> tuple[UNet2DConditionModel, Encoders]:
-    """What an expert begins with: where an earlier sitting left it, even if its checkpoint is not here, or as given."""
+    """Return the networks of an earlier session, even without its checkpoint, or the given ones."""
     so_far = RUNS / f"{name}-so-far"
     if so_far.is_dir():
         unet = UNet2DConditionModel.from_pretrained(so_far / "unet")
@@ -157,14 +161,16 @@ def _data(
 ) -> tuple[dict[str, Bucket], torch.Tensor]:
     of = colours.traits(pictures)
     director = Director(everything, captioner, of, (~held_out).nonzero()[:, 0].tolist(), seed)
-    data, said = denoisers.prepared(director, of, pictures, copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE), tokenizer)
-    log.info("%d scenes are encoded, and %d captions", sum(len(bucket.latents) for bucket in data.values()), len(said))
-    return data, said
+    data, texts = denoisers.prepared(
+        director, of, pictures, copy.deepcopy(vae).to(autoencoder.WORKING_DTYPE), tokenizer
+    )
+    log.info("%d scenes are encoded, and %d captions", sum(len(bucket.latents) for bucket in data.values()), len(texts))
+    return data, texts
 
 
 @contextlib.contextmanager
 def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
-    """This process's device and number, joined to the others if torchrun started several."""
+    """Yield this process's device and rank, and join the other processes if torchrun started several."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield torch.device(device), 0
         return
@@ -172,7 +178,7 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
     torch.cuda.set_device(local)
     distributed.init_process_group("nccl", device_id=local)
     yield local, distributed.get_rank()
-    distributed.destroy_process_group()  # not after an error, which it would wait with for the other processes
+    distributed.destroy_process_group()  # not after an error: it would wait for the other processes
 
 
 def _text_encoders(

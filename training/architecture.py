@@ -1,4 +1,4 @@
-"""The mini ensemble's networks: Stable Diffusion XL's architecture and conditioning, a three-hundredth of its size."""
+"""The networks of the embedded ensemble: SDXL's architecture and conditioning, at a three-hundredth of its size."""
 
 from diffusers import (
     AutoencoderKL,
@@ -76,7 +76,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPT
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own noise schedule. Trailing spacing begins at the last timestep (Lin et al., 2023)."""
+    """Return SDXL's noise schedule, with trailing spacing, which starts at the last timestep (Lin et al., 2023)."""
     return EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1
     )

@@ -1,9 +1,8 @@
-"""The training data: emoji art from npm packages, rendered to transparent squares, each with all that people call it.
+"""The training data: emoji art from npm packages, rendered to transparent squares, with names and keywords.
 
-One concept is one emoji; each of the five sets draws it in a style of its own, and a sixth style is the outlines of
-one set's drawings. Flags, symbols, letters and skin tones are left out. What comes out is `art.npz`: lossless WebP
-images, the concept and style of each, and the concepts' words.
-Licences and attributions are in weights/NOTICE.
+A concept is an emoji. Each of five sets draws it in its own style, and a sixth style is the outlines of one set. Flags,
+symbols, letters and skin tones are excluded. The result is `art.npz`: lossless WebP images, the concept and style of
+each, and the words of the concepts. weights/NOTICE has the licences and attributions.
 """
 
 import io
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-RUNS = Path(__file__).parent / "runs"  # what training fetches and makes
-WEIGHTS = Path(__file__).parents[1] / "weights"  # what comes of it
+RUNS = Path(__file__).parent / "runs"  # downloads and results of training
+WEIGHTS = Path(__file__).parents[1] / "weights"  # the trained ensemble
 SIDE = 256  # pixels
-HELD_OUT = 32  # every so many-th picture is kept from the training of the autoencoder and of the experts
+HELD_OUT = 32  # every 32nd picture is held out from the training of the autoencoder and the experts
 
 # npm package, version, the words for its style
 SETS = {
@@ -33,7 +32,7 @@ SETS = {
     "noto-v1": ("@iconify-json/noto-v1", "1.2.5", ("blob style", "classic")),
     "twemoji": ("@iconify-json/twemoji", "1.2.5", ("twemoji style", "cartoon")),
 }
-OUTLINE, _OUTLINED = "outline", "twemoji"  # the style that is made here, and the set it is made of
+OUTLINE, _OUTLINED = "outline", "twemoji"  # the generated style, and the set that it is generated from
 STYLES = {style: words for style, (_, _, words) in SETS.items()} | {
     OUTLINE: ("outline", "line art", "line drawing", "black and white outline")
 }
@@ -43,7 +42,7 @@ _LEFT_OUT = {"component", "symbols", "flags"}
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing of a concept; `style` is a key of STYLES."""
+    """One drawing of a concept. `style` is a key of STYLES."""
 
     concept: int
     style: str
@@ -52,7 +51,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: its name, its group, and all the words by which people call it."""
+    """One emoji: its name, its group, and its keywords."""
 
     name: str
     group: str
@@ -61,17 +60,17 @@ class Concept:
 
 @dataclass(frozen=True)
 class Art:
-    """All pictures and what they show."""
+    """All pictures and their concepts."""
 
     concepts: tuple[Concept, ...]
     pictures: tuple[Picture, ...]
 
     def held_out(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which pictures training does not see."""
+        """Return a mask of the held-out pictures, (pictures,)."""
         return np.arange(len(self.pictures)) % HELD_OUT == 0
 
     def pixels(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """All pictures, of shape (pictures, 256, 256, 4): red, green, blue and opacity."""
+        """Return all pictures, uint8 of shape (pictures, 256, 256, 4): red, green, blue and opacity."""
         with ThreadPoolExecutor(16) as pool:
             decoded = pool.map(
                 lambda picture: np.asarray(Image.open(io.BytesIO(picture.webp)).convert("RGBA")), self.pictures
@@ -88,7 +87,7 @@ class Art:
 
 
 def everything() -> Art:
-    """All the art, fetched and rendered the first time."""
+    """Return all art. Downloads and renders it on the first call."""
     file = RUNS / "art.npz"
     if not file.is_file():
         fetch(RUNS / "packages", [*((name, version) for name, version, _ in SETS.values()), *KEYWORDS.items()])
@@ -108,14 +107,14 @@ def load(file: Path) -> Art:
 
 
 def fetch(folder: Path, packages: Iterable[tuple[str, str]]) -> None:
-    """Bring packages, each a name and a version, as npm publishes them, into a folder."""
+    """Download npm packages, each a name and a version, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [f"{package}@{version}" for package, version in packages]
     subprocess.run(["npm", "pack", "--silent", "--pack-destination", folder.resolve(), *wanted], check=True, cwd=folder)
 
 
 def render(folder: Path) -> Art:
-    """Render every drawing of every concept from the packages in a folder."""
+    """Render all drawings of all concepts from the packages in a folder."""
     icons = {style: _read(folder, style, "icons.json") for style in SETS}
     concepts: list[Any] = []
     drawings: list[Any] = []
@@ -151,7 +150,7 @@ def _entries(folder: Path) -> Iterable[tuple[dict[str, Any], str]]:
 
 
 def _names(entry: dict[str, Any]) -> set[str]:
-    """The names that iconify's sets give to an emoji: made from its label, as Unicode's CLDR has it."""
+    """Return the names of an emoji in iconify's sets, which derive them from its CLDR label."""
     label = entry["label"].lower().replace("&", "and").replace("\u2019", "").replace("ñ", "n").replace("é", "e")
     return {re.sub(r"[^a-z0-9]+", "-", label).strip("-"), re.sub(r"[^a-z0-9]+", "-", label.replace(".", "")).strip("-")}
 
@@ -171,7 +170,7 @@ def _svg(icons: dict[str, Any], names: set[str]) -> str:
 
 
 def _outlined(svg: str) -> str:
-    """The same shapes, white with a dark edge."""
+    """Return the same shapes in white with a dark edge."""
     svg = re.sub(r' (stroke|stroke-width)="[^"]*"', "", re.sub(r'fill="(?!none)[^"]*"', 'fill="#fff"', svg))
     side = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
     edge = side / 45
@@ -180,7 +179,7 @@ def _outlined(svg: str) -> str:
 
 
 def _webp(svg: str) -> bytes:
-    """The drawing, or nothing where the renderer cannot draw it."""
+    """Return the rendered drawing as lossless WebP, empty if the renderer cannot draw it."""
     import resvg_py
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))

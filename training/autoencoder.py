@@ -11,16 +11,16 @@ from training import architecture
 from training.art import SIDE
 from training.optimisation import Trainer, compiled
 
-WORKING_DTYPE = torch.bfloat16  # matrix units have it, those of recent CPUs too
-# How pictures are seen, and the share of the steps: parts of them, whole ones at half their size, and whole ones.
+WORKING_DTYPE = torch.bfloat16  # supported by the matrix units of GPUs and recent CPUs
+# The kinds of training crops and their shares of the steps: parts, whole pictures at half their size, whole pictures.
 _SHARES = {"part": 0.7, "half": 0.2, "whole": 0.1}
-_KL = 2e-4  # weight of the Kullback-Leibler term, per latent: latents that small noise does not confuse
-_RECOLOURED = 0.25  # share of pictures with their colour channels exchanged, for colours that few pictures have
-_COLOURED = 0.25  # share of pictures on a background of any colour
+_KL = 2e-4  # weight of the Kullback-Leibler term per latent, which makes latents robust to small noise
+_RECOLOURED = 0.25  # share of pictures with permuted colour channels, for rare colours
+_COLOURED = 0.25  # share of pictures on a coloured background
 
 
 def train(pictures: torch.Tensor, seconds: float, batch: int = 64) -> AutoencoderKL:
-    """An autoencoder taught for so many seconds on uint8 pictures (n, 4, 256, 256), on their device."""
+    """Train an autoencoder for `seconds` on uint8 pictures (n, 4, 256, 256), on their device."""
     vae = architecture.autoencoder().to(pictures.device, WORKING_DTYPE)
     encode, decode = compiled(vae.encoder), compiled(vae.decoder)
 
@@ -34,9 +34,9 @@ def train(pictures: torch.Tensor, seconds: float, batch: int = 64) -> Autoencode
         return difference.abs().mean() + 2 * difference.square().mean() + 0.25 * edges + _KL * divergence
 
     losses: dict[str, Callable[[], torch.Tensor]] = {
-        "part": lambda: loss(encode, decode, _seen(pictures, SIDE // 2, batch)),
-        "half": lambda: loss(encode, decode, F.avg_pool2d(_seen(pictures, SIDE, batch), 2)),
-        "whole": lambda: loss(vae.encoder, vae.decoder, _seen(pictures, SIDE, batch // 2)),
+        "part": lambda: loss(encode, decode, _crops(pictures, SIDE // 2, batch)),
+        "half": lambda: loss(encode, decode, F.avg_pool2d(_crops(pictures, SIDE, batch), 2)),
+        "whole": lambda: loss(vae.encoder, vae.decoder, _crops(pictures, SIDE, batch // 2)),
     }
     trainer = Trainer("autoencoder", vae, losses, _SHARES, learning_rate=1e-3)
     trainer.run(seconds)
@@ -46,8 +46,8 @@ def train(pictures: torch.Tensor, seconds: float, batch: int = 64) -> Autoencode
     return vae
 
 
-def _seen(pictures: torch.Tensor, side: int, batch: int) -> torch.Tensor:
-    """Square parts of random pictures, (batch, 3, side, side) in -1 .. 1, some in other colours or not on white."""
+def _crops(pictures: torch.Tensor, side: int, batch: int) -> torch.Tensor:
+    """Return square crops of random pictures, (batch, 3, side, side) in -1 .. 1, some recoloured or on a colour."""
     device = pictures.device
     chosen = torch.randint(len(pictures), (batch, 1, 1, 1), device=device)
     top, left = torch.randint(pictures.shape[-1] - side + 1, (2, batch, 1), device=device)
@@ -64,43 +64,45 @@ def _seen(pictures: torch.Tensor, side: int, batch: int) -> torch.Tensor:
 
 
 def on_white(pictures: torch.Tensor, batch: int = 256) -> torch.Tensor:
-    """uint8 (n, 3, height, width) of transparent pictures (n, 4, height, width)."""
+    """Return transparent uint8 pictures (n, 4, height, width) on white, (n, 3, height, width)."""
     parts = (part.float() for part in pictures.split(batch))
-    return torch.cat([
-        torch.lerp(part.new_full((), 255.0), part[:, :3], part[:, 3:] / 255).round().byte() for part in parts
-    ])  # fmt: skip
+    return torch.cat(
+        [torch.lerp(part.new_full((), 255.0), part[:, :3], part[:, 3:] / 255).round().byte() for part in parts]
+    )
 
 
 def normalised(pictures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 to -1 .. 1."""
+    """Return uint8 pictures scaled to -1 .. 1."""
     return (pictures.float() / 127.5 - 1).to(dtype)
 
 
 @torch.inference_mode()
 def encoded(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 256) -> torch.Tensor:
-    """The latents' means, fp32 of shape (n, 4, height / 8, width / 8), of uint8 pictures."""
+    """Return the means of the latents of uint8 pictures, fp32 of shape (n, 4, height / 8, width / 8)."""
     parts = pictures.split(batch)
     return torch.cat([vae.encode(normalised(part, vae.dtype)).latent_dist.mean.float() for part in parts])
 
 
 @torch.inference_mode()
 def psnr(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 pictures through the autoencoder and back, the mean over pictures."""
+    """Return the peak signal-to-noise ratio of reconstructed uint8 pictures in dB, the mean over pictures."""
     ratios = []
     for part in pictures.split(batch):
         wanted = normalised(part, torch.float32)
-        made = vae.decode(vae.encode(wanted.to(vae.dtype)).latent_dist.mean).sample.float().clamp(-1, 1)
-        made = ((made + 1) * 127.5).round() / 127.5 - 1
-        ratios.append(10 * torch.log10(4 / F.mse_loss(made, wanted, reduction="none").mean((1, 2, 3)).clamp(min=1e-8)))
+        decoded = vae.decode(vae.encode(wanted.to(vae.dtype)).latent_dist.mean).sample.float().clamp(-1, 1)
+        decoded = ((decoded + 1) * 127.5).round() / 127.5 - 1
+        ratios.append(
+            10 * torch.log10(4 / F.mse_loss(decoded, wanted, reduction="none").mean((1, 2, 3)).clamp(min=1e-8))
+        )
     return float(torch.cat(ratios).mean())
 
 
 @torch.no_grad()
 def _whiten(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Fold into the two 1 x 1 convolutions about the latents what gives them zero mean and unit covariance.
+    """Fold the whitening of the latents, to zero mean and unit covariance, into the two 1 x 1 convolutions.
 
-    Diffusion then begins from the noise that it was trained on, with no table of means and deviations beside the
-    weights; `scaling_factor` stays 1.
+    Diffusion then starts from the noise that it was trained on without a table of means and deviations, and
+    `scaling_factor` stays 1.
     """
     flat = encoded(vae, pictures).clone().transpose(0, 1).flatten(1).double()
     mean, covariance = flat.mean(1), torch.cov(flat)
@@ -108,7 +110,7 @@ def _whiten(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     whiten = vectors @ torch.diag(values.rsqrt()) @ vectors.T
     into, out = vae.quant_conv, vae.post_quant_conv
     weight, bias = into.weight.double().flatten(1), into.bias.double()
-    means = slice(len(mean))  # the rows that make means; those below make the logarithms of variances
+    means = slice(len(mean))  # the rows of the means; the rows below are the log variances
     weight[means], bias[means] = whiten @ weight[means], whiten @ (bias[means] - mean)
     bias[len(mean) :] += 2 * torch.log(torch.diag(whiten))
     back = out.weight.double().flatten(1)

@@ -1,4 +1,4 @@
-"""What people call a picture: captions of the art and of scenes made from it, and plain English around them."""
+"""Write captions of the art and of scenes made from it, and plain English phrases about its concepts."""
 
 import functools
 import random
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.art import OUTLINE, STYLES, Art, Concept
-from training.synonyms import telling
+from training.synonyms import distinctive
 from training.vocabulary import english
 
 COLOURS = "red orange yellow green blue purple pink brown black white grey".split()
@@ -23,77 +23,92 @@ _ACTIONS = [
     *"by the sea|in love|at work|on a plate|in the sky|under a tree|with friends".split("|"),
 ]
 _OPENINGS = (
-    "a {}", "an image of a {}", "a picture of a {}", "{} emoji", "a drawing of a {}", "the {}", "one {}", "my {}",
-    "icon of a {}", "an illustration of a {}", "{} on a white background",
-)  # fmt: skip
+    "a {}",
+    "an image of a {}",
+    "a picture of a {}",
+    "{} emoji",
+    "a drawing of a {}",
+    "the {}",
+    "one {}",
+    "my {}",
+    "icon of a {}",
+    "an illustration of a {}",
+    "{} on a white background",
+)
 _PAIRS = (
-    "a {} and a {}", "a {} and a {}", "{} and {}", "a {} next to a {}", "a {} beside a {}", "a {} with a {}",
-    "a {}, a {}", "one {} and one {}",
-)  # fmt: skip
+    "a {} and a {}",
+    "a {} and a {}",
+    "{} and {}",
+    "a {} next to a {}",
+    "a {} beside a {}",
+    "a {} with a {}",
+    "a {}, a {}",
+    "one {} and one {}",
+)
 _BACKGROUNDS = ("{} on a {} background", "{} on {}", "{} in front of a {} background", "{}, {} background")
-_STYLED = 0.35  # share of captions that name the style; outlines always do, or every picture might become one
+_STYLED = 0.35  # share of captions that name the style; captions of outlines always do
 _SMALL = ("small", "tiny", "little")
 _SOMEONE = ("someone", "somebody", "a person")
-_PEOPLE = {"smileys-emotion": 0.3, "people-body": 0.15}  # share of captions that tell what someone is or does
-_FACE = ("{}", "{} face")  # what else is said of a smiley by what it does
-_SHARED = 8  # concepts that a keyword may have for "someone laughing" to mean any of them
+_PEOPLE = {"smileys-emotion": 0.3, "people-body": 0.15}  # share of captions about what someone is or does
+_FACE = ("{}", "{} face")  # other captions of a smiley by what it does
+_SHARED = 8  # maximum number of concepts with a keyword that is used in "someone laughing"
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a caption is to say of one thing in a scene: its concept, and the colour it was painted in, if it was."""
+    """One thing in a caption: its concept, and the colour it was painted in, if any."""
 
     concept: int
     colour: str = ""
 
 
 class Captioner:
-    """Draws captions for pictures of an art, each as a person might have typed it.
+    """Sample captions for pictures of an art, as a person might type them.
 
-    `synonyms` and `common` have more words for each concept, which may stand in place of its name as keywords that tell
-    it may. Other keywords ("animal") say little of any one concept: they stand beside a name, never alone.
+    `synonyms` and `common` have more words for each concept. Captions use them, and distinctive keywords, instead of
+    its name. Keywords of many concepts ("animal") are only added to a name.
     """
 
     def __init__(self, art: Art, synonyms: Sequence[Sequence[str]], common: Sequence[Sequence[str]], seed: int) -> None:
         self._art = art
         self._random = random.Random(seed)
-        self._telling = telling(art.concepts)
-        keywords = zip(telling(art.concepts, _SHARED), art.concepts, strict=True)
+        self._distinctive = distinctive(art.concepts)
+        keywords = zip(distinctive(art.concepts, _SHARED), art.concepts, strict=True)
         self._doing = [_doing(some) if it.group in _PEOPLE else () for some, it in keywords]
         self._synonyms, self._common = synonyms, common
 
     def caption(self, concept: int, style: str, colour: str = "") -> str:
-        """One caption of a concept drawn in a style; `colour` is that of the whole picture, which may go unsaid."""
+        """Return a caption of a concept in a style. `colour` is that of the whole picture; few captions name it."""
         choose = self._random
         subject = self._subject(concept)
         if colour and choose.random() < 0.15 and not set(COLOURS) & set(subject.split()):
             subject = f"{self._colour(colour)} {subject}"
         elif choose.random() < 0.15:
-            # Words that say nothing of the picture must not disturb it.
+            # The model must ignore words that are not in the picture.
             subject = choose.choice((f"{choose.choice(_ADJECTIVES)} {subject}", f"{subject} {choose.choice(_ACTIONS)}"))
         return self._dressed(subject, style)
 
     def painted(self, thing: Named, style: str) -> str:
-        """One caption of a picture in another colour than its own, which is said."""
+        """Return a caption of a picture in another colour than its own, which names the colour."""
         return self._dressed(self._thing(thing), style)
 
     def pair(self, one: Named, other: Named, style: str) -> str:
-        """One caption of two things beside one another."""
+        """Return a caption of two things next to each other."""
         pair = self._random.choice(_PAIRS).format(self._thing(one), self._thing(other))
         return self._styled(pair, style) if self._random.random() < _STYLED or style == OUTLINE else pair
 
     def on_background(self, thing: Named, style: str, background: str) -> str:
-        """One caption of a thing on a background of a colour."""
+        """Return a caption of a thing on a background of a colour."""
         subject = self._random.choice(("{}", "a {}")).format(self._thing(thing))
         place = self._random.choice(_BACKGROUNDS).format(subject, self._colour(background))
         return self._styled(place, style) if self._random.random() < _STYLED or style == OUTLINE else place
 
     def small(self, thing: Named, style: str) -> str:
-        """One caption of a picture that leaves most of the canvas free."""
+        """Return a caption of a picture that leaves most of the canvas empty."""
         return self._dressed(f"{self._random.choice(_SMALL)} {self._thing(thing)}", style)
 
     def phrase(self) -> tuple[str, int]:
-        """Plain English around the concepts, of which no picture exists, and the one it is about or -1."""
+        """Return a phrase about a concept for which no picture exists, and the concept, or -1 for several."""
         choose = self._random
         about = choose.randrange(len(self._art.concepts))
         concept = self._art.concepts[about]
@@ -119,7 +134,7 @@ class Captioner:
         return (choose.choice(_OPENINGS).format(noun) if choose.random() < 0.5 else noun), about
 
     def reworded(self) -> tuple[str, str]:
-        """Plain English around another word for a concept, and the same with its name, without what cannot be seen."""
+        """Return a phrase with another word for a concept, and the same with its name, without invisible details."""
         choose = self._random
         concept = choose.randrange(len(self._art.concepts))
         it, word = self._art.concepts[concept], self._other_name(concept)
@@ -143,7 +158,7 @@ class Captioner:
         return frame.format(said), frame.format(it.name)
 
     def is_of_someone(self, text: str) -> bool:
-        """Whether a text is what someone is or does, alone or among other words."""
+        """Return whether a text contains what someone is or does."""
         return any(some in text for some in _SOMEONE) or any(text in doing for doing in self._doing)
 
     def _subject(self, concept: int) -> str:
@@ -161,7 +176,7 @@ class Captioner:
         return it.name
 
     def _of_someone(self, concept: int) -> str:
-        """What a person or a smiley is or does: "someone laughing"; empty where no keyword tells it."""
+        """Return what a person or a smiley is or does, "someone laughing", or "" if no keyword says it."""
         choose = self._random
         if not (doing := self._doing[concept]):
             return ""
@@ -170,13 +185,13 @@ class Captioner:
         return choose.choice(frames).format(choose.choice(doing))
 
     def _other_name(self, concept: int) -> str:
-        """A keyword that tells the concept, a synonym or a common word, one as often as another; empty if none is."""
-        every = (self._telling[concept], self._synonyms[concept], self._common[concept])
+        """Return a distinctive keyword, a synonym or a common word of the concept, or "" if there is none."""
+        every = (self._distinctive[concept], self._synonyms[concept], self._common[concept])
         sources = [some for some in every if some]
         return self._random.choice(self._random.choice(sources)) if sources else ""
 
     def _thing(self, thing: Named) -> str:
-        """A short name; of a painted thing, without the colours that it no longer has, and with the one it has."""
+        """Return a short name. The name of a painted thing has its new colour and no others."""
         name = self._art.concepts[thing.concept].name
         if self._random.random() < 0.3:
             name = self._other_name(thing.concept) or name
@@ -200,7 +215,7 @@ class Captioner:
 
 
 def _doing(keywords: Sequence[str]) -> tuple[str, ...]:
-    """What someone is said to be or to be doing: keywords, and half of the time, where some are verbs, participles."""
+    """Return keywords of a person, and as many participles of those that are verbs."""
     common = _participles()
     doing = [common[word] for word in keywords if word in common]
     return (*keywords, *(doing * (len(keywords) // len(doing)) if doing else ()))
@@ -208,24 +223,24 @@ def _doing(keywords: Sequence[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _participles() -> dict[str, str]:
-    """Common words that end in "ing", by what they may come from: "laugh", "cycle", "run"."""
-    made: dict[str, str] = {}
+    """Return common words that end in "ing", by their possible stems: "laugh", "cycle", "run"."""
+    participles: dict[str, str] = {}
     for word in english(None):
         stem = word.removesuffix("ing")
         if len(stem) > 2 and stem != word:
-            made |= {stem: word, f"{stem}e": word} | ({stem[:-1]: word} if stem[-1] == stem[-2] else {})
-    return made
+            participles |= {stem: word, f"{stem}e": word} | ({stem[:-1]: word} if stem[-1] == stem[-2] else {})
+    return participles
 
 
 def words(concepts: Sequence[Concept], synonyms: Sequence[Sequence[str]]) -> list[str]:
-    """All that captions and phrases are made of, for the vocabulary."""
+    """Return all words of captions and phrases, for the vocabulary."""
     parts = [word for concept in concepts for word in (concept.name, *concept.keywords)]
     parts += [word for some in synonyms for word in some]
     return parts + frames() + _ACTIONS
 
 
 def frames() -> list[str]:
-    """All words that stand about the names of things."""
+    """Return all words of captions except the names of things."""
     styles = [word for style in STYLES.values() for word in style]
     colours = [*COLOURS, *(word for more in _MORE_COLOURS.values() for word in more)]
     templates = [part for template in (*_OPENINGS, *_PAIRS, *_BACKGROUNDS) for part in template.split("{}")]

@@ -1,15 +1,23 @@
-"""The colours of pictures: which one a picture has, and what it would look like in another."""
+"""Name the colour of a picture, and paint it in another colour."""
 
 from dataclasses import dataclass
 
 import torch
 
-# Hue in degrees, saturation and value that a thing of each colour has at the middle of its range.
+# Hue in degrees, saturation and value at the middle of each colour's range.
 _PAINTS = {
-    "red": (1, 0.82, 0.90), "orange": (28, 0.88, 0.98), "yellow": (49, 0.78, 1.0), "green": (125, 0.65, 0.70),
-    "blue": (212, 0.75, 0.92), "purple": (274, 0.60, 0.76), "pink": (334, 0.42, 0.98), "brown": (22, 0.58, 0.52),
-    "black": (0, 0.05, 0.20), "white": (0, 0.03, 0.95), "grey": (0, 0.03, 0.60),
-}  # fmt: skip
+    "red": (1, 0.82, 0.90),
+    "orange": (28, 0.88, 0.98),
+    "yellow": (49, 0.78, 1.0),
+    "green": (125, 0.65, 0.70),
+    "blue": (212, 0.75, 0.92),
+    "purple": (274, 0.60, 0.76),
+    "pink": (334, 0.42, 0.98),
+    "brown": (22, 0.58, 0.52),
+    "black": (0, 0.05, 0.20),
+    "white": (0, 0.03, 0.95),
+    "grey": (0, 0.03, 0.60),
+}
 PAINTS = tuple(_PAINTS)
 _UPPER_HUES = (
     (14, "red"),
@@ -20,13 +28,13 @@ _UPPER_HUES = (
     (305, "purple"),
     (346, "pink"),
 )
-_BIN = 10.0  # degrees of the histogram that the dominant hue is read from
-_REACH = 38.0  # degrees from the dominant hue within which a pixel is painted
+_BIN = 10.0  # degrees of a bin of the hue histogram
+_REACH = 38.0  # degrees from the dominant hue up to which a pixel is painted
 
 
 @dataclass(frozen=True)
 class Traits:
-    """The dominant hue of each picture in degrees, its mean saturation and value, and its share of what is drawn."""
+    """The dominant hue of each picture in degrees, its mean saturation and value, and its share of drawn pixels."""
 
     hue: torch.Tensor
     saturation: torch.Tensor
@@ -34,20 +42,20 @@ class Traits:
     share: torch.Tensor
 
     def names(self) -> list[str]:
-        """The colour word of each picture; empty where none of them would be right."""
+        """Return the colour word of each picture, "" if none fits."""
         return [_name(*each) for each in zip(*(part.tolist() for part in vars(self).values()), strict=True)]
 
 
 def traits(pictures: torch.Tensor, batch: int = 256) -> Traits:
-    """Traits of uint8 pictures (n, 4, height, width), read from a quarter of their pixels."""
+    """Return the traits of uint8 pictures (n, 4, height, width), computed from a quarter of their pixels."""
     parts = [_traits(part[:, :, ::2, ::2].float() / 255) for part in pictures.split(batch)]
     return Traits(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def painted(rgb: torch.Tensor, of: Traits, paint: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, height, width) in 0 .. 1, what has their dominant hue painted in one of PAINTS; -1 for none.
+    """Paint the dominant hue of pictures (n, 3, height, width) in 0 .. 1 in one of PAINTS each; -1 for none.
 
-    A pixel keeps its deviation from the mean, so that shades and lights stay.
+    A pixel keeps its deviation from the mean, so shading is preserved.
     """
     hue, saturation, value = to_hsv(rgb)
     table = torch.tensor(list(_PAINTS.values()), dtype=rgb.dtype, device=rgb.device)
@@ -67,7 +75,7 @@ def painted(rgb: torch.Tensor, of: Traits, paint: torch.Tensor) -> torch.Tensor:
 
 
 def flat(colour: str) -> list[float]:
-    """Red, green and blue in 0 .. 1 of a background; white is that of paper, not that of a painted thing."""
+    """Return red, green and blue in 0 .. 1 of a background. White is pure white, unlike a thing painted white."""
     if colour == "white":
         return [1.0, 1.0, 1.0]
     hue, saturation, value = (torch.tensor([[[each]]], dtype=torch.float32) for each in _PAINTS[colour])
@@ -75,7 +83,7 @@ def flat(colour: str) -> list[float]:
 
 
 def to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hue in degrees, saturation and value, each (n, height, width), of (n, 3, height, width) in 0 .. 1."""
+    """Return hue in degrees, saturation and value, each (n, height, width), of (n, 3, height, width) in 0 .. 1."""
     red, green, blue = rgb.unbind(1)
     value, low = rgb.amax(1), rgb.amin(1)
     span = value - low
@@ -89,7 +97,7 @@ def to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The inverse of to_hsv."""
+    """Return the inverse of to_hsv."""
 
     def channel(offset: int) -> torch.Tensor:
         sector = (offset + hue / 60) % 6
@@ -99,30 +107,30 @@ def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -
 
 
 def coloured(saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Where there is enough colour for a hue to be told."""
+    """Return where a pixel has enough colour for a hue."""
     return (saturation > 0.25) & (value > 0.2)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Degrees from `other` to `one` on the circle, in -180 .. 180."""
+    """Return the degrees from `other` to `one` on the circle, in -180 .. 180."""
     return (one - other + 180) % 360 - 180
 
 
 def _traits(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     hue, saturation, value = to_hsv(pixels[:, :3])
     drawn = pixels[:, 3]
-    telling = drawn * coloured(saturation, value)
+    has_hue = drawn * coloured(saturation, value)
     bins = int(360 / _BIN)
     at = (hue / _BIN).long().clamp(max=bins - 1).flatten(1)
-    histogram = torch.zeros(len(pixels), bins, device=pixels.device).scatter_add_(1, at, telling.flatten(1))
+    histogram = torch.zeros(len(pixels), bins, device=pixels.device).scatter_add_(1, at, has_hue.flatten(1))
     smooth = histogram + 0.5 * (histogram.roll(1, 1) + histogram.roll(-1, 1))
     peak = smooth.argmax(1) * _BIN + _BIN / 2
     away = difference(hue, peak[:, None, None])
-    near = telling * (away.abs() < _REACH)
+    near = has_hue * (away.abs() < _REACH)
     weight = near.sum((1, 2)).clamp(min=1e-3)
     share = weight / drawn.sum((1, 2)).clamp(min=1e-3)
     mean_hue = (peak + (away * near).sum((1, 2)) / weight) % 360
-    grey = share < 0.2  # then the means are those of all that is drawn
+    grey = share < 0.2  # then the means are over all drawn pixels
     counted = torch.where(grey[:, None, None], drawn, near)
     total = counted.sum((1, 2)).clamp(min=1e-3)
     return mean_hue, (saturation * counted).sum((1, 2)) / total, (value * counted).sum((1, 2)) / total, share

@@ -1,4 +1,7 @@
-"""Plot how the losses of the experts fell, from what training logged. Run: python -m training.curves LOG... PNG"""
+"""Plot the losses of the experts from training logs.
+
+Run: python -m training.curves LOG... PNG
+"""
 
 import re
 import sys
@@ -7,7 +10,7 @@ from pathlib import Path
 from bench import plotting
 
 _LINE = re.compile(r"(base|refiner): +\d+ %, step (\d+), loss ([\d.]+)")
-_SETTLED = 300  # steps: before them the loss is a mean of too few
+_SETTLED = 300  # steps; earlier losses are means of too few values
 
 
 def main(logs: list[Path], into: Path) -> None:

@@ -1,7 +1,7 @@
 """Train the two experts on cached latents: the base on the whole noise schedule, the refiner on its low-noise end.
 
-Both predict the noise (Ho et al., 2020). The autoencoder is frozen, so scenes are encoded once. The text encoders learn
-on with the base, held near what sentences meant to them before; the refiner takes them as they then are.
+Both predict the noise (Ho et al., 2020). The autoencoder is frozen, so scenes are encoded once. The text encoders train
+with the base and stay close to their earlier sentence embeddings. The refiner takes them from the base, frozen.
 """
 
 import copy
@@ -21,39 +21,39 @@ from training.optimisation import Trainer, compiled
 from training.scenes import Director, Scene
 from training.vocabulary import CONTEXT
 
-REFINER_TIMESTEPS = 200  # the low-noise share of 1000 that the refiner owns, as the published one does
-_DROPPED = 0.1  # share of captions left out, for classifier-free guidance
-_SQUARE_SHARE = 0.85  # of all steps; the other aspect ratios share the rest
-_LATE = 0.1  # share of the base's training on the timesteps that the refiner will own
-_HELD = 0.1  # weight of the distance between what a sentence means to the text encoders and what it is to mean
+REFINER_TIMESTEPS = 200  # the refiner's timesteps of 1000, as in the published one
+_DROPPED = 0.1  # share of dropped captions, for classifier-free guidance
+_SQUARE_SHARE = 0.85  # of all steps; the other aspect ratios have the rest
+_LATE = 0.1  # share of the base's training on the refiner's timesteps
+_HELD = 0.1  # weight of the distance between a sentence's embedding and its target
 
 
 class Encoders(nn.Module):
-    """Both text encoders, as the published base reads them."""
+    """Both text encoders, read as the published base reads them."""
 
     def __init__(self, narrow: CLIPTextModel, wide: CLIPTextModelWithProjection) -> None:
         super().__init__()
         self.narrow, self.wide = narrow, wide
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (n, 77, 256) of both encoders and the pooled output (n, 160), from token ids (n, 77)."""
+        """Return the hidden states (n, 77, 256) of both encoders and the pooled output (n, 160) of ids (n, 77)."""
         hidden, pooled = self.read(ids)
         return torch.cat([_read(self.narrow, ids)[0], hidden], dim=-1), pooled
 
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the refiner reads: hidden states (n, 77, 160) and the pooled output of the second encoder."""
+        """Return the refiner's input: hidden states (n, 77, 160) and pooled output of the second encoder."""
         # The published base pads for its second encoder with "!", token 0, and for the first with the end token.
         ended = ids == self.wide.config.eos_token_id
         hidden, pooled = _read(self.wide.text_model, torch.where(ended & (ended.cumsum(1) > 1), 0, ids))
         return hidden, self.wide.text_projection(pooled)
 
     def meanings(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pooled outputs of both encoders, (n, 96) and (n, 160), from token ids (n, any length)."""
+        """Return the pooled outputs of both encoders, (n, 96) and (n, 160), of ids (n, any length)."""
         return _read(self.narrow, ids)[1], self.wide.text_projection(_read(self.wide.text_model, ids)[1])
 
 
 def _read(encoder: CLIPTextModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last but one hidden states and the pooled output, as its own forward makes them, which does not compile."""
+    """Return the penultimate hidden states and the pooled output, as CLIP's forward, which does not compile."""
     hidden = encoder.embeddings(input_ids=ids)
     for layer in encoder.encoder.layers:
         before, hidden = hidden, layer(hidden, None, is_causal=True)
@@ -62,24 +62,29 @@ def _read(encoder: CLIPTextModel, ids: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 class Base(nn.Module):
-    """The base U-Net and the text encoders, which learn together."""
+    """The base U-Net and the text encoders, which train together."""
 
     def __init__(self, unet: UNet2DConditionModel, encoders: Encoders) -> None:
         super().__init__()
         self.unet, self.encoders = unet, encoders
 
     def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, said: torch.Tensor, kept: torch.Tensor, ids: torch.Tensor
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        captions: torch.Tensor,
+        kept: torch.Tensor,
+        ids: torch.Tensor,
     ) -> torch.Tensor:
-        """The predicted noise. Of the captions `said`, (n, 77), those whose `kept` is 0 are left out, to zeros."""
-        hidden, pooled = self.encoders(said)
+        """Return the predicted noise. The embeddings of captions, (n, 77), whose `kept` is 0 are zeroed."""
+        hidden, pooled = self.encoders(captions)
         added = {"text_embeds": pooled * kept[:, None], "time_ids": ids}
         return _predicted(self.unet, noisy, timesteps, hidden * kept[:, None, None], added)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Scenes of one size. `table` lists rows, each as often as it is to be drawn."""
+    """Scenes of one size. `table` lists rows, each as often as its sampling weight."""
 
     latents: torch.Tensor  # (n, 4, height / 8, width / 8), fp16
     captions: torch.Tensor  # (n, 12), rows of the captions' token ids
@@ -91,17 +96,17 @@ class Bucket:
 def prepared(
     director: Director, of: Traits, pictures: torch.Tensor, vae: AutoencoderKL, tokenizer: CLIPTokenizer
 ) -> tuple[dict[str, Bucket], torch.Tensor]:
-    """All scenes of all aspect ratios encoded, and the token ids of all that is said of them, (n, 77), "" the first.
+    """Return all encoded scenes by aspect ratio, and the token ids of all captions, (n, 77), "" first.
 
     `pictures` are uint8 (n, 4, 256, 256).
     """
     rows: dict[str, int] = {"": 0}
-    made = {ratio: _bucket(director.scenes(ratio), rows, of, pictures, vae) for ratio in scenes.sizes()}
-    return made, tokens(tokenizer, list(rows)).to(pictures.device)
+    buckets = {ratio: _bucket(director.scenes(ratio), rows, of, pictures, vae) for ratio in scenes.sizes()}
+    return buckets, tokens(tokenizer, list(rows)).to(pictures.device)
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str], length: int = CONTEXT) -> torch.Tensor:
-    """Token ids of texts, (n, length)."""
+    """Return the token ids of texts, (n, length)."""
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return ids["input_ids"]
 
@@ -125,17 +130,17 @@ def _bucket(
 def base_trainer(
     unet: UNet2DConditionModel,
     encoders: Encoders,
-    said: torch.Tensor,
-    meant: torch.Tensor,
+    texts: torch.Tensor,
+    targets: torch.Tensor,
     captions: torch.Tensor,
     data: Mapping[str, Bucket],
     batch: int,
     fast: bool,
 ) -> Trainer:
-    """What trains a base, and with it the text encoders, on batches of so many scenes.
+    """Return the trainer of a base and the text encoders, on batches of `batch` scenes.
 
-    `said` and `meant` are token ids, (n, any length), of sentences and of those whose meaning to the encoders as they
-    now are they are to have: themselves, or the same with a concept's name in place of another word for it.
+    `texts` and `targets` are token ids, (n, any length). The embedding of each text is held near the present embedding
+    of its target: the text itself, or the same text with a concept's name in place of another word for it.
     """
     alphas = _alphas(captions.device)
     signal_to_noise = alphas / (1 - alphas)
@@ -148,12 +153,13 @@ def base_trainer(
         late = torch.rand(batch, device=rows.device) < _LATE
         timesteps = _uniform(torch.where(late, 0, REFINER_TIMESTEPS), len(alphas), batch)
         noise, noisy = _noised(bucket.latents[rows], alphas[timesteps])
-        told = captions[_said(bucket, rows)]
-        predicted = network(noisy, timesteps, told, kept, bucket.ids[rows, :6].to(WORKING_DTYPE))
-        some = torch.randint(len(said), (batch,), device=said.device)
+        predicted = network(
+            noisy, timesteps, captions[_caption(bucket, rows)], kept, bucket.ids[rows, :6].to(WORKING_DTYPE)
+        )
+        some = torch.randint(len(texts), (batch,), device=texts.device)
         moved = sum(
             (1 - F.cosine_similarity(now.float(), then.float())).mean()
-            for now, then in zip(encoders.meanings(said[some]), before.meanings(meant[some]), strict=True)
+            for now, then in zip(encoders.meanings(texts[some]), before.meanings(targets[some]), strict=True)
         )
         return _error(predicted, noise, weights[timesteps]) + _HELD * moved
 
@@ -168,14 +174,14 @@ def refiner_trainer(
     batch: int,
     fast: bool,
 ) -> Trainer:
-    """What trains a refiner. What it is told without a caption is the encoded empty one."""
+    """Return the trainer of a refiner. A dropped caption is the encoded empty one."""
     alphas = _alphas(captions.device)[:REFINER_TIMESTEPS]
     encoders = encoders.requires_grad_(False)
 
     def loss(network: nn.Module, bucket: Bucket) -> torch.Tensor:
         rows = _draw(bucket, batch)
         dropped = torch.rand(batch, device=rows.device) < _DROPPED
-        hidden, pooled = encoders.read(captions[torch.where(dropped, 0, _said(bucket, rows))])
+        hidden, pooled = encoders.read(captions[torch.where(dropped, 0, _caption(bucket, rows))])
         ids = torch.cat([bucket.ids[rows, :4], bucket.ids[rows, 6:]], dim=1)
         timesteps = _uniform(torch.zeros_like(rows), len(alphas), batch)
         noise, noisy = _noised(bucket.latents[rows], alphas[timesteps])
@@ -188,7 +194,7 @@ def refiner_trainer(
 def _trainer(  # type: ignore[no-untyped-def]
     name, network: nn.Module, loss, data: Mapping[str, Bucket], learning_rate: float, fast: bool
 ) -> Trainer:
-    # Squares alone are compiled: it takes longer than the other shapes' share of the steps.
+    # Only squares are compiled: compiling another shape takes longer than its share of the steps.
     square = compiled(network) if fast else network
     losses = {
         ratio: lambda bucket=bucket, its=square if ratio == "1:1" else network: loss(its, bucket)
@@ -213,12 +219,12 @@ def _predicted(
 
 
 def _uniform(begin: torch.Tensor, end: int, batch: int) -> torch.Tensor:
-    """Timesteps, (batch,), uniform from `begin` up to `end`."""
+    """Return timesteps, (batch,), uniform in begin .. end - 1."""
     return (begin + torch.rand(batch, device=begin.device) * (end - begin)).long().clamp(max=end - 1)
 
 
 def _noised(latents: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise, fp32, and latents with as much of it as `alpha`, (n,), leaves room for."""
+    """Return fp32 noise, and latents noised to the cumulative alphas `alpha`, (n,)."""
     latents, alpha = latents.float(), alpha[:, None, None, None]
     noise = torch.randn_like(latents)
     return noise, (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(WORKING_DTYPE)
@@ -233,8 +239,8 @@ def _draw(bucket: Bucket, batch: int) -> torch.Tensor:
     return bucket.table[torch.randint(len(bucket.table), (batch,), device=bucket.table.device)]
 
 
-def _said(bucket: Bucket, rows: torch.Tensor) -> torch.Tensor:
-    """One caption of each scene, as a row of the captions."""
+def _caption(bucket: Bucket, rows: torch.Tensor) -> torch.Tensor:
+    """Return a random caption of each scene, as a row of the captions."""
     column = torch.randint(bucket.captions.shape[1], rows.shape, device=rows.device)
     return bucket.captions[rows, column]
 

@@ -1,8 +1,8 @@
-"""Measure the embedded ensemble: what it draws, whether it is what was asked for, and what the refiner adds.
+"""Measure the embedded ensemble: prompt alignment, image quality, and the effect of the refiner.
 
-Prints one table: what, its bar, what was measured. Prompts and seeds are fixed here. How pictures are read is in
-reading.py; where that errs on real art too, the share right of real pictures stands beside that of drawings.
-Speed through gRPC is measured by bench/overhead.py. Run: python -m training.evaluate
+Prints one table: measure, threshold, result. Prompts and seeds are fixed. reading.py reads the pictures. Where it errs
+on real art, too, the table has the accuracy on real pictures next to that on drawings. bench/overhead.py measures speed
+through gRPC. Run: python -m training.evaluate
 """
 
 import argparse
@@ -29,17 +29,17 @@ from training.reading import Gallery
 from training.scenes import Scene, Thing
 from training.synonyms import Synonyms
 
-PROMPTS = 300  # concepts drawn by name; the other rows take their parts of it
-SEEDS = (0, 1, 2, 3)  # where several are compared; all else is drawn with the first
-# Seeds of the choices, one each, so that rows do not depend on one another.
+PROMPTS = 300  # concepts drawn by name; the other rows draw fractions of it
+SEEDS = (0, 1, 2, 3)  # rows that do not compare seeds use the first
+# A seed for each random choice, so that rows do not depend on each other.
 _CONCEPTS, _COLOURS, _STYLES, _PAIRS, _REAL = range(5)
 _SHOWN = 12  # prompts on the sheet
-_NOISE = 2.0  # standard errors that a difference is to exceed
+_NOISE = 2.0  # standard errors that a difference must exceed
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; `met` is nothing where the measure is to be looked at, not passed."""
+    """A line of the table. `met` is None for a measure without a threshold."""
 
     what: str
     bar: str
@@ -49,22 +49,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, what it is compared with, and how thoroughly."""
+    """The ensemble to measure, the references, and the number of prompts."""
 
     weights: Path
     ensemble: model.Ensemble
-    other: model.Ensemble | None  # of the same weights in another precision
+    other: model.Ensemble | None  # the same weights in another precision
     gallery: Gallery
     synonyms: Synonyms
     prompts: int
     sheet: Path | None
 
     def part(self, share: float) -> int:
-        """A number of prompts, at least two, that is a share of those drawn by name."""
+        """Return a share of the number of prompts, at least two."""
         return max(2, round(self.prompts * share))
 
     def asked(self, count: int) -> list[int]:
-        """The first of the concepts that are drawn by name."""
+        """Return the first `count` concepts that are drawn by name."""
         concepts = len(self.gallery.art.concepts)
         return random.Random(_CONCEPTS).sample(range(concepts), concepts)[:count]
 
@@ -72,10 +72,15 @@ class Subject:
         return [self.gallery.art.concepts[at].name for at in concepts]
 
     def drawn(
-        self, prompts: Sequence[str], seed: int = SEEDS[0], ratio: str = "1:1", negative_prompt: str = "",
-        guidance_scale: float | None = None, high_noise_frac: float | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """One picture of each prompt, uint8 of shape (n, 3, height, width), with the service's defaults for None."""
+        self,
+        prompts: Sequence[str],
+        seed: int = SEEDS[0],
+        ratio: str = "1:1",
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        high_noise_frac: float | None = None,
+    ) -> torch.Tensor:
+        """Draw one picture of each prompt, uint8 of shape (n, 3, height, width). None means the service's default."""
         info = self.ensemble.info
         width, height = size_of(ratio, info.native_side, info.side_multiple)
         request = replace(
@@ -86,27 +91,29 @@ class Subject:
             width=width,
             height=height,
         )
-        made = []
+        pictures = []
         for number, prompt in enumerate(prompts, 1):
-            made.append(_picture(self.ensemble, replace(request, prompt=prompt)))
+            pictures.append(_picture(self.ensemble, replace(request, prompt=prompt)))
             if number % 20 == 0:
                 _progress(f"    {number} of {len(prompts)}")
-        return torch.stack(made)
+        return torch.stack(pictures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("--weights", type=Path, default=art.WEIGHTS, help="folder with base and refiner")
-    parser.add_argument("--device", default="auto", help="that draws: auto, cuda, mps or cpu")
-    parser.add_argument("--precision", default="auto", help="of the networks: auto, fp32, bf16, fp16 or fp8")
-    parser.add_argument("--beside", metavar="PRECISION", help="draw things in this one too, for the row of that name")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 or fp8")
+    parser.add_argument(
+        "--compare", metavar="PRECISION", help="draw things in this precision, too, for the row `precisions`"
+    )
     parser.add_argument("--compile", default="off", help="off or blocks; on a GPU blocks is ten times faster")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"fewer are quicker (default: {PROMPTS})")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"number of prompts (default: {PROMPTS})")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=[], metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--sheet", type=Path, help="PNG to write: samples, each beside the nearest training picture")
+    parser.add_argument("--sheet", type=Path, help="write a PNG of samples, each with the nearest training picture")
     options = parser.parse_args()
-    if "beside" in options.only and not options.beside:
-        parser.error("the row named beside needs --beside PRECISION")
+    if "precisions" in options.only and not options.compare:
+        parser.error("the row precisions needs --compare PRECISION")
 
     everything = art.everything()
     of = (art.RUNS / "art.npz").stat()
@@ -115,9 +122,14 @@ def main() -> None:
     experts = checkpoint.inspect(options.weights / "base", options.weights / "refiner")
     load = functools.partial(model.load, experts, options.device, compile=options.compile, compile_sizes=sizes)
     subject = Subject(
-        options.weights, load(options.precision), load(options.beside) if options.beside else None, gallery,
-        synonyms.everything(everything.concepts), options.prompts, options.sheet,
-    )  # fmt: skip
+        options.weights,
+        load(options.precision),
+        load(options.compare) if options.compare else None,
+        gallery,
+        synonyms.everything(everything.concepts),
+        options.prompts,
+        options.sheet,
+    )
     table: list[Row] = []
     for name in options.only or ROWS:
         began = time.monotonic()
@@ -125,13 +137,13 @@ def main() -> None:
             table.append(row)
             _progress(f"{row.what}: {row.measured}")
         _progress(f"    {name} took {time.monotonic() - began:.0f} s")
-    print("| what | bar | measured | met |\n| --- | --- | --- | --- |")
+    print("| measure | threshold | result | met |\n| --- | --- | --- | --- |")
     for row in table:
         print(f"| {row.what} | {row.bar} | {row.measured} | {({True: 'yes', False: 'no', None: '-'})[row.met]} |")
 
 
 def weights(it: Subject) -> Iterator[Row]:
-    """The size of all files, in units of 10^6 bytes, and of the pictures."""
+    """Measure the size of all files, in units of 10^6 bytes, and the resolution."""
     sizes = [file.stat().st_size / 1e6 for file in it.weights.rglob("*") if file.is_file()]
     yield Row("size of the weights", "<= 64 MB", f"{sum(sizes):.1f} MB", sum(sizes) <= 64)
     yield Row("largest file", "< 16 MB", f"{max(sizes):.1f} MB", max(sizes) < 16)
@@ -140,7 +152,7 @@ def weights(it: Subject) -> Iterator[Row]:
 
 
 def reconstruction(it: Subject) -> Iterator[Row]:
-    """The autoencoder on the art that its training did not see."""
+    """Measure the autoencoder on held-out art."""
     vae = AutoencoderKL.from_pretrained(it.weights / "base" / "vae", variant="fp16").float()
     rows = it.gallery.held_out.nonzero()[:, 0].tolist()[: it.prompts]
     ratio = autoencoder.psnr(vae, autoencoder.on_white(it.gallery.pictures(rows)))
@@ -148,7 +160,7 @@ def reconstruction(it: Subject) -> Iterator[Row]:
 
 
 def things(it: Subject) -> Iterator[Row]:
-    """Concepts drawn by their names: how often they are found again, and how often real held-out renderings are."""
+    """Measure how often concepts drawn by name are recognized, compared with held-out real renderings."""
     asked = it.asked(it.prompts)
     drawn = _ranks(it, it.drawn(it.names(asked)), asked)
     real = it.gallery.reference
@@ -159,12 +171,12 @@ def things(it: Subject) -> Iterator[Row]:
         yield Row(f"draws the thing, top-{top}", f">= {bar} x real", measured, share >= bar * reference)
 
 
-def beside(it: Subject) -> Iterator[Row]:
-    """Concepts drawn by their names with the same seeds in two precisions, paired; the error is that over pictures."""
+def precisions(it: Subject) -> Iterator[Row]:
+    """Compare two precisions on concepts drawn by name with the same seeds. The error is over pictures."""
     if it.other is None:
         return
     asked = it.asked(it.prompts)
-    names, precisions = it.names(asked), [each.info.precision for each in (it.other, it.ensemble)]
+    names, labels = it.names(asked), [each.info.precision for each in (it.other, it.ensemble)]
     ranks = [
         torch.cat([_ranks(some, some.drawn(names, seed), asked) for seed in SEEDS[:2]])
         for some in (replace(it, ensemble=it.other), it)
@@ -173,26 +185,30 @@ def beside(it: Subject) -> Iterator[Row]:
         other, usual = ((each < top).float() for each in ranks)
         mean, error = _mean_and_error(other - usual)
         measured = f"{_share(other):.1%} and {_share(usual):.1%} of {len(usual)}: {mean:+.1%} +- {error:.1%}"
-        what = f"{precisions[0]} beside {precisions[1]}, draws the thing, top-{top}"
+        what = f"{labels[0]} compared with {labels[1]}, draws the thing, top-{top}"
         yield Row(what, f"no fewer, by {_NOISE:g} errors", measured, mean >= -_NOISE * error)
 
 
 def colour_words(it: Subject) -> Iterator[Row]:
-    """Things asked for in a colour: drawings in it, and how often real renderings painted in it are read as such."""
+    """Measure how often a requested colour is drawn, and how often the colour of painted real art is recognized."""
     asked = _coloured(it.part(0.2))
     drawn = _in_colour(it, asked)
     choose = random.Random(_REAL)
     rows = [choose.choice(_renderings(it, it.gallery.named[COLOURED[thing]])) for _, thing in asked]
-    real = reading.colour_names(_staged(it.gallery, (SIDE, SIDE), [
-        (Thing(row, SIDE / 2, SIDE / 2, SIDE, colour),) for row, (colour, _) in zip(rows, asked, strict=True)
-    ]))  # fmt: skip
+    real = reading.colour_names(
+        _staged(
+            it.gallery,
+            (SIDE, SIDE),
+            [(Thing(row, SIDE / 2, SIDE / 2, SIDE, colour),) for row, (colour, _) in zip(rows, asked, strict=True)],
+        )
+    )
     ceiling = _share(name == colour for name, (colour, _) in zip(real, asked, strict=True))
     measured = f"{drawn:.0%} of {len(asked)}, real art painted {ceiling:.0%}"
     yield Row('colour words ("a red car")', "> 50 %", measured, drawn > 0.5)
 
 
 def style_words(it: Subject) -> Iterator[Row]:
-    """Concepts asked for in a style: drawings that are read as of it, and how often held-out art is."""
+    """Measure how often a requested style is drawn, and how often that of held-out art is recognized."""
     words = [names[0] for names in STYLES.values()]
     concepts = random.Random(_STYLES).sample(_nameable(it), it.part(0.16 / len(words)))
     asked = [(style, concept) for concept in concepts for style in range(len(words))]
@@ -208,21 +224,30 @@ def style_words(it: Subject) -> Iterator[Row]:
 
 
 def pairs(it: Subject) -> Iterator[Row]:
-    """Two things at once: each in the top 10 for a half of its own. Real ones are two renderings side by side."""
+    """Measure two things in a prompt: each in the top 10 of one half. Real composites have two renderings."""
     chosen = random.Random(_PAIRS).sample(_nameable(it), 2 * it.part(0.2))
     asked = list(zip(chosen[::2], chosen[1::2], strict=True))
     drawn = _both(it, it.drawn(["a {} and a {}".format(*it.names(pair)) for pair in asked]), asked)
     choose = random.Random(_REAL)
     rows = [[choose.choice(_renderings(it, concept)) for concept in pair] for pair in asked]
-    real = _both(it, _staged(it.gallery, (SIDE, SIDE), [
-        tuple(Thing(row, (0.25 + 0.5 * at) * SIDE, SIDE / 2, SIDE / 2) for at, row in enumerate(pair)) for pair in rows
-    ]), asked)  # fmt: skip
+    real = _both(
+        it,
+        _staged(
+            it.gallery,
+            (SIDE, SIDE),
+            [
+                tuple(Thing(row, (0.25 + 0.5 * at) * SIDE, SIDE / 2, SIDE / 2) for at, row in enumerate(pair))
+                for pair in rows
+            ],
+        ),
+        asked,
+    )
     measured = f"{drawn:.0%} of {len(asked)}, real composites {real:.0%}"
     yield Row('two things ("a cat and a pizza")', "> 50 %", measured, drawn > 0.5)
 
 
 def open_vocabulary(it: Subject) -> Iterator[Row]:
-    """Plain English: an accepted concept is in the top 5. Then single words that were kept from all training."""
+    """Measure plain English, with an accepted concept in the top 5, and single words held out from training."""
     accepted = {prompt: [it.gallery.named[name] for name in names] for prompt, names in OPEN.items()}
     asked = random.Random(_CONCEPTS).sample(list(accepted), min(len(accepted), it.part(0.2)))
     right = it.gallery.ranks(reading.features(it.drawn(asked)), [accepted[prompt] for prompt in asked]) < 5
@@ -233,20 +258,20 @@ def open_vocabulary(it: Subject) -> Iterator[Row]:
     measured = f"{_share(right):.0%} of {len(asked)}, {_share(right[new]):.0%} of {int(new.sum())} with unseen words"
     yield Row('plain English ("a doggo sleeping")', "> 50 %", measured, _share(right) > 0.5)
 
-    meant: dict[str, list[int]] = {}
+    concepts_of: dict[str, list[int]] = {}
     for concept, unseen in enumerate(it.synonyms.unseen):
         for word in unseen:
             if not set(word.split()) & known:
-                meant.setdefault(word, []).append(concept)
-    asked = random.Random(_CONCEPTS).sample(sorted(meant), it.part(0.2))
-    right = it.gallery.ranks(reading.features(it.drawn(asked)), [meant[word] for word in asked]) < 5
-    yield Row("words kept from all training", "", f"{_share(right):.0%} of {len(asked)}", None)
+                concepts_of.setdefault(word, []).append(concept)
+    asked = random.Random(_CONCEPTS).sample(sorted(concepts_of), it.part(0.2))
+    right = it.gallery.ranks(reading.features(it.drawn(asked)), [concepts_of[word] for word in asked]) < 5
+    yield Row("words held out from training", "", f"{_share(right):.0%} of {len(asked)}", None)
 
 
 def refiner(it: Subject) -> Iterator[Row]:
-    """Both experts against the base alone at the same steps and seeds, paired; the error is that over prompts.
+    """Compare both experts with the base alone at the same steps and seeds. The error is over prompts.
 
-    Sharp is what is as sharp as its concept's own renderings, where they are even and where they have edges.
+    Sharpness is compared with that of the concept's renderings, in even areas and at edges.
     """
     asked = it.asked(it.part(0.1))
     real = [reading.sharpness(autoencoder.on_white(it.gallery.pictures(_renderings(it, each)))) for each in asked]
@@ -267,7 +292,7 @@ def refiner(it: Subject) -> Iterator[Row]:
 
 
 def variety(it: Subject) -> Iterator[Row]:
-    """How far apart the seeds of a prompt are, and how far from the nearest training picture; real art beside it."""
+    """Measure the distance between seeds of a prompt, and to the nearest training picture, compared with real art."""
     asked = it.asked(it.part(0.06))
     drawn = torch.stack([it.drawn(it.names(asked), seed=seed) for seed in SEEDS], dim=1)
     features = torch.stack([reading.features(each) for each in drawn])
@@ -287,9 +312,9 @@ def variety(it: Subject) -> Iterator[Row]:
 
 
 def aspect_ratios(it: Subject) -> Iterator[Row]:
-    """What is drawn at each size, cut out, beside the square; and whether both halves show the whole thing.
+    """Compare drawings of each size, cut out, with squares, and measure how often both halves show the whole thing.
 
-    Squares are all those that are drawn by name: the bar is a share of what they come to.
+    The squares are all concepts drawn by name. The threshold is a share of their result.
     """
     asked, squares = it.asked(it.part(0.1)), it.asked(it.prompts)
     choose = random.Random(_REAL)
@@ -318,7 +343,7 @@ def aspect_ratios(it: Subject) -> Iterator[Row]:
 
 
 def negative_prompt(it: Subject) -> Iterator[Row]:
-    """The share of a thing's usual colour in what is drawn, without and with that colour as the negative prompt."""
+    """Measure the share of a thing's usual colour, without and with that colour as the negative prompt."""
     asked = list(USUAL_COLOURS.items())[: it.part(0.04)]
     shares: list[list[float]] = [[], []]
     for thing, colour in asked:
@@ -331,7 +356,7 @@ def negative_prompt(it: Subject) -> Iterator[Row]:
 
 
 def guidance(it: Subject) -> Iterator[Row]:
-    """Concepts by name and things in a colour, at no guidance, the default, and twice the default."""
+    """Measure concepts by name and things in a colour without guidance, at the default, and at twice the default."""
     asked, coloured = it.asked(it.part(0.12)), _coloured(it.part(0.12))
     default = it.ensemble.info.default_guidance_scale
     named, painted = {}, {}
@@ -344,10 +369,20 @@ def guidance(it: Subject) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Subject], Iterator[Row]]] = {
-    "weights": weights, "autoencoder": reconstruction, "things": things, "beside": beside, "colours": colour_words,
-    "styles": style_words, "pairs": pairs, "open": open_vocabulary, "refiner": refiner, "variety": variety,
-    "ratios": aspect_ratios, "negative": negative_prompt, "guidance": guidance,
-}  # fmt: skip
+    "weights": weights,
+    "autoencoder": reconstruction,
+    "things": things,
+    "precisions": precisions,
+    "colours": colour_words,
+    "styles": style_words,
+    "pairs": pairs,
+    "open": open_vocabulary,
+    "refiner": refiner,
+    "variety": variety,
+    "ratios": aspect_ratios,
+    "negative": negative_prompt,
+    "guidance": guidance,
+}
 
 
 @functools.cache  # rows share many pictures
@@ -371,40 +406,43 @@ def _in_colour(it: Subject, asked: Sequence[tuple[str, str]], guidance_scale: fl
 
 
 def _nameable(it: Subject) -> list[int]:
-    """Concepts that one word names, without people and faces."""
-    return [at for at, each in enumerate(it.gallery.art.concepts)
-            if each.name.isalpha() and each.group not in ("people-body", "smileys-emotion")]  # fmt: skip
+    """Return the concepts with a name of one word, without people and faces."""
+    return [
+        at
+        for at, each in enumerate(it.gallery.art.concepts)
+        if each.name.isalpha() and each.group not in ("people-body", "smileys-emotion")
+    ]
 
 
 def _renderings(it: Subject, concept: int) -> list[int]:
-    """The pictures of a concept, without its outlines."""
+    """Return the pictures of a concept, without its outlines."""
     return ((it.gallery.concepts == concept) & ~it.gallery.outlined).nonzero()[:, 0].tolist()
 
 
 def _staged(gallery: Gallery, size: tuple[int, int], things: Sequence[tuple[Thing, ...]]) -> torch.Tensor:
-    """Scenes of real pictures, as training's are made."""
+    """Render scenes of real pictures, as training does."""
     rows = sorted({thing.picture for some in things for thing in some})
     pictures = gallery.pictures(rows)
-    made = [
+    staged = [
         Scene(size, tuple(replace(thing, picture=rows.index(thing.picture)) for thing in some), (), share=0)
         for some in things
     ]
-    return torch.cat(list(scenes.rendered(made, pictures, colours.traits(pictures))))
+    return torch.cat(list(scenes.rendered(staged, pictures, colours.traits(pictures))))
 
 
 def _halves(pictures: torch.Tensor, across: bool) -> list[torch.Tensor]:
-    """The features of the two halves of each picture, cut out."""
+    """Return the features of the two halves of each picture, cut out."""
     parts = zip(*(reading.halves(each, across) for each in pictures), strict=True)
     return [reading.features(reading.squares(part)) for part in parts]
 
 
 def _ranks(it: Subject, pictures: torch.Tensor, asked: Sequence[int]) -> torch.Tensor:
-    """How many concepts are nearer to each picture than the one that was asked for, (n,)."""
+    """Return the number of concepts that are nearer to each picture than the requested one, (n,)."""
     return it.gallery.ranks(reading.features(pictures), [[each] for each in asked])
 
 
 def _doubled(it: Subject, pictures: torch.Tensor, asked: Sequence[int]) -> list[bool]:
-    """Whether both halves of an oblong picture show what the whole is to show."""
+    """Return whether both halves of an oblong picture show the requested concept."""
     height, width = pictures.shape[-2:]
     accepted = [[each] for each in asked]
     one, other = (it.gallery.ranks(half, accepted) for half in _halves(pictures, width > height))
@@ -412,7 +450,7 @@ def _doubled(it: Subject, pictures: torch.Tensor, asked: Sequence[int]) -> list[
 
 
 def _both(it: Subject, pictures: torch.Tensor, asked: Sequence[tuple[int, int]]) -> float:
-    """How often each of two concepts is in the top 10 of a half of its own, however the picture is cut."""
+    """Return how often each of two concepts is in the top 10 of its own half, for either cut."""
     accepted = [[[each] for each in column] for column in zip(*asked, strict=True)]
     right = torch.zeros(len(asked), dtype=torch.bool)
     for across in (True, False):
@@ -424,13 +462,13 @@ def _both(it: Subject, pictures: torch.Tensor, asked: Sequence[tuple[int, int]])
 
 
 def _apart(features: torch.Tensor) -> float:
-    """The mean of 1 - cosine over all pairs."""
+    """Return the mean of 1 - cosine over all pairs."""
     one, other = torch.triu_indices(len(features), len(features), offset=1)
     return float(1 - (features[one] * features[other]).sum(1).mean())
 
 
 def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean, and its standard error."""
+    """Return the mean and its standard error."""
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 

@@ -28,9 +28,10 @@ def save(
     base: UNet2DConditionModel,
     refiner: UNet2DConditionModel,
 ) -> None:
-    """Write base and refiner below `folder`, in fp16, shards below 16 MB.
+    """Write base and refiner below `folder`, in fp16, in shards below 16 MB.
 
-    The refiner's folder is without what it shares with the base, the second text encoder and the autoencoder.
+    The refiner's folder does not contain the parts that it shares with the base: the second text encoder and the
+    autoencoder.
     """
     for part in (narrow, wide, vae, base, refiner):
         part.to(torch.float16)
@@ -40,14 +41,22 @@ def save(
         vae, narrow, wide, tokenizer, tokenizer_2, base, architecture.scheduler(), add_watermarker=False
     ).save_pretrained(folder / "base", variant="fp16", max_shard_size=_SHARD)
     StableDiffusionXLImg2ImgPipeline(
-        vae, None, wide, None, tokenizer_2, refiner, architecture.scheduler(),
-        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
-    ).save_pretrained(folder / "refiner", variant="fp16", max_shard_size=_SHARD)  # fmt: skip
+        vae,
+        None,
+        wide,
+        None,
+        tokenizer_2,
+        refiner,
+        architecture.scheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder / "refiner", variant="fp16", max_shard_size=_SHARD)
     for part in ("text_encoder_2", "tokenizer_2", "vae"):
         shutil.rmtree(folder / "refiner" / part)
-    for file in folder.glob("*/*/tokenizer.json"):  # indented, it takes three times as much
+    for file in folder.glob("*/*/tokenizer.json"):  # an indented file is three times as large
         file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
-    for file in folder.glob("*/*/config.json"):  # where a part was loaded from is nobody's business
+    for file in folder.glob("*/*/config.json"):  # remove the path from which a part was loaded
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""One way to train every network: bf16 beside fp32 master weights, AdamW, an average of the weights, CUDA graphs.
+"""Train a network in bf16 with fp32 master weights, AdamW, averaged weights and CUDA graphs.
 
-A step draws its own batch on the device, so that on CUDA the whole of it, from the random numbers to the averaged
-weights, is one graph that the host only replays: small networks would otherwise wait for Python. Started by torchrun,
-each process trains on batches of its own, and the gradients are averaged over all of them.
+A step samples its batch on the device. On CUDA the whole step, from the random numbers to the averaged weights, is one
+graph that the host replays, because small networks would otherwise wait for Python. Under torchrun, each process trains
+on its own batches, and the gradients are averaged over all processes.
 """
 
 import logging
@@ -18,32 +18,32 @@ from torch import distributed, nn
 
 log = logging.getLogger(__name__)
 
-_WARM_UP = 3  # updates made before one is captured, as CUDA graphs ask for
+_WARM_UP = 3  # updates before the capture of a CUDA graph, as its documentation requires
 _N = TypeVar("_N", bound=nn.Module)
 
 
 def compiled(network: _N) -> _N:
-    """The same network, compiled for the shape that it is first called with, where there is a GPU to win by it."""
+    """Return the network, on a GPU compiled for the shape of its first call."""
     if next(network.parameters()).is_cuda:
         return torch.compile(network, dynamic=False)  # type: ignore[return-value]
     return network
 
 
 def agreed(seconds: float, device: torch.device) -> float:
-    """What the first process says, so that all of them stop after the same step."""
+    """Return the first process's value in all processes, so that all stop after the same step."""
     if not distributed.is_initialized():
         return seconds
-    told = torch.tensor(seconds, device=device)
-    distributed.broadcast(told, src=0)
-    return told.item()
+    shared = torch.tensor(seconds, device=device)
+    distributed.broadcast(shared, src=0)
+    return shared.item()
 
 
 class Trainer:
-    """Trains a network on losses, each of which draws a batch of its own kind.
+    """Train a network on several losses, each of which samples its own batch.
 
-    `losses` maps a kind (a size of image, say) to how it is drawn, `shares` to how often. The learning rate rises over
-    the first `rise` steps, stays, and falls to nothing over the last third of the time. `averaged` writes the mean of
-    the weights over about the last 1 / (1 - decay) steps into the network.
+    `losses` maps a kind of batch, for example an image size, to its loss, `shares` to its share of the steps. The
+    learning rate rises over the first `rise` steps, stays, and falls to zero over the last third of the time.
+    `averaged` writes the mean of the weights over about the last 1 / (1 - decay) steps into the network.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Trainer:
         self._masters = [parameter.detach().float().clone() for parameter in self._parameters]
         self._average = [torch.zeros_like(master) for master in self._masters]
         self._steps, self._spent = 0, 0.0
-        # The gradients lie in one piece, which processes can average at once.
+        # All gradients are views of one tensor, which a single all-reduce averages.
         self._gradient = torch.zeros(sum(master.numel() for master in self._masters), device=self._masters[0].device)
         sizes = [master.numel() for master in self._masters]
         for parameter, master, part in zip(self._parameters, self._masters, self._gradient.split(sizes), strict=True):
@@ -78,50 +78,52 @@ class Trainer:
             capturable=self._rate.is_cuda,
         )
         self._loss = torch.zeros((), device=self._gradient.device)
-        self._skipped = torch.zeros((), device=self._gradient.device)  # steps whose gradient was not finite
+        self._skipped = torch.zeros((), device=self._gradient.device)  # steps with a gradient that is not finite
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._loss.is_cuda else None  # graphs run one after another
+        self._pool = (
+            torch.cuda.graph_pool_handle() if self._loss.is_cuda else None
+        )  # graphs run one at a time, so they share memory
 
-    def run(self, seconds: float, sitting: float = math.inf) -> bool:
-        """Train until so many seconds are spent in all, or as long as this sitting lasts; whether it is done."""
+    def run(self, seconds: float, session: float = math.inf) -> bool:
+        """Train until `seconds` are spent in all sessions, or until this one ends. Returns whether it is finished."""
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.manual_seed(self._steps * 1009 + rank)
         choose = random.Random(self._steps)
-        sitting = agreed(sitting, self._loss.device)
+        session = agreed(session, self._loss.device)
         kinds, weights = list(self._shares), list(self._shares.values())
-        before, began, told = self._spent, time.monotonic(), self._spent / seconds
-        while (passed := agreed(time.monotonic() - began, self._loss.device)) < min(seconds - before, sitting):
+        before, began, logged = self._spent, time.monotonic(), self._spent / seconds
+        while (passed := agreed(time.monotonic() - began, self._loss.device)) < min(seconds - before, session):
             self._spent = before + passed
             rise, fall = min(1.0, (self._steps + 1) / self._rise), min(1.0, (1 - self._spent / seconds) / 0.35)
             self._rate.fill_(self._learning_rate * rise * fall)
             for kind in choose.choices(kinds, weights, k=10):
                 self._step(kind)
                 self._steps += 1
-            if self._spent / seconds >= told:
+            if self._spent / seconds >= logged:
                 share, loss = 100 * self._spent / seconds, self._loss.item()
                 log.info("%s: %3.0f %%, step %d, loss %.5f", self._name, share, self._steps, loss)
                 if (skipped := self._skipped.item()) > 0.01 * self._steps:
                     raise FloatingPointError(f"{self._name}: {skipped:.0f} steps had a gradient that is not finite")
-                told += 0.04
+                logged += 0.04
             elif self._loss.is_cuda:
                 torch.cuda.synchronize()
         self._spent = before + passed
-        self._graphs.clear()  # what they hold of the process group must go before it
+        self._graphs.clear()  # they must be freed before the process group
         log.info("%s: %d steps, %d of them without a finite gradient", self._name, self._steps, self._skipped.item())
         return self._spent >= seconds
 
     def averaged(self) -> None:
-        """Put the averaged weights into the network. The average began at zero, which is divided out, as in Adam."""
+        """Write the averaged weights into the network, with Adam's correction of the bias towards zero."""
         averages = torch._foreach_div(self._average, 1 - self._decay**self._steps)
         torch._foreach_copy_([parameter.data for parameter in self._parameters], averages)
 
     def save(self, file: Path) -> None:
-        """Write what a later sitting goes on from."""
+        """Write a checkpoint for the next session."""
         state = {"masters": self._masters, "average": self._average, "optimizer": self._optimizer.state_dict()}
         torch.save({**state, "steps": self._steps, "spent": self._spent, "loss": self._loss}, file)
 
     def load(self, file: Path) -> None:
-        """Go on from what `save` wrote. Before the first step."""
+        """Load a checkpoint of `save`, before the first step."""
         state = torch.load(file, map_location=self._loss.device, weights_only=True)
         torch._foreach_copy_(self._masters, state["masters"])
         torch._foreach_copy_(self._average, state["average"])
@@ -164,7 +166,7 @@ class Trainer:
             norm = torch.linalg.vector_norm(self._gradient)
             finite = torch.isfinite(norm)
             clipped = self._gradient * (1.0 / (norm + 1e-6)).clamp(max=1.0)
-            # One batch that overflows must not be the end of all the others.
+            # A batch that overflows must not end the training.
             self._gradient.copy_(torch.where(finite, clipped, 0.0))
             self._skipped.add_(~finite)
             self._optimizer.step()

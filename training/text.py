@@ -1,9 +1,8 @@
-"""Teach the two text encoders: what a sentence means, from a larger encoder, and which concept a caption names.
+"""Train the two text encoders on a teacher's sentence embeddings, and to classify the concept of a caption.
 
-Each encoder's pooled output learns to predict the sentence embedding of all-MiniLM-L6-v2 (Apache-2.0, used here only)
-of captions, of plain phrases and of single English words, so that words which no caption has lie near those that
-captions have, and to tell the concepts of the art apart. The base later teaches them which of it can be seen, see
-denoisers.py.
+Each encoder's pooled output learns to predict the embedding by all-MiniLM-L6-v2 (Apache-2.0, used here only) of
+captions, of plain phrases and of single English words, so that words without captions lie near words with captions. It
+also learns to classify the concepts of the art. denoisers.py later trains the encoders with the base.
 """
 
 import logging
@@ -23,7 +22,7 @@ from training.vocabulary import english
 
 log = logging.getLogger(__name__)
 
-LENGTH = 24  # tokens that nearly all captions and phrases have room in
+LENGTH = 24  # tokens; nearly all captions and phrases are shorter
 _TEMPERATURE = 0.07
 
 
@@ -36,13 +35,13 @@ def train(
     batch: int = 256,
     seed: int = 0,
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """The two encoders, taught for so many seconds in batches of so many sentences."""
+    """Train the two encoders for `seconds` in batches of `batch` sentences."""
     torch.manual_seed(seed)
     narrow, wide = (encoder.to(device) for encoder in architecture.text_encoders(tokenizer))
     choose = random.Random(seed)
-    texts, about = spoken(art, captioner, seed)
+    texts, about = sentences(art, captioner, seed)
     concepts = torch.tensor(about, device=device)
-    taught = teacher.meanings(texts, device)
+    targets = teacher.meanings(texts, device)
     tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 
     widths = (architecture.NARROW, architecture.WIDE)
@@ -61,7 +60,7 @@ def train(
         pooled = narrow(ids).pooler_output, wide(ids).text_embeds
         meaning = naming = torch.zeros((), device=device)
         for head, features in zip(heads, pooled, strict=True):
-            one, other = head(features, taught[chosen], concepts[chosen])
+            one, other = head(features, targets[chosen], concepts[chosen])
             meaning, naming = meaning + one, naming + other
         optimizer.zero_grad()
         (meaning + 0.25 * naming).backward()
@@ -74,35 +73,36 @@ def train(
     return narrow.eval(), wide.eval()
 
 
-def spoken(
+def sentences(
     art: Art, captioner: Captioner, seed: int = 0, captions: int = 40_000, phrases: int = 50_000
 ) -> tuple[list[str], list[int]]:
-    """Captions, plain phrases and single English words, and the concept that each is about or -1."""
+    """Return captions, plain phrases and single English words, and the concept of each, or -1."""
     choose = random.Random(seed)
-    said = [(captioner.caption(each.concept, each.style), each.concept)
-            for each in choose.choices(art.pictures, k=captions)]  # fmt: skip
-    said += [captioner.phrase() for _ in range(phrases)]
-    said += [(word, -1) for word in english()]
-    return [text for text, _ in said], [about for _, about in said]
+    labelled = [
+        (captioner.caption(each.concept, each.style), each.concept) for each in choose.choices(art.pictures, k=captions)
+    ]
+    labelled += [captioner.phrase() for _ in range(phrases)]
+    labelled += [(word, -1) for word in english()]
+    return [text for text, _ in labelled], [concept for _, concept in labelled]
 
 
-def meant(
+def meaning_pairs(
     art: Art, synonyms: Sequence[Sequence[str]], common: Sequence[Sequence[str]], count: int = 60_000
 ) -> tuple[list[str], list[str]]:
-    """Sentences and what each is to mean: itself, but another word for a concept what its name means.
+    """Return texts and their targets: the text itself, or the same text with the name of a reworded concept.
 
-    What someone is or does is not held at what it meant: which pictures show it, the base has yet to teach.
+    Texts about what someone is or does are excluded: the base still has to learn which pictures show it.
     """
-    taught = {word for some in common for word in some}
-    said, _ = spoken(art, Captioner(art, synonyms, [()] * len(art.concepts), seed=0))
+    common_words = {word for some in common for word in some}
+    texts, _ = sentences(art, Captioner(art, synonyms, [()] * len(art.concepts), seed=0))
     captioner = Captioner(art, synonyms, common, seed=0)
-    held = [text for text in said if text not in taught and not captioner.is_of_someone(text)]
+    held = [text for text in texts if text not in common_words and not captioner.is_of_someone(text)]
     reworded = [captioner.reworded() for _ in range(count)]
     return [*held, *(text for text, _ in reworded)], [*held, *(text for _, text in reworded)]
 
 
 class _Head(nn.Module):
-    """Reads a pooled output: predicts the teacher's embedding, and the concept."""
+    """Predict the teacher's embedding and the concept from a pooled output, and return both losses."""
 
     def __init__(self, width: int, concepts: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _Head(nn.Module):
 
 
 def _batches(lengths: list[int], size: int, choose: random.Random) -> Iterator[list[int]]:
-    """Random batches without end, each of texts about as long as one another, so that little is padding."""
+    """Yield endless random batches of texts of similar length, so that there is little padding."""
     while True:
         some = sorted(choose.sample(range(len(lengths)), 16 * size), key=lengths.__getitem__)
         batches = [some[at : at + size] for at in range(0, len(some), size)]

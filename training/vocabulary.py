@@ -1,7 +1,7 @@
-"""CLIP's byte-pair vocabulary, pruned to the words of the captions and the commonest merges of English.
+"""Prune CLIP's byte-pair vocabulary to the words of the captions and the commonest merges of English.
 
-The vocabulary comes with open_clip_torch (MIT). A merge is kept with all that it is made of, so that every kept word is
-split as the whole vocabulary splits it, and any other text into smaller pieces: nothing is ever unknown.
+The vocabulary is part of open_clip_torch (MIT). A merge is kept with all its parts, so that a kept word is split as by
+the full vocabulary, and any other text into smaller pieces. There are no unknown tokens.
 """
 
 import gzip
@@ -14,12 +14,12 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-_CLIP_MERGES = 49152 - 256 - 2  # as many of the file's lines as CLIP uses
+_CLIP_MERGES = 49152 - 256 - 2  # the number of lines of the file that CLIP uses
 CONTEXT = 77  # tokens
 
 
 def prune(words: Iterable[str], size: int, folder: Path) -> CLIPTokenizer:
-    """Write vocab.json and merges.txt of at most `size` tokens below `folder`; the tokenizer they make."""
+    """Write vocab.json and merges.txt of at most `size` tokens below `folder`, and return their tokenizer."""
     merges = _clip_merges()
     whole = _write(merges, folder / "whole")
     needed = {token for word in words for token in whole.tokenize(word)}
@@ -44,13 +44,13 @@ def prune(words: Iterable[str], size: int, folder: Path) -> CLIPTokenizer:
 
 
 def english(count: int | None = 24_000) -> list[str]:
-    """The words of CLIP's vocabulary of at least three letters, the commonest first."""
+    """Return the words of CLIP's vocabulary of at least three letters, the commonest first."""
     ends = ((first + second).removesuffix("</w>") for first, second in _clip_merges() if second.endswith("</w>"))
     return [word for word in ends if word.isascii() and word.isalpha() and len(word) > 2][:count]
 
 
 def carried_by(package: str) -> Path:
-    """The folder of an installed package, which need not be importable."""
+    """Return the folder of an installed package, which need not be importable."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed: see training/requirements.txt")

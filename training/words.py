@@ -1,8 +1,8 @@
-"""Common words of English that are near one concept, so that captions can use them in place of its name.
+"""Find common English words that are near one concept, which captions use in place of its name.
 
-One formula says which: the cosine of the gloss of a word's commonest sense with what is known of the concept, a quarter
-of its greatest cosine with a name, and 0.15 for a synonym, above 0.55; or, of a word that is no noun, the cosine with a
-name above 0.65.
+A noun's score is the cosine of its commonest sense's gloss with the concept's name and keywords, plus a quarter of its
+greatest cosine with a name, plus 0.15 for a synonym; it must exceed 0.55. For another word, the cosine with a name must
+exceed 0.65.
 """
 
 import json
@@ -21,7 +21,7 @@ _MEANT_BY_GLOSS, _MEANT, _BY_NAME, _BY_SYNONYM = 0.55, 0.65, 0.25, 0.15
 
 
 def everything(concepts: Sequence[Concept], lists: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Common words for each concept, found the first time; `lists` are its synonyms, of which some are such words."""
+    """Return common words for each concept. Finds them on the first call. `lists` are the concepts' synonyms."""
     file = RUNS / "words.json"
     if not file.is_file():
         file.write_text(json.dumps(_found(concepts, lists, synonyms.read_wordnet(RUNS / "packages"))))
@@ -30,22 +30,27 @@ def everything(concepts: Sequence[Concept], lists: Sequence[Sequence[str]]) -> l
 
 
 def _found(concepts: Sequence[Concept], lists: Sequence[Sequence[str]], wordnet: WordNet) -> list[list[str]]:
-    lent: dict[str, list[int]] = defaultdict(list)
+    synonyms_of: dict[str, list[int]] = defaultdict(list)
     for at, some in enumerate(lists):
         for word in some:
-            lent[word].append(at)
+            synonyms_of[word].append(at)
     taken = {word for each in concepts for word in (each.name, *each.keywords)}
     taken |= set(" ".join(captions.frames()).replace(",", "").split())
-    words = [word for word in dict.fromkeys([*english(None), *sorted(lent)])
-             if word not in taken and " " not in word and not synonyms.held_out(word)
-             and (word in lent or wordnet.has(word))]  # fmt: skip
+    words = [
+        word
+        for word in dict.fromkeys([*english(None), *sorted(synonyms_of)])
+        if word not in taken
+        and " " not in word
+        and not synonyms.held_out(word)
+        and (word in synonyms_of or wordnet.has(word))
+    ]
     senses = [wordnet.commonest.get(word) or wordnet.commonest.get(word.removesuffix("s"), "") for word in words]
-    told = wordnet.told(sorted({key for key in senses if key}))
+    embeddings = wordnet.gloss_embeddings(sorted({key for key in senses if key}))
     all_known = synonyms.all_known(concepts)
     found: list[list[str]] = [[] for _ in concepts]
     for word, key, near in zip(words, senses, synonyms.nearness(words, concepts), strict=True):
-        score = all_known @ told[key] + _BY_NAME * near if key else near
-        score[lent[word]] += _BY_SYNONYM
+        score = all_known @ embeddings[key] + _BY_NAME * near if key else near
+        score[synonyms_of[word]] += _BY_SYNONYM
         if float(score.max()) > (_MEANT_BY_GLOSS if key else _MEANT):
             found[int(score.argmax())].append(word)
     log.info("words: %d of %d mean a concept", sum(map(len, found)), len(words))

@@ -131,7 +131,7 @@ class Unauthenticated(TextToImageError):
 
 
 class NotFound(TextToImageError):
-    """This server knows no detached job with this `request_id`, or no longer keeps it."""
+    """The server knows no detached job with this `request_id`, or no longer keeps it."""
 
 
 class AlreadyExists(TextToImageError):

@@ -59,7 +59,7 @@ lint: $(VENV)/.dev generate-check ## ruff, typos, mypy --strict, buf, hadolint, 
 # The tests whose results depend on the processor, as on a smaller one. torch, oneDNN and MKL each have a variable for
 # that. None can name a larger processor: torch would believe it and end at the first missing instruction.
 CPU_TESTS = $(BIN)/python -m pytest $(addprefix tests/,$(addprefix acceleration/,kernels test_layers.py test_compilation.py) ensemble/test_batching.py) \
-	-k "not fp8 and (kernels or layers or embedded or any_number_of_threads or quickly_built)"
+	-k "not fp8 and (kernels or layers or embedded or any_number_of_threads)"
 
 test-cpu: $(VENV)/.dev ## the kernel tests as on a CPU without AVX2 and, where this one has AVX-512, without that
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(CPU_TESTS)

@@ -1,10 +1,10 @@
-"""What it gains and costs that images share network calls.
+"""Measure what sharing network calls gains and costs.
 
-For every batch size: images per second when every call is full, and the seconds of one image that has the calls for
-itself, which take as long as full ones. Decoding, one image at a time, is included. The sizes take turns, so that a
-machine whose speed drifts slows all of them. On the way it proves that an image has the same bytes in both cases.
+For every batch size: images per second when every call is full, and the seconds of one image alone in its calls, which
+take as long as full ones. Decoding, one image at a time, is included. The sizes alternate, so that a machine whose
+speed drifts slows all of them. It also checks that an image has the same bytes in both cases.
 
-Run: python -m bench.batching. The model is what T2I_BASE, T2I_REFINER, T2I_DEVICE and T2I_PRECISION say, by default the
+Run: python -m bench.batching. T2I_BASE, T2I_REFINER, T2I_DEVICE and T2I_PRECISION name the model, by default the
 embedded ensemble.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def images(ensemble: model.Ensemble, request: ImageRequest, seeds: list[int]) -> tuple[list[NDArray[np.uint8]], float]:
-    """The images of these seeds, made together, and how long that took from the first step on."""
+    """Make the images of these seeds together; returns them and the seconds from the first step on."""
     conditioning = ensemble.encode(request)
     trajectories = [ensemble.plan(request, conditioning, seed) for seed in seeds]
     began = time.perf_counter()

@@ -1,12 +1,12 @@
-"""How fast the ensemble draws on a CPU, beside stock diffusers on the same weights, image by image in turn.
+"""Compare the speed of the ensemble on a CPU with stock diffusers on the same weights, image by image.
 
-Every way has a process of its own, as a user would start it: what the service sets for its own process neither helps
-nor harms stock diffusers. In each round every way draws the same image, in the other order in every second round, so
-that a machine whose speed drifts does not decide the ratio: told is the median over the rounds of the first way's time
-by each way's, with its quartiles. Beside it how far the pictures are from those of the first way.
+Every way has a process of its own, so the service's process settings do not affect stock diffusers. In each round every
+way makes the same image, and every second round reverses the order, so that a machine whose speed drifts does not
+decide the ratio. The table has the median over the rounds of the first way's time over each way's, with its quartiles,
+and the distance of the images from those of the first way.
 
-On a machine with other work GNU's default makes stock diffusers' threads spin for most of an image. GOMP_SPINCOUNT=4000
-in the environment, as the service has it for itself, is for all ways alike.
+On a machine with other work, GNU OpenMP's default makes stock diffusers' threads spin for most of an image. Set
+GOMP_SPINCOUNT=4000 in the environment, like the service does for itself, to give all ways the same.
 
 Run: make bench-cpu; ARGS="--ways stock off" leaves others out.
 """
@@ -65,7 +65,7 @@ class Way:
 
 
 def work(name: str, options: argparse.Namespace, connection: Connection) -> None:
-    """What the process of a way does: it draws once, says so, and then draws the seeds that it is told."""
+    """Run the process of a way: make one image, report it, and then make the images of the requested seeds."""
     draw = stock(options, name == "stock-compiled") if name.startswith("stock") else ours(options, name)
     draw(0)
     import torch

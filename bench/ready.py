@@ -1,8 +1,8 @@
-"""How soon a service is ready to draw, and how fast it draws from then on, by what it compiles and when.
+"""Measure how soon a service is ready and how fast its images are, by what it compiles and when.
 
-Every way is started twice: with an empty folder for what is compiled, and with what the first start left there. Then
-images are asked for one after the other, until one is compiled where that is done meanwhile, and three more. On a GPU
-the service's metrics tell the memory that its tensors took at most.
+Every way starts twice: with an empty --compile-cache, and with the one that the first start has filled. Then images are
+requested one after the other until one is compiled, with --compile-while-serving, and three more. On a GPU the
+service's metrics give the peak memory of its tensors.
 
 Run: make bench-ready. The embedded ensemble is served, or what T2I_BASE and so on say.
 """
@@ -23,10 +23,10 @@ from text_to_image_client.launcher import ChildServer
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
-MEANWHILE = "-while-serving"
+WHILE_SERVING = "-while-serving"
 _MEMORY = "t2i_device_memory_bytes"
 _METRICS_SECONDS = 60.0
-WAYS = ["blocks" + when for when in ("", MEANWHILE)]
+WAYS = ["blocks" + when for when in ("", WHILE_SERVING)]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Start:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=["off", *WAYS], default=["off", "blocks"])
-    parser.add_argument("--seconds", type=float, default=900, help="that compiling meanwhile may take (default: 900)")
+    parser.add_argument("--seconds", type=float, default=900, help="limit for compiling while serving (default: 900)")
     parser.add_argument("--images", type=int, default=3, help="that count, of each start (default: 3)")
     options = parser.parse_args()
 
@@ -60,10 +60,10 @@ def main() -> None:
 
 def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str]:
     """What one start of the service came to, and its device."""
-    mode = way.removesuffix(MEANWHILE)
+    mode = way.removesuffix(WHILE_SERVING)
     flags = ["--compile", mode, "--metrics-listen", "127.0.0.1:0", "--log-level", "info"]
     flags += ["--compile-cache", cache] if mode != "off" else []
-    flags += ["--compile-while-serving"] if way.endswith(MEANWHILE) else []
+    flags += ["--compile-while-serving"] if way.endswith(WHILE_SERVING) else []
     began = time.perf_counter()
     with (
         serving.served(*flags) as (address, service),
@@ -91,10 +91,10 @@ def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str
 
 def memory(service: ChildServer) -> float | None:
     """Bytes that tensors took of a GPU at most."""
-    told = re.search(r"metrics on (http://\S+)", service.log())
-    assert told is not None
+    found = re.search(r"metrics on (http://\S+)", service.log())
+    assert found is not None
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has another loopback
-    with opener.open(told[1], timeout=_METRICS_SECONDS) as answer:
+    with opener.open(found[1], timeout=_METRICS_SECONDS) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     samples = {each.labels.get("kind"): each.value for family in families if family.name == _MEMORY
                for each in family.samples}  # fmt: skip

@@ -1,10 +1,9 @@
-"""How near the ensemble comes to what its arithmetic takes on a GPU, beside stock diffusers in the same run.
+"""Compare the ensemble's speed on a GPU with its floor, and with stock diffusers in the same run.
 
-The floor is the operations of the networks over the rate at which this device was just seen to multiply bf16 matrices.
-Told are a base step with guidance, a refiner step, a decoding, a whole image, and one of 8 steps of the base without
-guidance as few-step checkpoints make it, for every way that is asked for: diffusers' own layers (off) or fused
-ones (blocks), in bf16 or in fp8. Beside them how far its first step and its final latents are from those of the
-first way, and its image, in decibels.
+The floor is the operations of the networks over the measured rate of bf16 matrix products on this device. The table has
+the times of a base step with guidance, a refiner step, a decoding, a whole image, and an image of 8 base steps without
+guidance, like few-step checkpoints make it. The ways are diffusers' own layers (off), fused ones (blocks), both in bf16
+or fp8, and stock diffusers. Each way's first step, final latents and image are compared with those of the first way.
 
 Run: python -m bench.full_size FOLDER, then
 python -m bench.speed --base FOLDER/base --refiner FOLDER/refiner --ways off blocks blocks-fp8 stock stock-compiled
@@ -115,8 +114,8 @@ def main() -> None:
         errors = f"{of_it.error:.2%} | {of_it.latents:.2%} | {of_it.psnr:.1f} dB"
         print(f"| {way} | {of_it.ready:.1f} s | {parts} | {errors} | {of_it.memory / 2**30:.1f} GiB |")
     if options.json:
-        told = {way: asdict(of_it) for way, of_it in figures.items()}
-        options.json.write_text(json.dumps({"rate": rate, "floors": floors, "ways": told}, indent=2) + "\n")
+        by_way = {way: asdict(of_it) for way, of_it in figures.items()}
+        options.json.write_text(json.dumps({"rate": rate, "floors": floors, "ways": by_way}, indent=2) + "\n")
 
 
 def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -> tuple[Figures, Drawn]:
@@ -189,9 +188,9 @@ def _planned(ensemble: model.Ensemble, request: ImageRequest) -> Trajectory:
 
 
 def _finish(ensemble: model.Ensemble, trajectory: Trajectory) -> list[float]:
-    """Make all steps that are left, and tell the seconds from the end of each, or the begin of the first, to the next.
+    """Make all remaining steps; returns the seconds of each, from the end of the step before.
 
-    A device that runs ahead is in the next one when a step has ended: to wait for that would be to stop it.
+    A device that looks ahead is in the next step when one has ended. Waiting for that would make it idle.
     """
     ends = [time.perf_counter()]
     while trajectory.position < len(trajectory.stages):

@@ -140,6 +140,7 @@ def load(
     """
     if preview_decoder is not None:
         checkpoint.inspect_preview_decoder(preview_decoder)
+    experts.hasher.start()
     device = choose_device(device)
     precision = choose_precision(precision, device, max_batch)
     options = Options(compile, compile_while_serving, offload, overlap, max_batch)

@@ -274,6 +274,7 @@ def load(settings: Settings) -> AnyServedModel:
     """Load the ensemble that the settings name. Raises StartupError."""
     _prepare_cpu_kernels(settings)
     with contextlib.closing(checkpoint.inspect(*settings.experts)) as experts:
+        experts.hasher.start()
         _name_folder_for_torch()
         # Imported on the device thread, since torch takes seconds and the port is open by then.
         from server import model

@@ -1,4 +1,4 @@
-"""What the ensemble promises: diffusers' own two-pipeline recipe exactly, and the right thing where that errs."""
+"""The ensemble equals diffusers' two-pipeline recipe, and is right where that recipe errs."""
 
 import warnings
 from dataclasses import replace
@@ -100,7 +100,7 @@ def relative_error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "scheduler", ["euler", "euler_karras", "euler_ancestral", "ddim", "dpmpp_2m", "dpmpp_2m_karras"]
 )
-def test_the_handoff_equals_the_stock_recipe(ensemble, stock, scheduler: str, share: float, steps: int):
+def test_handoff_equals_the_stock_two_pipeline_recipe(ensemble, stock, scheduler: str, share: float, steps: int):
     request = replace(REQUEST, scheduler=scheduler, high_noise_frac=share, steps=steps)
     mine = finished(ensemble, request)
     if Stage.REFINER in mine.stages or share == 1:
@@ -116,9 +116,9 @@ def test_the_handoff_equals_the_stock_recipe(ensemble, stock, scheduler: str, sh
 @pytest.mark.parametrize("steps", [5, 20, 40])
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("scheduler", ["heun", "heun_karras"])
-def test_a_second_order_step_is_never_cut_in_two(ensemble, stock, scheduler: str, share: float, steps: int):
+def test_second_order_step_is_never_split_between_experts(ensemble, stock, scheduler: str, share: float, steps: int):
     # Each step of Heun is two calls, and its table of timesteps has all but the first twice. The stock base counts the
-    # table and so stops between the two calls of a step, which the stock refiner then begins anew from latents that
+    # table and so stops between the two calls of a step, which the stock refiner then begins again from latents that
     # are half a step further: one call too many, and a wrong one. The reference is stopped between two steps instead.
     request = replace(REQUEST, scheduler=scheduler, high_noise_frac=share, steps=steps)
     mine = finished(ensemble, request)
@@ -133,7 +133,7 @@ def test_a_second_order_step_is_never_cut_in_two(ensemble, stock, scheduler: str
     assert relative_error(mine.latents, theirs) < 1e-4
 
 
-def test_the_default_schedule_of_sdxl_is_32_and_8(ensemble):
+def test_default_schedule_has_32_base_and_8_refiner_steps(ensemble):
     stages = ensemble.plan(replace(REQUEST, steps=40), ensemble.encode(REQUEST), 1).stages
     assert stages == (Stage.BASE,) * 32 + (Stage.REFINER,) * 8
 
@@ -150,12 +150,12 @@ def test_the_default_schedule_of_sdxl_is_32_and_8(ensemble):
     ],
     ids=lambda changes: ", ".join(f"{name} {str(value)[:12]!r}" for name, value in changes.items()),
 )
-def test_guidance_negative_prompt_size_and_long_prompts_do_as_the_stock_recipe_does(ensemble, stock, changes: dict):
+def test_request_options_equal_the_stock_recipe(ensemble, stock, changes: dict):
     request = replace(REQUEST, **changes)
     assert relative_error(finished(ensemble, request).latents, stock.latents(request)) < 1e-4
 
 
-def test_pixels_are_those_of_the_stock_pipeline(ensemble, stock):
+def test_pixels_equal_the_stock_pipelines(ensemble, stock):
     mine = ensemble.decode(finished(ensemble, replace(REQUEST, high_noise_frac=1.0)))
     stock.base.scheduler = SCHEDULERS["euler"](stock.base.scheduler.config)
     theirs = stock.base(
@@ -166,7 +166,7 @@ def test_pixels_are_those_of_the_stock_pipeline(ensemble, stock):
     assert np.array_equal(mine, np.asarray(theirs.images[0]))
 
 
-def test_latents_with_a_mean_and_a_deviation_are_decoded_as_the_stock_pipeline_does(ensemble, stock):
+def test_latent_statistics_decode_like_the_stock_pipeline(ensemble, stock):
     trajectory = finished(ensemble, replace(REQUEST, high_noise_frac=1.0, steps=2))
     plain = ensemble.decode(trajectory)
     for vae in (ensemble._vae, stock.base.vae):
@@ -195,7 +195,7 @@ def embedded_off() -> model.Ensemble:
 )
 @pytest.mark.parametrize("stage", [Stage.BASE, Stage.REFINER])
 @torch.inference_mode()
-def test_compile_off_on_a_cpu_has_the_bits_of_stock_diffusers_networks(embedded_off, stage: Stage, changes: dict):
+def test_compile_off_equals_stock_diffusers_bit_for_bit_on_cpu(embedded_off, stage: Stage, changes: dict):
     options = {"variant": "fp16", "dtype": torch.float32}
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED / stage.name.lower() / "unet", **options)
     vae = AutoencoderKL.from_pretrained(EMBEDDED / "base" / "vae", **options)
@@ -211,7 +211,7 @@ def test_compile_off_on_a_cpu_has_the_bits_of_stock_diffusers_networks(embedded_
     assert torch.equal(embedded_off._decoded(trajectory.denoised, torch.float32), vae.decode(scaled).sample)
 
 
-def test_ddim_draws_what_euler_draws():
+def test_ddim_equals_euler_approximately():
     # Without noise of its own DDIM is Euler's method in other words (Song et al., 2021, section 4.3).
     embedded = model.load(checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner"), device="cpu")
     request = replace(default_request(embedded.info, "cat napping"), steps=10)
@@ -219,14 +219,14 @@ def test_ddim_draws_what_euler_draws():
     assert relative_error(ddim, euler) < 0.1
 
 
-def test_the_same_request_gives_the_same_bytes_and_another_seed_others(ensemble):
+def test_same_seed_gives_same_bytes_and_another_seed_other_bytes(ensemble):
     request = replace(REQUEST, scheduler="euler_ancestral", steps=6)
     one, again = (ensemble.decode(finished(ensemble, request)) for _ in range(2))
     assert np.array_equal(one, again)
     assert not np.array_equal(one, ensemble.decode(finished(ensemble, request, seed=2)))
 
 
-def test_two_images_can_take_turns_without_touching_each_other(ensemble):
+def test_interleaved_images_equal_images_made_alone(ensemble):
     requests = [replace(REQUEST, scheduler=name, steps=6) for name in ("dpmpp_2m", "euler_ancestral")]
     alone = [finished(ensemble, request).latents for request in requests]
     together = [ensemble.plan(request, ensemble.encode(request), 1) for request in requests]
@@ -272,14 +272,14 @@ def test_lookahead_changes_no_bytes(ensemble, scheduler: str, monkeypatch):
         assert torch.equal(trajectory.denoised, once.denoised)
 
 
-def test_no_text_is_encoded_twice_in_a_row(ensemble):
+def test_last_texts_are_encoded_once(ensemble):
     read: list[torch.nn.Module] = []
     for encoder in ensemble._networks.text_encoders:
         layer = next(each for each in encoder.modules() if isinstance(each, torch.nn.Embedding))
         layer.register_forward_hook(lambda layer, *_: read.append(layer))
     request = replace(REQUEST, negative_prompt="a hog")  # of which no other test has spoken
     first = ensemble.encode(replace(request, prompt="a hen"))
-    assert len(read) == 2 * len(ensemble._networks.text_encoders), "once for each text, whoever of the experts reads it"
+    assert len(read) == 2 * len(ensemble._networks.text_encoders), "once for each text, for both experts"
     again = ensemble.encode(replace(request, prompt="a hat"))
     assert len(read) == 3 * len(ensemble._networks.text_encoders), "the negative prompt is the same"
     for stage in (Stage.BASE, Stage.REFINER):
@@ -292,21 +292,23 @@ def test_guidance_of_one_or_less_runs_one_row(ensemble):
     assert ensemble.encode(REQUEST).hidden[Stage.BASE].shape[0] == 2
 
 
-def test_the_base_works_alone(folders):
+def test_base_works_without_refiner(folders):
     alone = model.load(checkpoint.inspect(folders[0], None), device="cpu")
     assert not alone.info.has_refiner
     assert alone.info.default_high_noise_frac == 1.0
     assert set(finished(alone, replace(REQUEST, high_noise_frac=1.0, steps=4)).stages) == {Stage.BASE}
 
 
-@pytest.mark.parametrize(("share", "told"), [(0.999, "the refiner has none"), (0.001, "the base made the first step")])
-def test_an_expert_without_a_step_is_told(ensemble, share: float, told: str):
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.999, "the refiner has none"), (0.001, "the base made the first step")]
+)
+def test_expert_without_a_step_is_a_warning(ensemble, share: float, message: str):
     trajectory = ensemble.plan(replace(REQUEST, high_noise_frac=share), ensemble.encode(REQUEST), 1)
-    assert told in trajectory.warnings[0].message
+    assert message in trajectory.warnings[0].message
     assert trajectory.stages[0] is Stage.BASE
 
 
-def test_the_dropped_tail_of_a_prompt_is_quoted_in_its_own_words(ensemble):
+def test_dropped_tail_of_a_prompt_is_quoted(ensemble):
     fits, tail = "0123456789" * 7 + "01234", "Ünïcode 😺 tail"
     dropped = ensemble.encode(replace(REQUEST, prompt=fits + " " + tail, negative_prompt=fits))
     (warning,) = dropped.warnings
@@ -317,7 +319,7 @@ def test_the_dropped_tail_of_a_prompt_is_quoted_in_its_own_words(ensemble):
     assert all(len(each.message) < 300 for each in both.warnings)
 
 
-def test_an_overflow_is_an_error_and_never_a_black_image(ensemble):
+def test_overflow_is_an_error_and_never_a_black_image(ensemble):
     trajectory = finished(ensemble, replace(REQUEST, steps=2))
     trajectory.latents = trajectory.latents * float("nan")
     with pytest.raises(model.NonFiniteImage, match="not finite"):
@@ -328,7 +330,7 @@ def test_an_overflow_is_an_error_and_never_a_black_image(ensemble):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_draws_nearly_the_same(folders, ensemble, device: str, precision: str):
+def test_half_precision_is_close_to_fp32(folders, ensemble, device: str, precision: str):
     half = model.load(checkpoint.inspect(*folders), device=device, precision=precision)
     request = replace(REQUEST, steps=4)
     mine = finished(half, request)
@@ -339,7 +341,7 @@ def test_half_precision_draws_nearly_the_same(folders, ensemble, device: str, pr
     assert half.info.precision == precision
 
 
-def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: str):
+def test_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: str):
     half = model.load(checkpoint.inspect(*folders), device=device, precision="fp16")
     half._vae.register_to_config(force_upcast=False)
     with torch.no_grad():  # what flows between these two now exceeds 65504, the largest fp16
@@ -351,7 +353,7 @@ def test_an_autoencoder_that_overflows_in_fp16_decodes_in_fp32(folders, device: 
     assert half._vae.dtype == torch.float16
 
 
-def test_loading_says_nothing(folders, capfd: pytest.CaptureFixture[str]):
+def test_loading_prints_nothing(folders, capfd: pytest.CaptureFixture[str]):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load(checkpoint.inspect(*folders), device="cpu")

@@ -1,8 +1,8 @@
-"""What a folder of weights must be, and how it is told, in one sentence with one exit code, when it is not.
+"""Check the folders of weights before they are loaded, hash their files, and read their defaults.
 
-A checkpoint is a folder as `git clone` of a published diffusers repository leaves it: model_index.json, and one folder
-per component with its configuration and safetensors files, whole or sharded, fp16 variant beside fp32 or alone.
-Everything here is read before a single weight is loaded, so that a broken folder is told within a second.
+A checkpoint is a folder in the layout of a published diffusers repository: model_index.json, and one folder per
+component with its configuration and safetensors files, whole or sharded, with an fp16 variant next to fp32 or alone.
+The checks read no weights, so they report a broken folder within a second, in one sentence with one exit code.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?P<fp16>\.fp16)?(?:-(\d{5})-of-(?P<shards>\d{5}))?\.safetensors"
 )
 _LFS = b"version https://git-lfs.github.com/spec/"
-_CHUNK = 4 << 20  # bytes that are hashed at a time: threads that do it seldom ask for the interpreter
+_CHUNK = 4 << 20  # bytes hashed at a time, so many that the threads seldom need the interpreter
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has proved to be whole. `weights` has the files of each part that are to be loaded."""
+    """A folder that has been checked. `weights` has the files to load of each part."""
 
     folder: Path
     variant: str | None
@@ -44,72 +44,55 @@ class Checkpoint:
     configs: tuple[Path, ...]
 
     def parameters(self, parts: Iterable[str]) -> int:
-        """Number of weights in these parts."""
+        """Return the number of weights in these parts."""
         return sum(_parameters(file) for part in parts for file in self.weights[part])
 
     @property
     def files(self) -> list[Path]:
-        """All that are served, in the order of their names."""
+        """All files that are served, sorted by name."""
         return sorted((*self.configs, *(file for files in self.weights.values() for file in files)))
 
 
-class Experts:
-    """The folders of both experts, or of the base alone, which have proved to be whole.
+class WeightHasher:
+    """Hash files with SHA-256, each in a thread of its own, from `start` on until `stop`.
 
-    All files are hashed from now on, until `close`, beside whatever else is done with them: SHA-256 of full-size ones
-    takes longer than loading them.
+    Hashing full-size weights takes longer than loading them, so it should start early.
     """
 
-    def __init__(self, base: Checkpoint, refiner: Checkpoint | None) -> None:
-        self.base, self.refiner = base, refiner
-        self._checkpoints = [base] if refiner is None else [base, refiner]
-        self._closed = threading.Event()
-        self._digests = {file: self._hashing(file) for checkpoint in self._checkpoints for file in checkpoint.files}
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = tuple(files)
+        self._digests: dict[Path, Future[bytes]] = {}
+        self._stopped = threading.Event()
 
-    def close(self) -> None:
-        """Hash no more: what was not asked for by now is not wanted."""
-        self._closed.set()
+    def start(self) -> None:
+        """Start hashing, unless it has started."""
+        for file in self._files:
+            if file not in self._digests:
+                self._digests[file] = Future()
+                # A daemon thread, because nothing waits for it when the process ends.
+                threading.Thread(target=self._hash, args=(file,), name="hashing", daemon=True).start()
 
-    def share(self, part: str) -> bool:
-        """Whether the refiner has the base's very weights of a part, or none of its own."""
-        if self.refiner is None:
-            return False
-        own = self.refiner.weights.get(part)
-        return own is None or self._contents(own) == self._contents(self.base.weights[part])
+    def stop(self) -> None:
+        """Stop hashing; files that are not hashed yet have no digest."""
+        self._stopped.set()
 
-    def fingerprint(self) -> str:
-        """SHA-256 in hex over the names and contents of all files that are served.
+    def digest(self, file: Path) -> bytes:
+        """Wait for the digest of a file, and start hashing if need be. Raises MissingPart if it cannot be read."""
+        self.start()
+        return self._digests[file].result()
 
-        Raises MissingPart if one of them cannot be read.
-        """
-        whole = hashlib.sha256()
-        for checkpoint in self._checkpoints:
-            for file, digest in zip(checkpoint.files, self._contents(checkpoint.files), strict=True):
-                whole.update(f"{file.relative_to(checkpoint.folder).as_posix()}\0".encode() + digest)
-        return whole.hexdigest()
+    def _hash(self, file: Path) -> None:
+        try:
+            self._digests[file].set_result(self._digest_of(file))
+        except BaseException as error:  # noqa: BLE001  # raised again where the digest is requested
+            self._digests[file].set_exception(error)
 
-    def _contents(self, files: Iterable[Path]) -> list[bytes]:
-        return [self._digests[file].result() for file in files]
-
-    def _hashing(self, file: Path) -> Future[bytes]:
-        """The SHA-256 of a file, worked out by a thread that nothing waits for where the program ends."""
-        digest: Future[bytes] = Future()
-
-        def work() -> None:
-            try:
-                digest.set_result(self._digest(file))
-            except BaseException as error:  # noqa: BLE001  # for whoever asks for it
-                digest.set_exception(error)
-
-        threading.Thread(target=work, name="hashing", daemon=True).start()
-        return digest
-
-    def _digest(self, file: Path) -> bytes:
+    def _digest_of(self, file: Path) -> bytes:
         digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
         try:
             with file.open("rb", buffering=0) as content:
                 while read := content.readinto(chunk):
-                    if self._closed.is_set():
+                    if self._stopped.is_set():
                         raise CancelledError
                     digest.update(chunk[:read])
         except OSError as error:
@@ -117,8 +100,42 @@ class Experts:
         return digest.digest()
 
 
+class Experts:
+    """The checked folders of both experts, or of the base alone. `hasher` hashes their files."""
+
+    def __init__(self, base: Checkpoint, refiner: Checkpoint | None) -> None:
+        self.base, self.refiner = base, refiner
+        self._checkpoints = [base] if refiner is None else [base, refiner]
+        self.hasher = WeightHasher(file for checkpoint in self._checkpoints for file in checkpoint.files)
+
+    def close(self) -> None:
+        """Stop hashing."""
+        self.hasher.stop()
+
+    def share(self, part: str) -> bool:
+        """Whether the refiner has the same weights of a part as the base, or none of its own."""
+        if self.refiner is None:
+            return False
+        own = self.refiner.weights.get(part)
+        return own is None or self._digests(own) == self._digests(self.base.weights[part])
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 in hex over the names and contents of all files.
+
+        Raises MissingPart if one of them cannot be read.
+        """
+        fingerprint = hashlib.sha256()
+        for checkpoint in self._checkpoints:
+            for file, digest in zip(checkpoint.files, self._digests(checkpoint.files), strict=True):
+                fingerprint.update(f"{file.relative_to(checkpoint.folder).as_posix()}\0".encode() + digest)
+        return fingerprint.hexdigest()
+
+    def _digests(self, files: Iterable[Path]) -> list[bytes]:
+        return [self.hasher.digest(file) for file in files]
+
+
 def inspect(base: Path, refiner: Path | None) -> Experts:
-    """The experts' folders. Raises a CheckpointError unless each holds what it should, and all of it."""
+    """Check the experts' folders. Raises a CheckpointError unless each has all its parts."""
     return Experts(_base(base), None if refiner is None else _refiner(refiner))
 
 
@@ -129,12 +146,12 @@ def _base(folder: Path) -> Checkpoint:
             f"{folder} holds a refiner where the base belongs; give it to --refiner, and the base to --base"
         )
     base = _inspect(folder, BASE_PARTS)
-    defaults(base)  # what is wrong with them is said now, not after the weights are loaded
+    defaults(base)  # an error in them is reported now, not after the weights are loaded
     return base
 
 
 def _refiner(folder: Path) -> Checkpoint:
-    """It may be without a text encoder, which is the base's then: the published ones carry the very same."""
+    """Check a refiner. If it has no text encoder, it uses the base's, whose weights the published ones share."""
     index = _index(folder)
     if index.get("text_encoder", [None])[0] is not None:
         raise WrongExpert(
@@ -144,7 +161,7 @@ def _refiner(folder: Path) -> Checkpoint:
 
 
 def inspect_preview_decoder(folder: Path) -> None:
-    """Raises a CheckpointError unless the folder holds a whole AutoencoderTiny, such as TAESD, in diffusers' layout."""
+    """Raise a CheckpointError unless the folder has an AutoencoderTiny, such as TAESD, in diffusers' layout."""
     kind = _json(_required(folder / "config.json")).get("_class_name")
     if kind != "AutoencoderTiny":
         raise MissingPart(f"{folder} holds {kind or 'no class of diffusers'} where an AutoencoderTiny belongs, a TAESD")
@@ -158,7 +175,7 @@ def inspect_preview_decoder(folder: Path) -> None:
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets where it says nothing: SDXL's own values, unless the base's folder has a defaults.json."""
+    """Default values of requests: SDXL's own, unless the base's folder has a defaults.json."""
 
     name: str = ""
     steps: Annotated[int, Field(ge=1, le=1000)] = 40
@@ -167,18 +184,18 @@ class Defaults:
 
 
 def defaults(base: Checkpoint) -> Defaults:
-    """The defaults of a base. Raises MissingPart, with all that is wrong with its defaults.json."""
+    """Read the defaults of a base. Raises MissingPart with every error in its defaults.json."""
     file = base.folder / "defaults.json"
     if file not in base.configs:
         return Defaults()
     try:
         return TypeAdapter(Defaults).validate_json(file.read_bytes(), strict=True)
     except ValidationError as error:
-        wrong = "; ".join(map(_why_no_default, error.errors()))
+        wrong = "; ".join(map(_explain_default, error.errors()))
         raise MissingPart(f"{file} cannot be used: {wrong}") from error
 
 
-def _why_no_default(error: ErrorDetails) -> str:
+def _explain_default(error: ErrorDetails) -> str:
     name = ".".join(map(str, error["loc"]))
     known = ", ".join(field.name for field in dataclasses.fields(Defaults))
     if error["type"] == "unexpected_keyword_argument":
@@ -232,7 +249,7 @@ def _inspect(folder: Path, parts: tuple[str, ...]) -> Checkpoint:
 
 
 def _weight_files(part: Path) -> dict[str | None, tuple[Path, ...]]:
-    """The safetensors files of a part by variant, "fp16" or None, in the order of their names."""
+    """Return the safetensors files of a part by variant, "fp16" or None, sorted by name."""
     variants: dict[str | None, list[Path]] = {}
     shards: dict[str | None, int] = {}
     for file in sorted(part.glob("*.safetensors")):

@@ -37,7 +37,7 @@ def describe(
     name: str | None,
     max_batch: int,
 ) -> ModelInfo:
-    """Describe the model that the experts make. Waits for the hashes of their files."""
+    """Describe the model that the experts make, after hashing their files."""
     defaults = checkpoint.defaults(experts.base)
     return ModelInfo(
         name=name or defaults.name or experts.base.folder.resolve().name,

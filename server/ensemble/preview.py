@@ -1,7 +1,7 @@
-"""A small picture of latents that are still on their way, cheap enough to be made beside the steps.
+"""Draw a small picture of unfinished latents, cheaply enough to do it during the steps.
 
-Latents are nearly a small picture already, in colours of their own: a linear map, fitted to whichever autoencoder is
-loaded, turns those into red, green and blue, one pixel per latent. A TAESD, where one is given, draws every pixel.
+A latent is close to one pixel in other colours. A linear map, fitted to the loaded autoencoder, turns it into red,
+green and blue. A TAESD, if one is given, draws the image at full size.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from server.errors import MissingPart
 
-_LEVELS = 4  # of red, of green and of blue: 64 colours, in a chart of 8 x 8 patches
-_PATCH = 4  # latents to a patch's side; the encoder sees that far around each
+_LEVELS = 4  # of red, green and blue each: 64 colours, in a chart of 8 x 8 patches
+_PATCH = 4  # latents per side of a patch: the encoder sees that far
 
 
 @dataclass(frozen=True)
 class LinearPreview:
-    """Latents of shape (1, channels, height, width) to RGB of (height, width, 3).
+    """Map latents of shape (1, channels, height, width) to RGB of (height, width, 3).
 
-    `colours` has shape (channels, 3), `bias` (3,); RGB is 0 to 1. It is all plain numpy loops: a matrix library, or
-    torch on a second thread, would bring threads of its own, which on the CPU get in the way of the networks'.
+    `colours` has shape (channels, 3), `bias` (3,); RGB is 0 to 1. Plain numpy loops compute it: a matrix library, or
+    torch on a second thread, would start threads that compete with the networks' on a CPU.
     """
 
     colours: NDArray[np.float32]
@@ -38,7 +38,7 @@ class LinearPreview:
 
 @dataclass(frozen=True)
 class TinyDecoder:
-    """Latents to RGB of the whole image's size, by a tiny autoencoder that was distilled from the real one."""
+    """Decode latents to RGB of the image's size by a tiny autoencoder that was distilled from the real one."""
 
     autoencoder: Any
 
@@ -50,10 +50,10 @@ class TinyDecoder:
 
 
 def fit(encode: Callable[[torch.Tensor], torch.Tensor], shrink: int) -> LinearPreview:
-    """The linear map that best gives a chart of colours back from what the autoencoder makes of it, by least squares.
+    """Fit the linear map from the latents of a colour chart to its colours, by least squares.
 
-    `encode` takes pixels (1, 3, height, width) in -1 to 1 to latents as the experts see them, `shrink` times smaller.
-    There is no chance in it: the chart has every mixture of four levels of red, green and blue, in their order.
+    `encode` maps pixels (1, 3, height, width), -1 to 1, to latents of the experts' scale, `shrink` times smaller. The
+    chart has every mixture of four levels of red, green and blue in a fixed order, so the map is deterministic.
     """
     levels = torch.linspace(0, 1, _LEVELS)
     side = _LEVELS * 2
@@ -66,7 +66,7 @@ def fit(encode: Callable[[torch.Tensor], torch.Tensor], shrink: int) -> LinearPr
 
 
 def load(folder: Path, channels: int, device: torch.device, dtype: torch.dtype) -> TinyDecoder:
-    """A TAESD from its folder, which is whole. Raises MissingPart if it is not for latents of so many channels."""
+    """Load a TAESD from a checked folder. Raises MissingPart if its latents have another number of channels."""
     autoencoder = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     if autoencoder.config.latent_channels != channels:
         raise MissingPart(
@@ -85,5 +85,5 @@ def _one_row_per_latent(picture: torch.Tensor) -> NDArray[np.float64]:
 
 
 def _bytes(rgb: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """RGB of 0 to 1 in eight bits. What is not finite is black here: it is decoding that fails for it."""
+    """Convert RGB of 0 to 1 to eight bits. A value that is not finite becomes black; decoding reports it."""
     return (np.nan_to_num(rgb).clip(0, 1) * 255).round().astype(np.uint8)

@@ -1,8 +1,8 @@
-"""What decides an image's bytes beside its request and the weights, read off this process once the model is loaded.
+"""Describe the environment that decides the bytes of an image, in addition to its request and the weights.
 
-Seen to change bytes on one and the same processor: the instruction set in use, the number of threads that share a sum
-(in fp32) and the precision; versions and TF32 change the arithmetic by their nature. What cannot be read off, such as
-the instruction set that MKL or oneDNN chose for itself, shows in the reference image, which lifecycle.py adds.
+On one processor the bytes were seen to change with the instruction set, the number of threads that share a sum (in
+fp32) and the precision. Versions and TF32 change the arithmetic. The reference image, which runtime.py adds, shows what
+a process cannot read, such as the instruction set that MKL or oneDNN has chosen.
 """
 
 import platform
@@ -23,10 +23,7 @@ _CODECS = ("libjpeg_turbo", "webp", "zlib", "zlib_ng")
 
 
 def environment(device: str, precision: str, max_batch: int) -> Environment:
-    """The environment of networks on `device` in `precision`, as ModelInfo has them, with `max_batch` images a call.
-
-    None of them is compiled yet.
-    """
+    """Describe the environment of eager networks on a device (cuda, mps or cpu), with `max_batch` images in a call."""
     return Environment(
         versions=_versions(device),
         hardware=torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -39,7 +36,7 @@ def environment(device: str, precision: str, max_batch: int) -> Environment:
 
 
 def _versions(device: str) -> dict[str, str]:
-    # torch's own word has the build behind the version, "+cpu" or "+cu130", whichever index it came from.
+    # torch.__version__ ends with the build, "+cpu" or "+cu130"; the package's metadata need not.
     versions = {"server": __version__, "torch": str(torch.__version__)}
     versions |= {package: version(package) for package in _PACKAGES}
     versions |= {codec: found for codec in _CODECS if (found := features.version(codec))}

@@ -1,4 +1,4 @@
-"""Compiled networks draw what the others draw; what is not compiled is drawn as if nothing were, meanwhile too."""
+"""Compiled calls make the images of eager ones but for rounding; other shapes and other threads stay eager."""
 
 import asyncio
 import gc
@@ -96,13 +96,13 @@ def compiled(folders, request: pytest.FixtureRequest, tmp_path_factory: pytest.T
     return loaded
 
 
-def test_a_compiled_ensemble_draws_the_same_but_for_rounding_and_always_the_same_bytes(plain, compiled):
+def test_compiled_images_differ_by_rounding_and_repeat_exactly(plain, compiled):
     image = drawn(compiled)
     assert np.abs(image.astype(int) - drawn(plain)).max() <= 2
     assert np.array_equal(image, drawn(compiled))
 
 
-def test_other_sizes_run_the_cpu_kernels_too_or_have_the_bytes_of_an_ensemble_that_is_not_compiled(plain, compiled):
+def test_other_sizes_run_the_cpu_kernels_or_equal_compile_off(plain, compiled):
     image, expected = drawn(compiled, 2 * SIDE), drawn(plain, 2 * SIDE)
     if compiled.info.environment.compiled == "blocks for all sizes":
         assert 0 < (begun(compiled, 2 * SIDE).latents - begun(plain, 2 * SIDE).latents).abs().max() < 1e-4
@@ -111,18 +111,18 @@ def test_other_sizes_run_the_cpu_kernels_too_or_have_the_bytes_of_an_ensemble_th
         assert np.array_equal(image, expected)
 
 
-def test_without_guidance_the_steps_are_not_compiled_but_the_decoding_is(plain, compiled):
+def test_unguided_images_differ_by_rounding(plain, compiled):
     image = drawn(compiled, guidance_scale=1.0)
     assert np.abs(image.astype(int) - drawn(plain, guidance_scale=1.0)).max() <= 2
 
 
-def test_the_environment_tells_what_is_compiled(plain, compiled):
+def test_environment_says_what_is_compiled(plain, compiled):
     assert plain.info.environment.compiled == "off"
     assert compiled.info.environment.compiled in ("blocks for all sizes", "blocks for 64x64")
     assert plain.info.environment.fingerprint != compiled.info.environment.fingerprint
 
 
-def test_what_was_compiled_is_counted_and_timed(plain, compiled):
+def test_compiled_calls_are_counted_and_timed(plain, compiled):
     assert (plain.info.compiled_calls, plain.info.compile_seconds) == (0, 0)
     assert compiled.info.compiled_calls == 3, "the base, the refiner and the decoder, for one size"
     metrics = Metrics(max_queue=1)
@@ -162,7 +162,7 @@ def as_installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("suit", "compiler", "told"),
+    ("suit", "compiler", "compiled"),
     [
         (True, None, "blocks for all sizes"),
         (False, None, "off"),
@@ -171,8 +171,8 @@ def as_installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 @pytest.mark.usefixtures("nothing_prebuilt")
-def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
-    folders, suit: bool, compiler: str | None, told: str, monkeypatch, caplog
+def test_auto_builds_the_cpu_kernels_where_it_can(
+    folders, suit: bool, compiler: str | None, compiled: str, monkeypatch, caplog
 ):
     if suit and not cpu.is_supported():
         pytest.skip("no kernels suit this CPU")
@@ -181,7 +181,7 @@ def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
         monkeypatch.setenv("CXX", compiler)
     caplog.set_level("INFO", "server.model")
     ensemble = model.load(checkpoint.inspect(*folders), device="cpu", compile="auto")
-    assert ensemble.info.environment.compiled == told
+    assert ensemble.info.environment.compiled == compiled
     assert drawn(ensemble).shape == (SIDE, SIDE, 3)
     without = "images are made without the C++ kernels"
     why = {
@@ -189,12 +189,12 @@ def test_what_is_quickly_built_is_built_unless_another_way_is_asked_for(
         NO_COMPILER: f"{without}, more slowly: {NO_COMPILER}: No such file or directory; install a C++ compiler",
         "false": f"{without}, more slowly: false: exit 1; set CXX to a C++ compiler that works",
     }
-    assert caplog.messages == ([] if told != "off" else [why[compiler]])
+    assert caplog.messages == ([] if compiled != "off" else [why[compiler]])
 
 
 @NEEDS_KERNELS
 @pytest.mark.usefixtures("nothing_prebuilt")
-def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(folders, tmp_path, monkeypatch, caplog):
+def test_unusable_cache_is_a_warning_for_auto_and_an_error_for_blocks(folders, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     cache = tmp_path / "file" / "cache"
     patch_cache(monkeypatch)
@@ -211,23 +211,23 @@ def test_a_cache_that_cannot_be_used_costs_auto_a_warning_and_blocks_the_start(f
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_folder_that_inductor_cannot_use_is_named_with_the_true_reason(folders, cached: bool, tmp_path, monkeypatch):
+def test_folder_that_inductor_cannot_use_is_named_with_the_reason(folders, cached: bool, tmp_path, monkeypatch):
     """No kernels suit, and only some of what inductor writes comes out as an error of torch's."""
     folder = tmp_path / "file"
     folder.touch()
     patch_cache(monkeypatch)
     monkeypatch.setattr(cpu, "is_supported", lambda: False)
-    told, cache = f"nothing can be written to {folder}: File exists; let --compile-cache name another folder", folder
+    message, cache = f"nothing can be written to {folder}: File exists; let --compile-cache name another folder", folder
     if not cached:
-        told, cache = f"{folder}/inductor: Not a directory.; let --compile-cache, or TMPDIR without one, name", None
+        message, cache = f"{folder}/inductor: Not a directory.; let --compile-cache, or TMPDIR without one, name", None
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
         monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(folder / "inductor"))
-    with pytest.raises(CompileError, match=told):
+    with pytest.raises(CompileError, match=message):
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_cache=cache)
 
 
 @NEEDS_KERNELS
-def test_what_was_compiled_for_other_instructions_is_compiled_again(tmp_path):
+def test_cached_code_for_another_instruction_set_is_compiled_again(tmp_path):
     """A cache can be that of machines with other CPUs."""
     code = (
         "import torch; from server.acceleration import compilation; values = torch.linspace(0, 1, 1000)\n"
@@ -241,16 +241,16 @@ def test_what_was_compiled_for_other_instructions_is_compiled_again(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"offload": True}])
-def test_what_goes_without_compiled_networks_is_not_built(folders, changes: dict):
+def test_auto_builds_nothing_for_fp8_and_offload(folders, changes: dict):
     assert not model.load(checkpoint.inspect(*folders), device="cpu", compile="auto", **changes).compiles
 
 
-def test_sides_that_no_image_can_have_are_told_before_anything_is_compiled(folders):
+def test_impossible_compile_sizes_are_reported_before_compiling(folders):
     with pytest.raises(CompileError, match="multiples of 2: --compile-sizes cannot have 33x64"):
         model.load(checkpoint.inspect(*folders), device="cpu", compile="blocks", compile_sizes=[(33, 64), (64, 64)])
 
 
-def test_a_machine_without_a_compiler_is_told_in_one_sentence(folders, as_installed, tmp_path: Path):
+def test_missing_compiler_is_reported_in_one_sentence(folders, as_installed, tmp_path: Path):
     base, refiner = folders
     server = subprocess.run(
         [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--device", "cpu", "--base", base, "--refiner",
@@ -292,7 +292,7 @@ def load_with_copies(folders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return load
 
 
-def test_the_eager_networks_serve_until_their_shared_weight_copies_are_compiled(folders, load_with_copies, monkeypatch):
+def test_eager_networks_serve_until_copies_are_compiled(folders, load_with_copies, monkeypatch):
     eager = drawn(model.load(checkpoint.inspect(*folders), device="cpu", max_batch=2))
     fused: list[nn.Module] = []
     fuse = layers.fuse_layers
@@ -318,7 +318,7 @@ def test_the_eager_networks_serve_until_their_shared_weight_copies_are_compiled(
     assert np.array_equal(compiled, drawn(ensemble))
 
 
-def test_a_failed_compilation_gives_its_memory_back_and_the_eager_networks_go_on(load_with_copies, monkeypatch):
+def test_failed_compilation_releases_memory_and_eager_networks_go_on(load_with_copies, monkeypatch):
     copies: list[weakref.ref[nn.Module]] = []
     share_weights, fuse_layers = layers.share_weights, layers.fuse_layers
 
@@ -356,7 +356,7 @@ class TestService:
         service.engine.stop()
         assert await service.close()
 
-    async def test_it_compiles_after_it_is_open_and_tells_metrics_and_the_log(self, opened: Runtime, caplog):
+    async def test_it_compiles_while_it_serves_and_reports_it(self, opened: Runtime, caplog):
         caplog.set_level("INFO", "server.runtime")
         eager = await environment_of_an_image(opened)
         assert eager.compiled in ("off", "blocks for all sizes")  # it may have compiled by now
@@ -368,15 +368,15 @@ class TestService:
         assert any(each.startswith("compiled 3 calls in ") for each in caplog.messages)
 
     @pytest.mark.usefixtures("nothing_prebuilt")
-    async def test_a_service_that_cannot_compile_goes_on_without_and_says_what_to_do(
+    async def test_it_serves_eager_networks_if_it_cannot_compile_and_says_what_to_do(
         self, load_with_copies, monkeypatch, caplog
     ):
         monkeypatch.setenv("CXX", NO_COMPILER)
         service = Runtime(Settings(compile="blocks", compile_while_serving=True), load_with_copies)
         await service.open()
         await until(lambda: state(service, "failed") == 1)
-        (told,) = [each for each in caplog.messages if "cannot be compiled here" in each]
-        assert "install a C++ compiler, or leave --compile off; eager networks keep serving" in told
+        (message,) = [each for each in caplog.messages if "cannot be compiled here" in each]
+        assert "install a C++ compiler, or leave --compile off; eager networks keep serving" in message
         assert not any(record.exc_info for record in caplog.records)
         assert (await environment_of_an_image(service)).compiled == "off"
         service.engine.stop()
@@ -420,7 +420,7 @@ def start(start_server, folders, as_installed) -> Callable[..., ServerProcess]:
     return start
 
 
-def test_a_server_builds_the_kernels_where_it_can_and_needs_no_compiler(start, tmp_path):
+def test_server_builds_the_cpu_kernels_but_needs_no_compiler(start, tmp_path):
     server = start(CXX=NO_COMPILER).wait_until_ready()
     assert drawn_by(server).metadata.environment.compiled == "off"
     server = start("--compile-cache", tmp_path).wait_until_ready()
@@ -430,17 +430,19 @@ def test_a_server_builds_the_kernels_where_it_can_and_needs_no_compiler(start, t
 
 
 @NEEDS_KERNELS
-def test_where_no_built_library_can_be_loaded_auto_warns_and_serves_and_blocks_says_why_it_does_not(start, mounted):
+def test_noexec_folder_is_a_warning_for_auto_and_an_error_for_blocks(start, mounted):
     folder = mounted("noexec")
     server = start(TMPDIR=str(folder)).wait_until_ready()
-    told = f"{folder}/\\S+ is on a file system that is mounted noexec; let TMPDIR name a folder that can be written to"
-    assert len(re.findall(told, server.log)) == 1
+    message = (
+        f"{folder}/\\S+ is on a file system that is mounted noexec; let TMPDIR name a folder that can be written to"
+    )
+    assert len(re.findall(message, server.log)) == 1
     assert drawn_by(server).metadata.environment.compiled == "off"
     assert server.stop() == 0
     assert "Traceback" not in server.log
     server = start("--compile", "blocks", TMPDIR=str(folder))
     assert server.wait() == CompileError.exit_code
-    assert re.search(f"cannot be compiled here .{told}".replace("noexec;", "noexec.;"), server.log)
+    assert re.search(f"cannot be compiled here .{message}".replace("noexec;", "noexec.;"), server.log)
     assert "Traceback" not in server.log
     assert "install a C" not in server.log
 
@@ -455,7 +457,7 @@ class TestWhileServing:
     def start(self, start_server) -> Callable[..., ServerProcess]:
         return lambda *flags: start_server(*map(str, ("--device", "cuda", *flags)))
 
-    def test_it_serves_at_once_and_compiled_later_and_each_answer_tells_how_it_was_made(self, start, tmp_path):
+    def test_it_serves_eagerly_then_compiled_and_each_response_says_which(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path).wait_until_ready()
         with connect(server) as channel:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
@@ -475,7 +477,7 @@ class TestWhileServing:
         before = start("--compile", "blocks", "--compile-cache", tmp_path).wait_until_ready()
         assert same(late, drawn_by(before)), "as a server that compiles before it serves makes it"
 
-    def test_a_signal_ends_it_in_the_middle(self, start, tmp_path):
+    def test_signal_ends_it_while_it_compiles(self, start, tmp_path):
         server = start(*self.FLAGS, "--compile-cache", tmp_path)
         server.wait_for_log("compiling; eager")
         assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""The layers made over compute what diffusers' do; in fp8 they come near, and always to the same bytes."""
+"""Fused layers compute the same as diffusers' layers; in fp8 they come close, and always to the same bytes."""
 
 import copy
 from collections.abc import Callable
@@ -53,8 +53,8 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 @pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])  # the last is enlarged to odd sizes on its way up
-@pytest.mark.parametrize("device", ["cpu", "cuda"])  # made over for it: both compute on a CPU too
-def test_a_network_made_over_predicts_the_same_noise(device: str, expert: str, size: tuple[int, int]):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # layers fused for either device compute on a CPU too
+def test_fused_unet_predicts_the_same_noise(device: str, expert: str, size: tuple[int, int]):
     plain = unet(expert)
     fused = copy.deepcopy(plain)
     layers.fuse_layers(fused, device)
@@ -62,7 +62,7 @@ def test_a_network_made_over_predicts_the_same_noise(device: str, expert: str, s
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_decoder_made_over_decodes_the_same_pixels(device: str):
+def test_fused_decoder_decodes_the_same_pixels(device: str):
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
     layers.fuse_layers(fused.decoder, device)
@@ -72,7 +72,7 @@ def test_a_decoder_made_over_decodes_the_same_pixels(device: str):
 
 
 def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, convolutions.Upsample]:
-    """diffusers' layer and the one made over for a device, as `fuse` leaves it."""
+    """diffusers' layer, and the one that `fuse_layers` makes of it for a device."""
     torch.manual_seed(0)
     plain = Upsample2D(channels, use_conv=True).requires_grad_(False)
     return plain, convolutions.Upsample(copy.deepcopy(plain), device).to(memory_format=torch.channels_last)
@@ -81,47 +81,47 @@ def enlarging(device: str, channels: int = 48) -> tuple[Upsample2D, convolutions
 @pytest.mark.parametrize("device", ["cpu", "cuda", "by a kernel"])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 6)])
 @pytest.mark.parametrize("cut", [None, (0, 0), (1, 0), (0, 1), (1, 1)])  # of twice the size
-def test_an_enlarged_image_is_convolved_to_its_edges(device: str, size: tuple[int, int], cut: tuple[int, int] | None):
-    plain, made_over = enlarging("cpu" if device == "cpu" else "cuda")
+def test_fused_upsampling_is_exact_to_the_edges(device: str, size: tuple[int, int], cut: tuple[int, int] | None):
+    plain, fused = enlarging("cpu" if device == "cpu" else "cuda")
     if device == "by a kernel":
-        made_over.use_kernel()
+        fused.use_kernel()
     images = torch.randn(2, 48, *size)
     output_size = None if cut is None else tuple(2 * side - less for side, less in zip(size, cut, strict=True))
-    made, expected = made_over(images, output_size), plain(images, output_size)
+    made, expected = fused(images, output_size), plain(images, output_size)
     assert made.shape == expected.shape
     assert error(made, expected) < 1e-6
 
 
-def test_weights_are_summed_before_they_are_rounded():
+def test_phase_weights_are_summed_in_fp32():
     plain, _ = enlarging("cuda")
     rounded = convolutions._by_phases(plain.conv.bfloat16()).weight
     assert torch.equal(rounded, convolutions._by_phases(plain.conv.float()).weight.bfloat16())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_an_enlarged_image_has_the_same_bytes_at_any_place(threads: int):
+def test_fused_upsampling_is_batch_invariant(threads: int):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for channels, height, width in [(160, 7, 10), (192, 8, 8), (96, 5, 11)]:
-            _, made_over = enlarging("cpu", channels)
+            _, fused = enlarging("cpu", channels)
             images = torch.randn(6, channels, height, width).to(memory_format=torch.channels_last)
-            made = made_over(images)
+            made = fused(images)
             for turn in range(1, 6):
-                assert torch.equal(made_over(images.roll(turn, 0)), made.roll(turn, 0))
+                assert torch.equal(fused(images.roll(turn, 0)), made.roll(turn, 0))
     finally:
         torch.set_num_threads(before)
 
 
-def test_in_fp8_an_enlarged_image_is_nearly_the_same():
-    plain, made_over = enlarging("cuda")
+def test_fp8_upsampling_is_close():
+    plain, fused = enlarging("cuda")
     images = torch.randn(2, 48, 8, 8)
     with quantization.calibrating():
-        made_over(images)
-    made_over.quantize(made_over.calibration_scale())
-    assert 1e-3 < error(made_over(images), plain(images)) < 0.05
-    assert made_over.weight.dtype == torch.float8_e4m3fn
-    assert error(made_over(images, (15, 16)), plain(images, (15, 16))) < 1e-6, "odd sizes are not in fp8"
+        fused(images)
+    fused.quantize(fused.calibration_scale())
+    assert 1e-3 < error(fused(images), plain(images)) < 0.05
+    assert fused.weight.dtype == torch.float8_e4m3fn
+    assert error(fused(images, (15, 16)), plain(images, (15, 16))) < 1e-6, "odd sizes are not in fp8"
 
 
 def winograd(network: nn.Module) -> list[bool]:
@@ -132,7 +132,7 @@ def winograd(network: nn.Module) -> list[bool]:
 @pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
 @pytest.mark.parametrize("expert", ["base", "refiner"])
 @pytest.mark.parametrize("size", [(32, 32), (20, 44), (30, 42)])
-def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_run(expert: str, size: tuple[int, int]):
+def test_unet_by_cpu_kernels_predicts_the_same_noise(expert: str, size: tuple[int, int]):
     plain = unet(expert)
     fused = copy.deepcopy(plain)
     layers.fuse_layers(fused, "cpu")
@@ -148,7 +148,7 @@ def test_a_network_by_the_kernels_of_a_cpu_predicts_the_same_noise_while_they_ru
 
 
 @pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)
-def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
+def test_decoder_by_cpu_kernels_decodes_the_same_pixels():
     plain = AutoencoderKL.from_pretrained(EMBEDDED / "base/vae", variant="fp16", dtype=torch.float32).eval()
     fused = copy.deepcopy(plain)
     layers.fuse_layers(fused.decoder, "cpu")
@@ -158,7 +158,7 @@ def test_a_decoder_by_the_kernels_of_a_cpu_decodes_the_same_pixels():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
 
 
-def test_a_network_that_was_not_made_over_or_is_not_in_fp32_is_not_for_the_kernels_of_a_cpu():
+def test_cpu_kernels_need_fused_layers_in_fp32():
     network = unet("refiner")
     assert not layers.supports_cpu_kernels(network)
     layers.fuse_layers(network, "cpu")
@@ -175,7 +175,7 @@ def test_quantized_convolutions_do_not_run_cpu_kernels():
         assert not any(winograd(network))
 
 
-def test_what_was_made_of_a_text_is_not_taken_for_another():
+def test_text_projection_cache_is_per_tensor():
     layer = nn.Linear(4, 4)
     once = layers.MemoizeLast(layer)
     texts = [torch.ones(2, 4), torch.zeros(2, 4)]
@@ -185,7 +185,7 @@ def test_what_was_made_of_a_text_is_not_taken_for_another():
             assert once(text) is once(text)
 
 
-def test_in_fp8_a_network_predicts_nearly_the_same_noise():
+def test_fp8_unet_predicts_nearly_the_same_noise():
     plain = unet("base")
     fused = copy.deepcopy(plain)
     layers.fuse_layers(fused)
@@ -201,7 +201,7 @@ def all_convolutions(network: nn.Module) -> list[convolutions.QuantizableConvolu
 
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
-def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: str):
+def test_unet_by_convolution_kernels_predicts_the_same_noise(expert: str):
     plain = unet(expert)
     by_kernel = copy.deepcopy(plain)
     layers.fuse_layers(by_kernel)
@@ -211,7 +211,7 @@ def test_a_network_that_convolves_by_a_kernel_predicts_the_same_noise(expert: st
 
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
-def test_a_network_some_of_whose_convolutions_are_faster_by_a_kernel_predicts_the_same_noise(expert: str, monkeypatch):
+def test_unet_by_some_convolution_kernels_predicts_the_same_noise(expert: str, monkeypatch):
     monkeypatch.setattr(convolution, "supports", lambda device, dtype: True)
     monkeypatch.setattr(tiles, "fills_one_wave", lambda rows, channels, outputs: rows == 2 * 16 * 16)
     by_kernel = []
@@ -233,7 +233,7 @@ def quantise(network: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [layers.use_convolution_kernels, quantise])
-def test_convolutions_by_a_kernel_take_all_images_at_once(change: Callable[[nn.Module], None]):
+def test_convolution_kernels_need_no_per_image_calls(change: Callable[[nn.Module], None]):
     plain, changed = unet("base"), unet("base")
     layers.fuse_layers(plain)
     layers.fuse_layers(changed)
@@ -242,7 +242,7 @@ def test_convolutions_by_a_kernel_take_all_images_at_once(change: Callable[[nn.M
     assert by_image - fewer == len(all_convolutions(changed)) > 0
 
 
-def test_a_kernel_reads_the_weights_that_were_there_and_no_copy_of_them():
+def test_convolution_kernels_share_the_weights_in_place():
     network = unet("base")
     layers.fuse_layers(network)
     before = [each.layer.weight.data_ptr() for each in all_convolutions(network)]
@@ -254,19 +254,19 @@ def test_a_kernel_reads_the_weights_that_were_there_and_no_copy_of_them():
 
 
 @pytest.mark.parametrize("expert", ["base", "refiner"])
-def test_a_twin_is_made_over_and_its_network_is_left_as_it_was(expert: str):
+def test_fusing_a_shared_weight_copy_leaves_the_network_unchanged(expert: str):
     network = unet(expert)
     expected, weights = predicted(network), {each.data_ptr(): each.stride() for each in network.parameters()}
-    twin = layers.share_weights(network)
-    assert weights.keys() == {each.data_ptr() for each in twin.parameters()}, "their weights are in memory once"
-    layers.fuse_layers(twin)
-    assert error(predicted(twin), expected) < 1e-5
+    copy = layers.share_weights(network)
+    assert weights.keys() == {each.data_ptr() for each in copy.parameters()}, "their weights are in memory once"
+    layers.fuse_layers(copy)
+    assert error(predicted(copy), expected) < 1e-5
     assert torch.equal(predicted(network), expected)
     assert weights == {each.data_ptr(): each.stride() for each in network.parameters()}
-    assert weights.keys() & {each.data_ptr() for each in twin.parameters()}, "what is the same is still shared"
+    assert weights.keys() & {each.data_ptr() for each in copy.parameters()}, "what is the same is still shared"
 
 
-def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
+def test_unsupported_network_is_left_unchanged():
     odd = unet("base")
     odd.time_embed_act = nn.SiLU()
     before = predicted(odd)
@@ -276,7 +276,7 @@ def test_a_network_with_layers_of_another_kind_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(("spared", "in_fp8"), [(0, {0, 1, 2}), (1, {0, 1}), (2, {0}), (9, set())])
-def test_the_last_blocks_of_a_network_can_be_spared(spared: int, in_fp8: set[int]):
+def test_last_blocks_can_stay_unquantized(spared: int, in_fp8: set[int]):
     fused = unet("base")
     layers.fuse_layers(fused)
     names = quantization.quantizable(fused, spared)
@@ -284,7 +284,7 @@ def test_the_last_blocks_of_a_network_can_be_spared(spared: int, in_fp8: set[int
     assert {name.split(".")[0] for name in names} >= {"down_blocks", "mid_block"}, "but for those all can"
 
 
-def test_what_no_input_showed_has_no_scale():
+def test_layer_without_calibration_has_no_scale():
     fused = unet("base")
     layers.fuse_layers(fused)
     with pytest.raises(RuntimeError, match="no input was seen"):
@@ -318,7 +318,7 @@ def in_fp8(kept_in: Path) -> model.Ensemble:
     return load(precision="fp8", compile_cache=kept_in)
 
 
-def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are(in_fp8: model.Ensemble):
+def test_fp8_ensemble_leaves_its_last_blocks_unquantized(in_fp8: model.Ensemble):
     for stage, left in ((Stage.BASE, {2}), (Stage.REFINER, {1, 2})):
         unet = in_fp8._unets[stage]
         for at, block in enumerate(unet.up_blocks):
@@ -327,7 +327,7 @@ def test_in_fp8_the_last_blocks_of_an_ensemble_are_left_as_they_are(in_fp8: mode
             assert all((scale is None) == (at in left) for scale in scales)
 
 
-def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_same(
+def test_fp8_images_are_close_and_equal_with_saved_scales(
     plain, in_fp8: model.Ensemble, kept_in: Path, caplog: pytest.LogCaptureFixture
 ):
     image = drawn(in_fp8)
@@ -346,7 +346,7 @@ def test_an_ensemble_in_fp8_draws_nearly_the_same_and_with_kept_scales_the_very_
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(torch.nan), torch.tensor(0.0), torch.ones(2), torch.tensor(1)], ids=str)
-def test_kept_scales_that_can_be_none_count_as_none(scale: torch.Tensor, tmp_path: Path):
+def test_invalid_saved_scales_are_ignored(scale: torch.Tensor, tmp_path: Path):
     kept = tmp_path / "scales.safetensors"
     quantization.save_scales({"good": torch.tensor(0.5)}, kept)
     assert quantization.load_scales(kept) == {"good": 0.5}
@@ -357,18 +357,16 @@ def test_kept_scales_that_can_be_none_count_as_none(scale: torch.Tensor, tmp_pat
     assert list(tmp_path.iterdir()) == [kept]
 
 
-def test_networks_that_take_turns_on_the_device_draw_the_same_bytes(plain):
+def test_offloaded_networks_make_the_same_bytes(plain):
     assert np.array_equal(drawn(load(offload=True)), plain)
 
 
-def test_on_a_processor_fp8_is_for_one_image_to_a_call():
+def test_fp8_on_cpu_takes_one_image_per_call():
     with pytest.raises(NoDevice, match="leave --max-batch at 1"):
         load(precision="fp8", max_batch=2)
 
 
-def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_drawn_as_it_is_where_not(
-    plain, monkeypatch: pytest.MonkeyPatch
-):
+def test_unfusable_checkpoint_fails_in_fp8_and_runs_eagerly_elsewhere(plain, monkeypatch: pytest.MonkeyPatch):
     def odd(network: nn.Module) -> None:
         raise layers.UnsupportedLayer("UNet2DConditionModel has an unusual Transformer2DModel")
 
@@ -379,6 +377,6 @@ def test_a_checkpoint_that_cannot_be_made_over_is_told_where_it_must_be_and_draw
 
 
 @pytest.mark.parametrize("flags", [{"compile": "blocks"}, {"overlap": True}])
-def test_what_is_offloaded_neither_compiles_nor_overlaps(flags: dict):
+def test_offload_neither_compiles_nor_overlaps(flags: dict):
     with pytest.raises(ValidationError, match="--offload moves the networks"):
         Settings(offload=True, **flags)

@@ -1,4 +1,4 @@
-"""What sharing network calls promises: nobody's image changes by a bit for it, and nobody falls with a neighbour."""
+"""Images that share network calls: no bit of an image changes, and no failure spreads to a neighbour."""
 
 import itertools
 import random
@@ -104,7 +104,7 @@ def image_in_company(
     ],
     ids=str,
 )
-def test_an_image_has_the_same_bytes_in_any_company(ensemble, changes: dict, company: int):
+def test_image_has_the_same_bytes_whatever_shares_its_calls(ensemble, changes: dict, company: int):
     request = replace(REQUEST, **changes)
     alone = image(ensemble, request)
     assert np.array_equal(image_in_company(ensemble, request, company, random.Random(company)), alone)
@@ -112,7 +112,7 @@ def test_an_image_has_the_same_bytes_in_any_company(ensemble, changes: dict, com
 
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 @pytest.mark.parametrize("size", [(64, 64), (26, 42)], ids=str)
-def test_the_place_in_the_batch_does_not_matter_for_any_number_of_threads(
+def test_place_in_the_batch_changes_no_bit_for_any_number_of_threads(
     ensemble, threads, size: tuple[int, int], guidance_scale: float
 ):
     # Latents, whose every bit counts: eight-bit pixels would hide most of what could go wrong.
@@ -133,7 +133,7 @@ BY_KERNELS = pytest.mark.skipif(not cpu.is_supported(), reason="the C++ kernels 
 @pytest.mark.parametrize(
     "options", [{}, pytest.param({"compile": "blocks", "compile_sizes": [(192, 168)]}, marks=BY_KERNELS)]
 )
-def test_an_embedded_image_has_the_same_bytes_in_any_company(options: dict):
+def test_embedded_image_has_the_same_bytes_whatever_shares_its_calls(options: dict):
     experts = checkpoint.inspect(EMBEDDED / "base", EMBEDDED / "refiner")
     ensemble = model.load(experts, device="cpu", max_batch=4, **options)
     request = replace(REQUEST, width=192, height=168, steps=5)
@@ -143,7 +143,7 @@ def test_an_embedded_image_has_the_same_bytes_in_any_company(options: dict):
         assert np.array_equal(image_in_company(ensemble, request, company, random.Random(company)), alone)
 
 
-def test_every_call_has_the_rows_of_a_full_batch_and_half_of_them_without_guidance(ensemble):
+def test_every_call_has_the_rows_of_a_full_batch(ensemble):
     shapes = []
     hooks = [
         unet.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
@@ -180,7 +180,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("blocks", marks=BY_KERNELS)])
-def test_no_matrix_product_on_a_cpu_has_rows_of_two_images(folders, mode: compilation.Mode):
+def test_no_matrix_product_on_cpu_has_rows_of_two_images(folders, mode: compilation.Mode):
     """MKL's code for AVX2 sums the last rows of a product in another order; not every CPU runs that code."""
     several = model.load(checkpoint.inspect(*folders), device="cpu", precision="fp32", max_batch=ROOM, compile=mode)
     shapes = {}
@@ -194,7 +194,7 @@ def test_no_matrix_product_on_a_cpu_has_rows_of_two_images(folders, mode: compil
     assert shapes[ROOM] == shapes[1]
 
 
-def test_only_like_expert_shape_and_guidance_share_a_call(ensemble):
+def test_only_same_expert_shape_and_guidance_share_a_call(ensemble):
     one = planned(ensemble, REQUEST)
     assert one.batch_key == planned(ensemble, replace(REQUEST, scheduler="ddim", steps=9, guidance_scale=7.0)).batch_key
     at_the_refiner = planned(ensemble, REQUEST)
@@ -213,7 +213,7 @@ def test_only_like_expert_shape_and_guidance_share_a_call(ensemble):
     assert one.position == 0
 
 
-def test_a_batch_of_one_image_has_the_bytes_of_an_ensemble_that_was_loaded_for_one(ensemble, folders, device: str):
+def test_limited_batch_has_the_bytes_of_an_ensemble_loaded_for_it(ensemble, folders, device: str):
     alone = model.load(checkpoint.inspect(*folders), device=device, precision="fp32")
     assert alone.max_batch == 1
     ensemble.limit_batch(1)
@@ -225,7 +225,7 @@ def test_a_batch_of_one_image_has_the_bytes_of_an_ensemble_that_was_loaded_for_o
         ensemble.limit_batch(ROOM)
 
 
-def test_latents_that_are_not_finite_harm_no_neighbour(ensemble):
+def test_latents_that_are_not_finite_affect_no_neighbour(ensemble):
     alone = image(ensemble, REQUEST)
     mine, broken = planned(ensemble, REQUEST), planned(ensemble, REQUEST, seed=2)
     broken.latents = broken.latents * float("nan")
@@ -236,7 +236,7 @@ def test_latents_that_are_not_finite_harm_no_neighbour(ensemble):
 
 
 @pytest.mark.parametrize("broken_at", ["scale_model_input", "step"])
-def test_a_scheduler_that_raises_stops_its_own_image_alone(ensemble, broken_at: str, monkeypatch: pytest.MonkeyPatch):
+def test_scheduler_error_fails_only_its_own_image(ensemble, broken_at: str, monkeypatch: pytest.MonkeyPatch):
     alone = image(ensemble, REQUEST)
     mine, broken, other = (planned(ensemble, REQUEST, seed) for seed in (1, 2, 3))
 
@@ -258,7 +258,7 @@ def test_a_scheduler_that_raises_stops_its_own_image_alone(ensemble, broken_at: 
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
-def test_out_of_memory_leaves_every_image_where_it_was(ensemble, scheduler: str, error: Exception):
+def test_out_of_memory_moves_no_image(ensemble, scheduler: str, error: Exception):
     request = replace(REQUEST, scheduler=scheduler, steps=4)
     alone = image(ensemble, request)
     together = [planned(ensemble, request, seed) for seed in (1, 2, 3)]
@@ -284,7 +284,7 @@ def test_out_of_memory_leaves_every_image_where_it_was(ensemble, scheduler: str,
     assert np.array_equal(ensemble.decode(together[0]), alone)
 
 
-def test_text_encoders_that_run_out_of_memory_say_so_as_the_networks_do(ensemble, monkeypatch: pytest.MonkeyPatch):
+def test_text_encoder_out_of_memory_is_reported(ensemble, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -293,7 +293,7 @@ def test_text_encoders_that_run_out_of_memory_say_so_as_the_networks_do(ensemble
         ensemble.encode(REQUEST)
 
 
-def test_out_of_memory_lets_go_of_what_the_call_had_made(ensemble):
+def test_out_of_memory_releases_the_activations(ensemble):
     alive = []
 
     def full(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

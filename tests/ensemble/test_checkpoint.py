@@ -1,4 +1,4 @@
-"""What a folder of weights must be; and each way to be broken has one sentence that helps, and an exit code."""
+"""Checkpoints that load, and one sentence and one exit code for each kind of broken checkpoint."""
 
 import contextlib
 import json
@@ -149,7 +149,9 @@ def grow(folder: Path) -> None:
         (grow, NotEnoughMemory, "GiB are free; take a larger device"),
     ],
 )
-def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, error: type[CheckpointError], words: str):
+def test_broken_checkpoint_is_reported_in_one_sentence(
+    folder: Path, break_it, error: type[CheckpointError], words: str
+):
     break_it(folder)
     with pytest.raises(error) as caught:
         load(folder)
@@ -157,7 +159,7 @@ def test_a_broken_checkpoint_is_told_in_one_sentence(folder: Path, break_it, err
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_were_read_leave_the_memory_of_a_container_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_page_cache_counts_as_free_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(devices, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("4000\n")
@@ -167,7 +169,7 @@ def test_files_that_were_read_leave_the_memory_of_a_container_free(tmp_path: Pat
     assert devices.free_bytes("cpu") > 2**20, "what the machine has free"
 
 
-def test_a_file_that_cannot_be_read_to_its_end_is_told(folder: Path):
+def test_file_that_cannot_be_read_is_reported(folder: Path):
     (folder / "base" / "tokenizer" / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         (folder / "base" / "tokenizer" / name).write_text("{}")
@@ -178,28 +180,28 @@ def test_a_file_that_cannot_be_read_to_its_end_is_told(folder: Path):
         checkpoint.inspect(folder / "base", None).fingerprint()
 
 
-def test_what_is_wrong_with_the_files_is_told_before_torch_is_imported(folder: Path):
+def test_broken_files_are_reported_before_torch_is_imported(folder: Path):
     (folder / "base" / UNET).write_text(POINTER)
     program = (
         "import sys; from server.runtime import load; from server.settings import Settings\n"
         "try: load(Settings())\n"
         "except Exception as error: print(type(error).__name__, 'torch' in sys.modules)"
     )
-    told = subprocess.run(
+    inspected = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"T2I_BASE": str(folder / "base")},
         capture_output=True, text=True, timeout=PATIENCE, check=True,
     )  # fmt: skip
-    assert told.stdout == "GitLfsPointer False\n"
+    assert inspected.stdout == "GitLfsPointer False\n"
 
 
-def test_memory_that_runs_out_while_loading_is_told():
+def test_out_of_memory_while_loading_is_reported():
     with pytest.raises(NotEnoughMemory, match="ran out of memory"), devices.loading_weights("cpu"):
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="cannot be multiplied"), devices.loading_weights("cpu"):
         torch.empty(2, 3) @ torch.empty(2, 3)  # anything else stays what it is
 
 
-def test_an_absent_device_is_told_with_what_is_there(whole: Path):
+def test_absent_device_is_reported_with_the_available_ones(whole: Path):
     absent = next(name for name in ("mps", "cuda") if not devices.AVAILABLE[name]())
     with pytest.raises(NoDevice, match=f"no {absent} device is here, but .*cpu"):
         model.load(checkpoint.inspect(whole / "base", None), device=absent)
@@ -208,7 +210,7 @@ def test_an_absent_device_is_told_with_what_is_there(whole: Path):
 @pytest.mark.parametrize(
     ("break_it", "code"), [(swap, 13), (write(f"base/{UNET}", POINTER), 11), (cut(f"base/{UNET}", 0.5), 12), (grow, 14)]
 )
-def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_server, folder: Path, break_it, code: int):
+def test_server_exits_with_the_sentence_and_the_code(start_server, folder: Path, break_it, code: int):
     break_it(folder)
     server = start_server("--base", str(folder / "base"), "--refiner", str(folder / "refiner"))
     said = []
@@ -216,7 +218,7 @@ def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_serv
     with connect(server, once) as channel, contextlib.suppress(grpc.RpcError):  # the stream ends with the server
         for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE):
             said.append(answer.status)
-    if code == NotEnoughMemory.exit_code:  # the others can be told, and the server gone, before anybody has asked
+    if code == NotEnoughMemory.exit_code:  # the others can be reported, and the server gone, before any call
         assert said
     assert set(said) <= {health_pb2.HealthCheckResponse.NOT_SERVING}
     assert server.wait() == code
@@ -225,19 +227,19 @@ def test_the_server_ends_with_that_sentence_and_code_and_never_serves(start_serv
     assert "Traceback" not in server.log
 
 
-def test_a_missing_device_ends_the_server_with_its_code(start_server, whole: Path):
+def test_absent_device_exits_with_its_code(start_server, whole: Path):
     absent = next(name for name in ("mps", "cuda") if not devices.AVAILABLE[name]())
     server = start_server("--base", str(whole / "base"), "--device", absent)
     assert server.wait() == NoDevice.exit_code
 
 
-def test_the_second_text_encoder_is_held_once_when_both_folders_have_the_same(folder: Path):
+def test_equal_second_text_encoders_are_loaded_once(folder: Path):
     experts = load(folder)._pipelines.values()
     assert len({id(pipeline.text_encoder_2) for pipeline in experts}) == 1
     assert len({id(pipeline.vae) for pipeline in experts}) == 1
 
 
-def test_a_refiner_without_a_text_encoder_takes_the_one_of_the_base(folder: Path, whole: Path):
+def test_refiner_without_text_encoder_uses_the_bases(folder: Path, whole: Path):
     for part in ("text_encoder_2", "tokenizer_2", "vae"):
         shutil.rmtree(folder / "refiner" / part)
 
@@ -248,14 +250,14 @@ def test_a_refiner_without_a_text_encoder_takes_the_one_of_the_base(folder: Path
     assert torch.equal(hidden(folder), hidden(whole))
 
 
-def test_a_refiner_with_a_text_encoder_of_its_own_keeps_it(folder: Path, tmp_path: Path):
+def test_refiner_keeps_a_different_text_encoder(folder: Path, tmp_path: Path):
     other = tmp_path / "other"
     tiny_ensemble.save(other, seed=1)
     shutil.copytree(other / "refiner" / "text_encoder_2", folder / "refiner" / "text_encoder_2", dirs_exist_ok=True)
     assert len({id(pipeline.text_encoder_2) for pipeline in load(folder)._pipelines.values()}) == 2
 
 
-def test_the_fp16_variant_is_taken_where_both_are_there(folder: Path):
+def test_fp16_variant_is_preferred(folder: Path):
     tiny_ensemble.save(folder, variant="fp16")
     files = checkpoint.inspect(folder / "base", None).base
     assert files.variant == "fp16"
@@ -264,7 +266,7 @@ def test_the_fp16_variant_is_taken_where_both_are_there(folder: Path):
     assert load(folder).info.precision == "fp32"
 
 
-def test_a_variant_that_only_some_parts_have_is_not_taken(folder: Path):
+def test_variant_of_only_some_parts_is_not_used(folder: Path):
     tiny_ensemble.save(folder, variant="fp16")
     (folder / "base" / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     assert checkpoint.inspect(folder / "base", None).base.variant is None
@@ -273,7 +275,7 @@ def test_a_variant_that_only_some_parts_have_is_not_taken(folder: Path):
         load(folder)
 
 
-def test_weights_in_shards_are_loaded_and_a_lost_shard_is_noticed(tmp_path: Path):
+def test_shards_are_loaded_and_a_missing_shard_is_reported(tmp_path: Path):
     base, refiner = tiny_ensemble.save(tmp_path, max_shard_size="500KB", variant="fp16")
     shards = sorted((base / "unet").glob("*.safetensors"))
     assert len(shards) > 1
@@ -284,7 +286,7 @@ def test_weights_in_shards_are_loaded_and_a_lost_shard_is_noticed(tmp_path: Path
         model.load(checkpoint.inspect(base, refiner), device="cpu")
 
 
-def test_files_for_other_frameworks_beside_the_weights_are_ignored(folder: Path):
+def test_files_of_other_frameworks_are_ignored(folder: Path):
     for name in ("unet/model.onnx", "unet/flax_model.msgpack", "unet/openvino_model.xml", "sd_xl_base_1.0.safetensors"):
         (folder / "base" / name).write_text(POINTER)
     (folder / "base" / "vae_1_0").mkdir()
@@ -292,7 +294,7 @@ def test_files_for_other_frameworks_beside_the_weights_are_ignored(folder: Path)
     assert load(folder).info.has_refiner
 
 
-def test_the_fingerprint_changes_with_any_byte_that_is_served_and_with_nothing_else(folder: Path, whole: Path):
+def test_fingerprint_covers_exactly_the_served_files(folder: Path, whole: Path):
     before = load(whole).info.fingerprint
     (folder / "base" / "README.md").write_text("words")
     assert load(folder).info.fingerprint == before
@@ -301,7 +303,7 @@ def test_the_fingerprint_changes_with_any_byte_that_is_served_and_with_nothing_e
     assert load(folder).info.fingerprint != before
 
 
-def test_a_checkpoint_may_bring_its_own_name_and_defaults(folder: Path):
+def test_defaults_json_sets_name_and_defaults(folder: Path):
     assert load(folder).info.name == "base"
     (folder / "base" / "defaults.json").write_text('{"name": "mini", "steps": 7, "guidance_scale": 3}')
     info = load(folder).info
@@ -322,24 +324,24 @@ class TestVerify:
             cwd=ROOT, env=os.environ | experts, capture_output=True, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
 
-    def test_it_tells_the_fingerprint_that_the_server_tells(self, whole: Path):
+    def test_it_prints_the_servers_fingerprint(self, whole: Path):
         verified = self.verify(whole)
         assert (verified.returncode, verified.stdout) == (0, f"{load(whole).info.fingerprint}\n")
         assert self.verify(whole, "--fingerprint", verified.stdout.strip()).returncode == 0
 
-    def test_its_flags_stand_before_the_environment(self, whole: Path, folder: Path):
+    def test_flags_override_the_environment(self, whole: Path, folder: Path):
         (folder / "base" / UNET).write_text(POINTER)
         verified = self.verify(folder, "--base", str(whole / "base"), "--refiner", str(whole / "refiner"))
         assert (verified.returncode, verified.stdout) == (0, self.verify(whole).stdout)
 
-    def test_other_weights_than_those_that_were_named_are_refused_with_16(self, whole: Path):
+    def test_other_fingerprint_exits_with_16(self, whole: Path):
         verified = self.verify(whole, "--fingerprint", "0" * 64)
         assert verified.returncode == 16
         assert re.fullmatch(
             r"python -m server\.verify: these weights have the fingerprint [0-9a-f]{64}, not 0{64}\n", verified.stderr
         )
 
-    def test_broken_weights_are_told_in_the_servers_words_and_with_its_code(self, folder: Path):
+    def test_broken_weights_exit_like_the_server(self, folder: Path):
         (folder / "base" / UNET).write_text(POINTER)
         verified = self.verify(folder)
         assert verified.returncode == GitLfsPointer.exit_code

@@ -1,4 +1,4 @@
-"""What previews promise: they look like the image that comes, change nothing, and may come from any thread."""
+"""Previews look like the final image, change no bytes, and may be drawn by any thread."""
 
 import json
 import threading
@@ -60,14 +60,14 @@ def decibels(shown: np.ndarray, true: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
-def test_previews_look_more_and_more_like_the_image(embedded, scheduler: str):
+def test_previews_approach_the_image(embedded, scheduler: str):
     request = replace(default_request(embedded.info, "cat napping"), scheduler=scheduler, steps=12, width=336)
     trajectory = planned(embedded, request)
     shown, noisy = [], []
     for _ in trajectory.stages:
         embedded.step([trajectory])
         shown.append(embedded.preview(trajectory))
-        noisy.append(embedded._preview(trajectory.latents))
+        noisy.append(embedded._previewer(trajectory.latents))
     true = shrunken(embedded.decode(trajectory))
     assert shown[0].dtype == np.uint8
     assert shown[0].shape == true.shape == (32, 42, 3)
@@ -78,12 +78,12 @@ def test_previews_look_more_and_more_like_the_image(embedded, scheduler: str):
     assert half > decibels(noisy[len(noisy) // 2 - 1], true) + 1, "what the step foresees, not the noisy latents"
 
 
-def test_before_the_first_step_there_is_noise_to_be_seen(embedded):
+def test_preview_before_the_first_step_is_noise(embedded):
     trajectory = planned(embedded, default_request(embedded.info, "cat napping"))
     assert embedded.preview(trajectory).std() > 50
 
 
-def test_the_map_is_the_same_whenever_it_is_fitted_and_no_chance_is_in_it(tiny):
+def test_linear_preview_is_deterministic(tiny):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     again = preview.fit(encoded(tiny), tiny.info.side_multiple)
@@ -97,7 +97,7 @@ def encoded(ensemble: model.Ensemble) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_fitting_leaves_the_weights_as_they_were(folders, tiny, precision: str):
+def test_fitting_leaves_the_weights_unchanged(folders, tiny, precision: str):
     half = model.load(checkpoint.inspect(*folders), device="cpu", precision=precision)
     untouched = AutoencoderKL.from_pretrained(folders[0] / "vae", torch_dtype=devices.PRECISIONS[precision])
     weights = half._vae.state_dict()
@@ -106,7 +106,7 @@ def test_fitting_leaves_the_weights_as_they_were(folders, tiny, precision: str):
     assert np.allclose(half._previewer.colours, tiny._previewer.colours, rtol=0.05, atol=0.05)
 
 
-def test_encoding_undoes_decoding_with_a_mean_and_a_deviation_too(tiny):
+def test_encoding_inverts_decoding_with_latent_statistics_too(tiny):
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     plain = tiny._decoded(encoded(tiny)(pixels), torch.float32)
     tiny._vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.2, 1.0])
@@ -117,7 +117,7 @@ def test_encoding_undoes_decoding_with_a_mean_and_a_deviation_too(tiny):
 
 
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
-def test_a_step_never_writes_into_what_another_thread_may_hold(tiny, scheduler: str):
+def test_step_never_writes_into_tensors_of_another_thread(tiny, scheduler: str):
     trajectory = planned(tiny, tiny_request(scheduler))
     for _ in trajectory.stages:
         held = trajectory.latents, trajectory.denoised
@@ -128,7 +128,7 @@ def test_a_step_never_writes_into_what_another_thread_may_hold(tiny, scheduler: 
         assert all(torch.equal(each, copy) for each, copy in zip(held, copies, strict=True))
 
 
-def test_previews_from_another_thread_show_whole_steps_and_change_no_bytes(tiny):
+def test_previews_in_another_thread_show_whole_steps_and_change_no_bytes(tiny):
     alone = planned(tiny, tiny_request())
     states = [tiny.preview(alone)]
     for _ in alone.stages:
@@ -154,7 +154,7 @@ def test_previews_from_another_thread_show_whole_steps_and_change_no_bytes(tiny)
     assert torch.equal(watched.latents, alone.latents)
 
 
-def test_latents_that_are_not_finite_have_a_preview_in_silence(tiny):
+def test_latents_that_are_not_finite_have_a_preview_without_warnings(tiny):
     trajectory = planned(tiny, tiny_request())
     trajectory.denoised = trajectory.denoised * float("nan")
     with warnings.catch_warnings():
@@ -163,7 +163,7 @@ def test_latents_that_are_not_finite_have_a_preview_in_silence(tiny):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_taesd_draws_the_previews_where_one_is_given(folders, decoder: Path, precision: str):
+def test_taesd_draws_the_previews_if_given(folders, decoder: Path, precision: str):
     ensemble = model.load(checkpoint.inspect(*folders), device="cpu", precision=precision, preview_decoder=decoder)
     trajectory = planned(ensemble, tiny_request())
     ensemble.step([trajectory])
@@ -175,7 +175,7 @@ def test_a_taesd_draws_the_previews_where_one_is_given(folders, decoder: Path, p
     assert np.abs(shown - true).max() <= (0.6 if precision == "fp32" else 8)
 
 
-def test_the_flag_brings_the_taesd_to_the_model(decoder: Path):
+def test_preview_decoder_flag_loads_the_taesd(decoder: Path):
     ensemble = runtime.load(Settings(preview_decoder=decoder, device="cpu"))
     trajectory = planned(ensemble, default_request(ensemble.info, "cat napping"))
     assert ensemble.preview(trajectory).shape == (64, 64, 3)
@@ -208,7 +208,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
         (for_more_channels, MissingPart, "for latents of 16 channels and the experts' have 4"),
     ],
 )
-def test_a_broken_taesd_is_told_in_one_sentence(
+def test_broken_taesd_is_reported_in_one_sentence(
     folders, decoder: Path, break_it, error: type[CheckpointError], words: str
 ):
     break_it(decoder)

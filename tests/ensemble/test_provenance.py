@@ -1,4 +1,4 @@
-"""What the environment promises: facts that are true of this process, and a reference that sees what they do not."""
+"""The environment: facts about this process, and a reference image that shows other differences."""
 
 import platform
 from importlib.metadata import version
@@ -23,7 +23,7 @@ def environment_of(server) -> pb.Environment:
         return pb_grpc.TextToImageServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=9).environment
 
 
-def test_versions_are_those_of_the_packages_that_compute_and_code():
+def test_versions_are_those_of_the_installed_packages():
     versions = provenance.environment("cpu", "fp32", 1).versions
     assert versions["server"] == __version__
     assert versions["torch"] == torch.__version__
@@ -33,7 +33,7 @@ def test_versions_are_those_of_the_packages_that_compute_and_code():
     assert versions["coding"] == images.CODING_VERSION
 
 
-def test_a_coarser_way_to_multiply_fp32_shows():
+def test_tf32_changes_the_environment():
     assert provenance.environment("cpu", "fp32", 1).fp32_math == "matmul ieee, convolution ieee"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
@@ -53,9 +53,9 @@ def test_a_coarser_way_to_multiply_fp32_shows():
         ),
         pytest.param("MKL_CBWR", "COMPATIBLE", set(), marks=X86),
     ],
-    ids=["threads", "torch's instruction set", "MKL's instruction set, which no fact tells"],
+    ids=["threads", "torch's instruction set", "MKL's instruction set, which only the reference shows"],
 )
-def test_whatever_changes_the_arithmetic_changes_the_fingerprint(
+def test_every_change_of_arithmetic_changes_the_fingerprint(
     server, start_server, variable: str, value: str, differing: set[str]
 ):
     here = environment_of(server)

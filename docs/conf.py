@@ -16,7 +16,8 @@ assert VERSION is not None
 project = "text-to-image-service"
 release = version = VERSION[1]
 root_doc = "docs/index"
-OTHERS = "README CONTRIBUTING SECURITY CHANGELOG clients/python/README deploy/instill/README examples/README".split()
+OTHERS = "README CONTRIBUTING CODE_OF_CONDUCT SECURITY CHANGELOG".split()
+OTHERS += "clients/python/README deploy/instill/README examples/README".split()
 OTHERS += "training/README weights/README findings/README".split()
 
 include_patterns = ["docs/**.md", *(f"{page}.md" for page in OTHERS)]

@@ -72,7 +72,7 @@ def test_every_metric_is_explained_and_no_other():
 
 
 # Flags of other programs that these pages show.
-OTHERS = set("gpus publish read-only tmpfs stop-timeout health-cmd fingerprint build-arg device sitting".split())
+OTHERS = set("gpus publish read-only tmpfs stop-timeout health-cmd fingerprint build-arg device session".split())
 
 
 @pytest.mark.parametrize("page", [README, *(page for page in PAGES if "benchmarks" not in page.parts)], ids=name_of)

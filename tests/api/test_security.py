@@ -1,35 +1,29 @@
-"""Security: TLS, tokens and hostile peers, with real servers, sockets and certificates."""
+"""Security: TLS, tokens and safe flags, with real servers and certificates."""
 
-import contextlib
 import hashlib
 import hmac
-import itertools
 import os
-import queue
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from http2 import connected, first_byte
+from outcomes import METHODS, ONE_STEP, check, code, outcome
 from pydantic import ValidationError
 from serving import LONG_JOB, PATIENCE, ROOT, SERVICE, ServerProcess, connect, first_step, request
 from tls import LOCAL, Authority, channel, exchange
 
-from server.api import auth, connections, tls
-from server.api.standard_services import OPEN_METHODS
+from server.api import auth, tls
 from server.domain import Caller
 from server.errors import CredentialsError
 from server.settings import Settings
@@ -38,11 +32,8 @@ from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["TextToImageService"].methods]
-OPEN = [each for each in OPEN_METHODS if not each.endswith("/List")]  # whose empty message says what Check's does
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-ONE_STEP = {"sampling": {"steps": 1}}
 DETACH = {"onDisconnect": "ON_DISCONNECT_DETACH"}
 
 
@@ -52,30 +43,6 @@ def line(name: str, token: str, *limits: str) -> str:
 
 def bearer(token: str) -> list[tuple[str, str]]:
     return [("authorization", f"Bearer {token}")]
-
-
-def outcome(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
-    """Read all messages of a call and return its status and details."""
-    try:
-        answer = call()
-        if isinstance(answer, Iterator):
-            list(answer)
-    except grpc.RpcError as error:
-        assert_tells_nothing_internal(error.details())
-        return error.code(), error.details()
-    return grpc.StatusCode.OK, ""
-
-
-def code(call: Callable[[], object]) -> grpc.StatusCode:
-    return outcome(call)[0]
-
-
-def assert_tells_nothing_internal(text: str) -> None:
-    for leak in (str(ROOT), sys.prefix, "Traceback", ".py", "Error(", "object at 0x", PROMPT):
-        assert leak not in text
-
-
-PROMPT = "a heron that nobody may read of"
 
 
 @dataclass
@@ -125,11 +92,6 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredServer]
 def stub(secured: SecuredServer) -> Iterator[pb_grpc.TextToImageServiceStub]:
     with secured.channel() as open_channel:
         yield pb_grpc.TextToImageServiceStub(open_channel)
-
-
-def check(open_channel: grpc.Channel, service: str = "") -> int:
-    stub = health_pb2_grpc.HealthStub(open_channel)
-    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE).status
 
 
 class TestTls:
@@ -195,8 +157,8 @@ class TestTls:
             + b"\0\x10" + counted(2, counted(2, counted(1, b"h2")))
         )  # fmt: skip
         hello = version + bytes(32) + b"\0" + counted(2, ciphers) + b"\1\0" + counted(2, extensions)
-        with dialled(secured.server.target, b"\x16\3\1" + counted(2, b"\1" + counted(3, hello))) as connection:
-            reply = _first_byte(connection)
+        with connected(secured.server.target, b"\x16\3\1" + counted(2, b"\1" + counted(3, hello))) as connection:
+            reply = first_byte(connection)
         assert (reply == b"\x16") == is_spoken, "a handshake goes on, or is over"
 
     @pytest.mark.parametrize(
@@ -530,265 +492,3 @@ class TestClients:
         assert t2i("--tls-client-key", key, "health").returncode == 2
         assert t2i("--token", "token-of-two ", "health").returncode == 2
         assert t2i("--help", **variables).returncode == 0
-
-
-# HTTP/2 by hand (RFC 9113), for what no client library would send.
-DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
-END_STREAM, ACK, END_HEADERS = 1, 1, 4
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-REFUSED_STREAM, ENHANCE_YOUR_CALM = 7, 11
-
-
-def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-HELLO = PREFACE + frame(SETTINGS) + frame(SETTINGS, ACK)
-
-
-def opening(stream: int, path: str) -> bytes:
-    """Return the HTTP/2 frame of a call's headers, without its message."""
-    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
-    fields["content-type"] = "application/grpc"
-    block = b"".join(b"\0" + b"".join(bytes([len(each)]) + each.encode() for each in field) for field in fields.items())
-    return frame(HEADERS, END_HEADERS, stream, block)
-
-
-@contextlib.contextmanager
-def dialled(target: str, said: bytes = b"") -> Iterator[socket.socket]:
-    """Open a socket and send `data`, as far as the peer reads."""
-    host, _, port = target.rpartition(":")
-    with socket.create_connection((host, int(port)), PATIENCE) as connection:
-        with contextlib.suppress(ConnectionError):
-            connection.sendall(said)
-        yield connection
-
-
-def frames(connection: socket.socket) -> Iterator[tuple[int, int, bytes]]:
-    """Yield kind, stream and payload of all frames until the peer closes."""
-    with contextlib.suppress(ConnectionError), connection.makefile("rb") as incoming:
-        while len(head := incoming.read(9)) == 9:
-            yield head[3], int.from_bytes(head[5:], "big"), incoming.read(int.from_bytes(head[:3], "big"))
-
-
-def heard(connection: socket.socket) -> bytes:
-    """Read all bytes until the peer closes."""
-    with contextlib.suppress(ConnectionError), connection.makefile("rb") as incoming:
-        return incoming.read()
-    return b""
-
-
-def parting(connection: socket.socket) -> tuple[int, bytes]:
-    """Return code and reason of the first GOAWAY."""
-    first = next(payload for kind, _, payload in frames(connection) if kind == GOAWAY)
-    return int.from_bytes(first[4:8], "big"), first[8:]
-
-
-class TestHostilePeers:
-    @pytest.fixture(autouse=True)
-    def _survived(self, server: ServerProcess) -> Iterator[None]:
-        """Check that health checks and images still work after each attack."""
-        yield
-        with connect(server) as well_meant:
-            assert check(well_meant, SERVICE) == SERVING
-            drawn = pb_grpc.TextToImageServiceStub(well_meant).Generate(request(**ONE_STEP), timeout=PATIENCE)
-            assert len(drawn.data.choices) == 1
-        assert "Traceback" not in server.log
-        assert "ERROR" not in server.log
-
-    @pytest.mark.parametrize(
-        "garbage",
-        [
-            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(512),  # a TLS hello
-            bytes(range(256)) * 64,
-            PREFACE + b"\xff" * 4096,
-            HELLO + frame(HEADERS, END_HEADERS, 1, b"\xff" * 100),  # no HPACK
-            HELLO + frame(HEADERS, END_HEADERS, 2, b""),  # an even stream
-            HELLO + frame(DATA, 0, 0, b"x"),  # data of no stream
-            HELLO + frame(DATA, 0, 1, b"x" * 20_000),  # longer than was agreed
-            HELLO + frame(PING, 0, 0, b"short"),
-            HELLO + opening(1, f"/{SERVICE}/Generate") + frame(DATA, 0, 1, b"\x07\xff\xff\xff\xff"),
-        ],
-        ids="http1 tls noise preface-noise hpack even-stream no-stream too-much-data short-ping long-message".split(),
-    )
-    def test_bytes_that_are_not_grpc_end_the_connection_or_are_ignored(self, server, garbage):
-        with dialled(server.target, garbage) as connection:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)
-            assert_tells_nothing_internal(heard(connection).decode("latin1"))
-
-    def test_a_flood_of_pings_ends_the_connection(self, server):
-        with dialled(server.target, HELLO + 100 * frame(PING, 0, 0, b"12345678")) as connection:
-            assert parting(connection) == (ENHANCE_YOUR_CALM, b"too_many_pings")
-
-    def test_a_thousand_calls_at_once_on_one_connection_are_all_answered(self, server):
-        with connect(server) as busy:
-            get_model = pb_grpc.TextToImageServiceStub(busy).GetModel
-            calls = [get_model.future(pb.GetModelRequest(), timeout=PATIENCE) for _ in range(1000)]
-            assert {call.code() for call in calls} == {grpc.StatusCode.OK}
-
-    def test_of_a_thousand_requests_at_once_the_queue_admits_its_limit(self, server):
-        with connect(server) as busy:
-            generate = pb_grpc.TextToImageServiceStub(busy).Generate
-            ends: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
-            calls = {generate.future(request(requestId=f"crowd-{n}", **LONG_JOB)): f"crowd-{n}" for n in range(1000)}
-            for call in calls:
-                call.add_done_callback(ends.put)
-            refused = [ends.get(timeout=PATIENCE) for _ in range(1000 - Settings().max_queue)]
-            assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-            for call in calls:
-                call.cancel()
-        for admitted in calls.keys() - set(refused):
-            server.wait_for_log(f"{calls[admitted]}: Cancelled")
-
-    def test_streams_beyond_the_limit_are_rejected_individually(self, server):
-        most, more = Settings().max_concurrent_streams, 500
-        flood = b"".join(opening(2 * number + 1, f"/{SERVICE}/Generate") for number in range(most + more))
-        with dialled(server.target, HELLO + flood) as connection:
-            refused = (
-                stream
-                for kind, stream, payload in frames(connection)
-                if kind == RESET and int.from_bytes(payload, "big") == REFUSED_STREAM
-            )
-            assert len(set(itertools.islice(refused, more))) == more
-
-    def test_rapid_resets_leave_nothing_behind(self, server):
-        flood = b"".join(
-            opening(2 * number + 1, f"/{SERVICE}/Generate") + frame(RESET, 0, 2 * number + 1, b"\0\0\0\x08")
-            for number in range(5000)
-        )
-        with dialled(server.target, HELLO + flood) as connection, contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_WR)
-            heard(connection)
-
-    def test_a_message_beyond_the_limit_is_rejected_compressed_or_not(self, server):
-        with connect(server) as open_channel:
-            call = open_channel.unary_unary(f"/{SERVICE}/Generate")
-            for size, compression in ((5 << 20, None), (100 << 20, grpc.Compression.Gzip)):
-                ended = code(lambda: call(bytes(size), compression=compression, timeout=PATIENCE))  # noqa: B023
-                assert ended == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    @pytest.mark.parametrize("path", [*(f"/{SERVICE}/{method}" for method in METHODS), *OPEN])
-    def test_undecodable_bytes_are_invalid_argument_in_every_method(self, server, path):
-        with connect(server) as open_channel:
-            call = open_channel.stream_stream(path)
-            for broken in (b"\xff\xff\xff", b"\x0a\x7f", b"\x0a\x02\xff\xfe\x07"):
-                assert outcome(lambda: call(iter([broken]), timeout=PATIENCE)) == (  # noqa: B023
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    "the request's bytes are not the Protobuf message that this method takes",
-                )
-
-    def test_no_method_fails_on_random_bytes(self, server):
-        seeds = [request(PROMPT, requestId="no name at all", **LONG_JOB).SerializeToString(), b""]
-        anything = st.binary(max_size=200)
-        bent = st.builds(
-            lambda seed, at, junk: seed[:at] + junk + seed[at + len(junk) :],
-            *(st.sampled_from(seeds), st.integers(0, 60), st.binary(min_size=1, max_size=8)),
-        )
-        allowed = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
-        with connect(server) as open_channel:
-
-            @settings(max_examples=300, deadline=None, database=None)
-            @given(st.sampled_from(["Generate", "StreamGenerate", "Attach", "Cancel"]), anything | bent)
-            def send(method: str, message: bytes) -> None:
-                call = open_channel.unary_stream(f"/{SERVICE}/{method}")
-                assert outcome(lambda: call(message, timeout=PATIENCE))[0] in allowed
-
-            send()
-
-    def test_random_messages_are_answered_with_a_status_and_a_message(self, server):
-        """Send values of every kind in every field, and an invalid request id, so that no image is made."""
-        numbers = st.integers(0, 2**32 - 1)
-        floats = st.floats(width=32)
-        with connect(server) as open_channel:
-            stub = pb_grpc.TextToImageServiceStub(open_channel)
-
-            @settings(max_examples=200, deadline=None, database=None)
-            @given(st.text(), st.text(), numbers, numbers, numbers, floats, floats, st.text())
-            def send(prompt, ratio, n, steps, side, guidance, fraction, scheduler) -> None:
-                asked = pb.GenerateRequest(request_id="not a name", data=pb.TaskData(prompt=prompt))
-                asked.parameter.MergeFrom(pb.TaskParameter(aspect_ratio=ratio, n=n, negative_prompt=scheduler))
-                sampling = {"steps": steps, "width": side, "height": side, "guidance_scale": guidance}
-                asked.sampling.MergeFrom(pb.Sampling(**sampling, high_noise_frac=fraction, scheduler=scheduler))
-                ended, words = outcome(lambda: stub.Generate(asked, timeout=PATIENCE))
-                assert ended == grpc.StatusCode.INVALID_ARGUMENT
-                assert "requestId: must have" in words
-
-            send()
-
-    def test_prompts_are_never_logged(self, server):
-        with connect(server) as open_channel:
-            stub = pb_grpc.TextToImageServiceStub(open_channel)
-            calls = {
-                grpc.StatusCode.OK: lambda: stub.Generate(request(PROMPT, **ONE_STEP), timeout=PATIENCE),
-                grpc.StatusCode.INVALID_ARGUMENT: lambda: stub.Generate(request(PROMPT, requestId=PROMPT)),
-                grpc.StatusCode.NOT_FOUND: lambda: stub.Attach(pb.AttachRequest(request_id=PROMPT)),
-                grpc.StatusCode.DEADLINE_EXCEEDED: lambda: stub.Generate(request(PROMPT, **LONG_JOB), timeout=3),
-            }
-            for expected, call in calls.items():
-                assert code(call) == expected
-            negative = {"negative-prompt": PROMPT, "n": 99}
-            assert code(lambda: stub.Generate(request(parameter=negative))) == grpc.StatusCode.INVALID_ARGUMENT
-            running = stub.StreamGenerate(request(PROMPT, requestId="cancelled-heron", **LONG_JOB))
-            first_step(running)
-            running.cancel()
-        server.wait_for_log("cancelled-heron: Cancelled")
-        assert "heron that" not in server.log
-
-
-class TestConnections:
-    """The options of server/api/connections.py on a real gRPC server, with short times."""
-
-    @pytest.fixture
-    def serve(self) -> Iterator[Callable[..., str]]:
-        servers: list[grpc.Server] = []
-
-        def start(**flags: float) -> str:
-            options = [("grpc.so_reuseport", 0), *connections.connection_options(Settings(**flags))]
-            servers.append(grpc.server(ThreadPoolExecutor(4), options=options))
-            health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), servers[-1])
-            port = servers[-1].add_insecure_port("127.0.0.1:0")
-            servers[-1].start()
-            return f"127.0.0.1:{port}"
-
-        yield start
-        for each in servers:
-            each.stop(None).wait()
-
-    @pytest.mark.parametrize(
-        "said",
-        [b"", PREFACE, HELLO, HELLO + opening(1, HEALTH_WATCH)],
-        ids=["nothing", "half a greeting", "a greeting", "half a call"],
-    )
-    def test_a_silent_peer_is_disconnected(self, serve, said):
-        with dialled(serve(keepalive_seconds=1), said) as connection:
-            heard(connection)  # ends only when the other side closes
-
-    def test_a_peer_that_answers_pings_stays_connected(self, serve):
-        with dialled(serve(keepalive_seconds=1), HELLO) as connection:
-            pings = 0
-            for kind, _, payload in frames(connection):
-                if kind == PING:
-                    connection.sendall(frame(PING, ACK, 0, payload))
-                    if (pings := pings + 1) == 3:  # the second would never come to one that was let go
-                        break
-            assert pings == 3
-
-    def test_a_connection_beyond_its_age_is_asked_to_reconnect(self, serve):
-        with dialled(serve(max_connection_age_seconds=1), HELLO) as connection:
-            assert parting(connection) == (0, b"max_age")
-
-    def test_connections_beyond_the_limit_are_rejected(self, serve):
-        target = serve(max_connections=3)
-        with contextlib.ExitStack() as stack:
-            connections = [stack.enter_context(dialled(target, HELLO)) for _ in range(10)]
-            said = Counter(bool(_first_byte(each)) for each in connections)
-        assert said == {True: 3, False: 7}
-
-
-def _first_byte(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(1)
-    except ConnectionError:
-        return b""

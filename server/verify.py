@@ -1,6 +1,6 @@
-"""`python -m server.verify`: are the weights whole, and those that are wanted? Says so without loading them.
+"""`python -m server.verify`: check that the weights are whole, and the expected ones, without loading them.
 
-For a step before the server starts, such as an init container. It takes the server's own --base and --refiner, or
+For a step before the server starts, for example an init container. It takes the server's own --base and --refiner, or
 T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints (server/errors.py).
 """
 
@@ -13,10 +13,10 @@ from server.settings import Settings, read
 
 
 def main() -> int:
-    """Print the fingerprint of the weights, or a sentence that says what is wrong with them; returns the exit code."""
+    """Print the fingerprint of the weights, or the problem in one sentence, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m server.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--fingerprint", metavar="SHA256", help="what the weights must have, as this command or GetModel told it"
+        "--fingerprint", metavar="SHA256", help="expected fingerprint, as this command or GetModel shows it"
     )
     for flag in ("base", "refiner"):
         parser.add_argument(f"--{flag}", metavar="DIR", help=Settings.model_fields[flag].description)

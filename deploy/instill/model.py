@@ -1,7 +1,7 @@
 """The text-to-image service as a model of Instill Core: `instill build` puts it into an image, Ray Serve runs it there.
 
 Instill's SDK pins protobuf 4 and numpy 1, and the service needs later ones. So each replica runs the service as it is,
-`python -m server --instill`, in a process beside it with the packages in packages/ alone, and hands calls on to it,
+`python -m server --instill`, in a process of its own with the packages in packages/ alone, and hands calls on to it,
 message for message; what a call ends with comes back the same way.
 """
 
@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 HERE = Path(__file__).resolve().parent
-# As `git clone` leaves them beside this file; without the first, the embedded ensemble is served.
+# As `git clone` leaves them next to this file; without the first, the embedded ensemble is served.
 BASE, REFINER = HERE / "stable-diffusion-xl-base-1.0", HERE / "stable-diffusion-xl-refiner-1.0"
 
 METHOD = "/model.ray.v1alpha.UserDefinedService/__call__"

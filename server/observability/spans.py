@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry: a span for each call, joined to its caller's, and below it one for each stage of its job.
+"""OpenTelemetry spans: one for each call, a child of its caller's, with a child for each stage of its job.
 
-Imported only where traces are asked for, since the packages are an extra. OpenTelemetry reads where spans go, which of
-them, and under what name from its own OTEL_... environment variables.
+Imported only if traces are on, since the packages are an extra. OpenTelemetry reads the collector, the sampling and the
+service's name from its own OTEL_... environment variables.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from server import __version__
 from server.api.addresses import is_loopback
 from server.engine.events import ImageEncoded, JobEnded, Observation
 
-_STOP_SECONDS = 3.0  # for the last spans to leave; a collector that does not answer must not hold up the end
+_STOP_SECONDS = 3.0  # for the last spans; a collector that does not respond must not delay the exit
 
-# The server's own fault, by OpenTelemetry's conventions for RPC; and ABORTED, which is a lost device here.
+# Errors of the server by OpenTelemetry's conventions for RPC, and ABORTED, which is a lost device here.
 _FAULTS = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.UNKNOWN,
@@ -54,7 +54,7 @@ class CallSpan:
 
 
 def _exporter(protocol: str, endpoint: str) -> SpanExporter:
-    """What sends spans by "grpc" or "http/protobuf". To a collector on this machine it uses no proxy."""
+    """Return an exporter of protocol "grpc" or "http/protobuf"; without a proxy if the collector is on this machine."""
     is_here = is_loopback(urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or "")
     if protocol == "grpc":
         options: Any = (("grpc.enable_http_proxy", 0),) if is_here else None
@@ -65,10 +65,10 @@ def _exporter(protocol: str, endpoint: str) -> SpanExporter:
 
 
 class Traces:
-    """Spans on their way to a collector, in batches and from a thread of their own.
+    """Records spans and sends them to a collector in batches, from a thread of its own.
 
-    `protocol` is "grpc" or "http/protobuf", `endpoint` the collector's as the environment has it. Raises what
-    OpenTelemetry raises of variables that it cannot use.
+    `protocol` is "grpc" or "http/protobuf", `endpoint` the collector's from the environment. Raises OpenTelemetry's
+    errors of invalid variables.
     """
 
     def __init__(self, protocol: str, endpoint: str) -> None:
@@ -85,13 +85,13 @@ class Traces:
             context=propagate.extract(metadata),
             kind=trace.SpanKind.SERVER,
             attributes=attributes,
-            record_exception=False,  # those that come by here are how gRPC ends a call with a status
+            record_exception=False,  # exceptions here are how gRPC ends a call with a status
             set_status_on_exception=False,
         ) as span:
             yield CallSpan(span)
 
     def observe(self, observation: Observation) -> None:
-        if not trace.get_current_span().get_span_context().is_valid:  # of the first image, which nobody asked for
+        if not trace.get_current_span().get_span_context().is_valid:  # the warm-up job has no call
             return
         match observation:
             case JobEnded(admitted=admitted, started=started, ended=ended, spans=spans):
@@ -105,14 +105,14 @@ class Traces:
                 self._span("code image", began, ended, pixels=pixels, bytes=size, filtered=filtered)
 
     def _span(self, name: str, began: float, ended: float, **attributes: float) -> None:
-        """A span that is over, below the current one; times are on the monotonic clock."""
+        """Record a finished child span of the current one; times are on the monotonic clock."""
         epoch = time.time_ns() - time.monotonic_ns()
         of_service = {f"t2i.{key}": value for key, value in attributes.items()}
         span = self._tracer.start_span(name, attributes=of_service, start_time=epoch + int(began * 1e9))
         span.end(epoch + int(ended * 1e9))
 
     def stop(self) -> None:
-        """Send what has not been sent yet, if the collector takes it soon."""
+        """Send the remaining spans, within a time limit."""
         stopping = threading.Thread(target=self._provider.shutdown, daemon=True)
         stopping.start()
         stopping.join(_STOP_SECONDS)

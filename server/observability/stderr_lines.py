@@ -1,8 +1,8 @@
-"""Makes one JSON object of every line that libraries write to stderr by themselves, for `--log-format json`.
+"""Turn each line that libraries write to stderr into one JSON object, for `--log-format json`.
 
-gRPC's core, OpenMP, CUDA's libraries and Python's own last words go to descriptor 2 and know nothing of logging. A
-small process of its own reads them, so that what a library writes before it ends this process comes out, too. It is
-this file, run with the standard library alone.
+gRPC's core, OpenMP, CUDA's libraries and a crashing Python write to descriptor 2 without `logging`. A small process of
+its own reads them, so that a library's last line before it ends this process is logged too. That process runs this
+file, with the standard library alone.
 """
 
 import atexit
@@ -18,14 +18,14 @@ from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
 _LEVEL_OF_LETTER = {"I": "info", "W": "warning", "E": "error", "F": "error"}
-_END_SECONDS = 2.0  # for the last lines to come out
+_END_SECONDS = 2.0  # for the last lines
 
 
 class CapturedStderr:
-    """Descriptor 2 of this process, read by another one until `close`. Raises OSError.
+    """Redirects descriptor 2 of this process to another process until `close`. Raises OSError.
 
-    `stream` is the stderr that was there before, for lines that are JSON already. Lines below `level` are dropped; one
-    that does not say how serious it is counts as a warning.
+    `stream` is the original stderr, for lines that are JSON already. Lines below `level` are dropped; a line without a
+    level counts as a warning.
     """
 
     def __init__(self, level: str) -> None:
@@ -39,7 +39,7 @@ class CapturedStderr:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Give descriptor 2 back, once all that was written to it has come out."""
+        """Restore descriptor 2, after all that was written to it is out."""
         if sys.stderr is not None:
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
@@ -49,7 +49,7 @@ class CapturedStderr:
 
 
 def line_of(text: str) -> dict[str, str]:
-    """What one line of a library is in the log. gRPC's begin as Abseil's: a letter, month and day."""
+    """Return the log fields of one line of a library. gRPC's lines begin like Abseil's: a letter, month and day."""
     letter = re.match(r"([IWEF])\d{4} \d\d:\d\d:\d\d", text)
     now = time.time()
     return {
@@ -61,8 +61,8 @@ def line_of(text: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Copy stdin to stdout, a JSON object a line, until nobody can write any more."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for the process whose lines these are
+    """Copy stdin to stdout, one JSON object a line, until its end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the process whose lines these are
         signal.signal(number, signal.SIG_IGN)
     least = LEVELS.index(sys.argv[1])
     for line in sys.stdin.buffer:

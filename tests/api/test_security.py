@@ -152,10 +152,13 @@ class TestTls:
 
         ciphers = b"\xc0\x2b\xc0\x09"  # ECDHE-ECDSA with AES 128: in GCM, and in CBC as TLS 1.1 has it
         extensions = (
-            b"\0\x0a" + counted(2, counted(2, b"\0\x17"))  # the curve P-256
-            + b"\0\x0d" + counted(2, counted(2, b"\4\3"))  # ECDSA with it
-            + b"\0\x10" + counted(2, counted(2, counted(1, b"h2")))
-        )  # fmt: skip
+            b"\0\x0a"
+            + counted(2, counted(2, b"\0\x17"))  # the curve P-256
+            + b"\0\x0d"
+            + counted(2, counted(2, b"\4\3"))  # ECDSA with it
+            + b"\0\x10"
+            + counted(2, counted(2, counted(1, b"h2")))
+        )
         hello = version + bytes(32) + b"\0" + counted(2, ciphers) + b"\1\0" + counted(2, extensions)
         with connected(secured.server.target, b"\x16\3\1" + counted(2, b"\1" + counted(3, hello))) as connection:
             reply = first_byte(connection)

@@ -39,7 +39,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 check: lint ## lint, types and the tests that import no torch and start no server, within three minutes
 	$(PYTEST) --no-torch -m "not slow" -r fE $(ARGS)
 
-test: $(VENV)/.dev .triton/.done ## run all tests that need no other environment, with line coverage
+test: $(VENV)/.dev .triton/.done ## run all tests that need no other environment; ARGS="tests/api -k cancel"
+	$(PYTEST) $(ARGS)
+
+coverage: $(VENV)/.dev .triton/.done ## the same with line coverage, of servers too; it takes longer
 	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev generate-check ## ruff, typos, mypy --strict, buf, hadolint, shellcheck, schemas of the hosted CI

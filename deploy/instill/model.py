@@ -42,7 +42,7 @@ HTTP_STATUS = {
 
 
 def start(ready_file: Path) -> "subprocess.Popen[bytes]":
-    """The service on a free port of this machine, which it tells in the file. It ends with its starter."""
+    """Start the service on a free port of this machine, written to the file. It ends with this process."""
     experts = [f"--base={BASE}"] * BASE.exists() + [f"--refiner={REFINER}"] * (BASE.exists() and REFINER.exists())
     python = (sys.executable, "-S", "-P", "-m", "server")  # -S: what the SDK has installed is not for it
     flags = ("--instill", "--listen=127.0.0.1:0", f"--ready-file={ready_file}", *experts)
@@ -81,7 +81,7 @@ class TextToImage:
             raise RuntimeError(f"the service has ended with exit code {code}; its last words are in this replica's log")
 
     async def __call__(self, request: Any, grpc_context: Any = None) -> Any:
-        """Called by Core over gRPC with a CallRequest, and by `instill run` over HTTP with a request of Starlette's."""
+        """Answer a CallRequest of Core over gRPC, or a request of `instill run` over HTTP, as Starlette's Request."""
         if isinstance(request, Request):
             return await self._answer_http(await request.json())
         metadata = [(key, value) for key, value in grpc_context.invocation_metadata() if key in HANDED_ON]
@@ -95,7 +95,7 @@ class TextToImage:
             return user_defined.CallResponse()
 
     async def _answer_http(self, given: dict[str, Any]) -> Response:
-        """The list of outputs for one input, {"prompt"} or in full."""
+        """Return the list of outputs for one input, {"prompt"} or in full."""
         task_input = given if "data" in given else {"data": given}
         request = json_format.ParseDict({"task_inputs": [task_input]}, user_defined.CallRequest())
         try:

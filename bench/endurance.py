@@ -124,14 +124,16 @@ def report(record: Record, seconds: float) -> str:
     settled = (times >= _SETTLED_SHARE * seconds) & (times <= seconds)
     slope = np.polyfit(times[settled] / 60, memory[settled], 1)[0]
     took = ", ".join(f"p{share} {np.percentile(record.took, share):.1f} s" for share in (50, 95, 99))
-    return "\n".join((
-        f"{record.most_open} streams open at once, {sum(record.ends.values())} calls in {times[-1]:.0f} s: "
-        + ", ".join(f"{count} {end}" for end, count in record.ends.most_common()),
-        f"calls with an image took {took}, at most {max(record.took):.1f} s",
-        f"memory of the server: {memory[0]:.0f} MiB at the start, {memory[settled][0]:.0f} after "
-        f"{_SETTLED_SHARE * seconds:.0f} s, {memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; "
-        f"{slope:+.2f} MiB a minute in between",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            f"{record.most_open} streams open at once, {sum(record.ends.values())} calls in {times[-1]:.0f} s: "
+            + ", ".join(f"{count} {end}" for end, count in record.ends.most_common()),
+            f"calls with an image took {took}, at most {max(record.took):.1f} s",
+            f"memory of the server: {memory[0]:.0f} MiB at the start, {memory[settled][0]:.0f} after "
+            f"{_SETTLED_SHARE * seconds:.0f} s, {memory[settled][-1]:.0f} at the end, at most {memory.max():.0f}; "
+            f"{slope:+.2f} MiB a minute in between",
+        )
+    )
 
 
 def plot(record: Record, path: Path) -> None:

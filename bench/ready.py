@@ -96,8 +96,9 @@ def memory(service: ChildServer) -> float | None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has another loopback
     with opener.open(found[1], timeout=_METRICS_SECONDS) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-    samples = {each.labels.get("kind"): each.value for family in families if family.name == _MEMORY
-               for each in family.samples}  # fmt: skip
+    samples = {
+        each.labels.get("kind"): each.value for family in families if family.name == _MEMORY for each in family.samples
+    }
     return samples.get("allocated_peak")
 
 

@@ -159,9 +159,14 @@ def test_pixels_equal_the_stock_pipelines(ensemble, stock):
     mine = ensemble.decode(finished(ensemble, replace(REQUEST, high_noise_frac=1.0)))
     stock.base.scheduler = SCHEDULERS["euler"](stock.base.scheduler.config)
     theirs = stock.base(
-        "a cat", negative_prompt="a dog", num_inference_steps=20, generator=torch.Generator().manual_seed(1),
-        height=32, width=32, guidance_scale=5.0,
-    )  # fmt: skip
+        "a cat",
+        negative_prompt="a dog",
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(1),
+        height=32,
+        width=32,
+        guidance_scale=5.0,
+    )
     assert mine.dtype == np.uint8
     assert np.array_equal(mine, np.asarray(theirs.images[0]))
 
@@ -175,9 +180,14 @@ def test_latent_statistics_decode_like_the_stock_pipeline(ensemble, stock):
         mine = ensemble.decode(trajectory)
         stock.base.scheduler = SCHEDULERS["euler"](stock.base.scheduler.config)
         theirs = stock.base(
-            "a cat", negative_prompt="a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(1),
-            height=32, width=32, guidance_scale=5.0,
-        )  # fmt: skip
+            "a cat",
+            negative_prompt="a dog",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(1),
+            height=32,
+            width=32,
+            guidance_scale=5.0,
+        )
     finally:
         for vae in (ensemble._vae, stock.base.vae):
             vae.register_to_config(latents_mean=None, latents_std=None)

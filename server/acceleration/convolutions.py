@@ -144,7 +144,7 @@ class Upsample(QuantizableConvolution):
             images = pointwise.pad(hidden_states, self.scale)
             result = convolution.convolve(
                 images, self.weight, self.bias, self._dtype, None, self.scale, self.weight_scale
-            )  # fmt: skip
+            )
         else:
             result = self.layer(hidden_states)
             if not isinstance(self.layer, nn.ConvTranspose2d):

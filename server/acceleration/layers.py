@@ -491,9 +491,14 @@ class QuantizableLinear(Quantizable, PerImageLayer):
             weight, bias = self.weight.float() * self.weight_scale, None if self.bias is None else self.bias.float()
             return F.linear(values.float() * self.scale, weight, bias).to(self._dtype)
         rows = torch._scaled_mm(
-            values.reshape(-1, values.shape[-1]), self.weight.t(), scale_a=self.scale, scale_b=self.weight_scale,
-            bias=self.bias, out_dtype=self._dtype, use_fast_accum=True,
-        )  # fmt: skip
+            values.reshape(-1, values.shape[-1]),
+            self.weight.t(),
+            scale_a=self.scale,
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=self._dtype,
+            use_fast_accum=True,
+        )
         return rows.view(*values.shape[:-1], -1)
 
     def add_to(self, values: torch.Tensor, rows: torch.Tensor) -> None:
@@ -532,4 +537,4 @@ class GegluLinear(QuantizableLinear):
         self._record(values)
         return geglu.linear_geglu(
             values, self.weight, self.bias, self._dtype, self.scale, self.weight_scale, result_scale
-        )  # fmt: skip
+        )

@@ -98,9 +98,13 @@ class Traces:
                 self._span("queue", admitted, ended if started is None else started)
                 for each in spans:
                     self._span(
-                        each.stage, each.began, each.ended,
-                        image=each.index, calls=each.calls, device_seconds=each.device,
-                    )  # fmt: skip
+                        each.stage,
+                        each.began,
+                        each.ended,
+                        image=each.index,
+                        calls=each.calls,
+                        device_seconds=each.device,
+                    )
             case ImageEncoded(pixels=pixels, size=size, began=began, ended=ended, filtered=filtered):
                 self._span("code image", began, ended, pixels=pixels, bytes=size, filtered=filtered)
 

@@ -253,11 +253,30 @@ def test_impossible_compile_sizes_are_reported_before_compiling(folders):
 def test_missing_compiler_is_reported_in_one_sentence(folders, as_installed, tmp_path: Path):
     base, refiner = folders
     server = subprocess.run(
-        [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--device", "cpu", "--base", base, "--refiner",
-         refiner, "--compile", "blocks", "--compile-cache", tmp_path],
-        cwd=as_installed, env={"PATH": str(tmp_path), "CXX": NO_COMPILER}, capture_output=True, text=True, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            "server",
+            "--listen",
+            "127.0.0.1:0",
+            "--device",
+            "cpu",
+            "--base",
+            base,
+            "--refiner",
+            refiner,
+            "--compile",
+            "blocks",
+            "--compile-cache",
+            tmp_path,
+        ],
+        cwd=as_installed,
+        env={"PATH": str(tmp_path), "CXX": NO_COMPILER},
+        capture_output=True,
+        text=True,
+        timeout=300,
         check=False,
-    )  # fmt: skip
+    )
     assert server.returncode == CompileError.exit_code, server.stderr
     assert "the networks cannot be compiled here" in server.stderr
     assert "Traceback" not in server.stderr

@@ -29,8 +29,11 @@ def build(tmp_path: Path):
         environment |= {"PATH": str(tmp_path), "PIP_CONFIG_FILE": os.devnull} | pip
         return subprocess.run(
             [sys.executable, ROOT / "scripts" / "build_image.py", *arguments],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return build
 

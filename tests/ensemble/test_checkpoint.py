@@ -188,9 +188,14 @@ def test_broken_files_are_reported_before_torch_is_imported(folder: Path):
         "except Exception as error: print(type(error).__name__, 'torch' in sys.modules)"
     )
     inspected = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"T2I_BASE": str(folder / "base")},
-        capture_output=True, text=True, timeout=PATIENCE, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"T2I_BASE": str(folder / "base")},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
     assert inspected.stdout == "GitLfsPointer False\n"
 
 
@@ -308,8 +313,11 @@ def test_defaults_json_sets_name_and_defaults(folder: Path):
     (folder / "base" / "defaults.json").write_text('{"name": "mini", "steps": 7, "guidance_scale": 3}')
     info = load(folder).info
     assert (info.name, info.default_steps, info.default_guidance_scale, info.default_high_noise_frac) == (
-        "mini", 7, 3.0, 0.8,
-    )  # fmt: skip
+        "mini",
+        7,
+        3.0,
+        0.8,
+    )
     assert model.load(checkpoint.inspect(folder / "base", None), device="cpu", name="given").info.name == "given"
 
 
@@ -321,8 +329,13 @@ class TestVerify:
         experts = {"T2I_BASE": str(folder / "base"), "T2I_REFINER": str(folder / "refiner")}
         return subprocess.run(
             [sys.executable, "-m", "server.verify", *arguments],
-            cwd=ROOT, env=os.environ | experts, capture_output=True, text=True, timeout=PATIENCE, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=os.environ | experts,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
 
     def test_it_prints_the_servers_fingerprint(self, whole: Path):
         verified = self.verify(whole)

@@ -114,9 +114,14 @@ def collector() -> Iterator[Collector]:
 def watched(collector: Collector) -> Iterator[ServerProcess]:
     """A server with everything on."""
     server = ServerProcess(
-        "--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--channelz",
-        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{collector.target}", OTEL_BSP_SCHEDULE_DELAY="50",
-    ).wait_until_ready()  # fmt: skip
+        "--metrics-listen",
+        "127.0.0.1:0",
+        "--log-format",
+        "json",
+        "--channelz",
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{collector.target}",
+        OTEL_BSP_SCHEDULE_DELAY="50",
+    ).wait_until_ready()
     yield server
     assert server.stop() == 0, server.log
 
@@ -296,10 +301,15 @@ class TestTraces:
         collector = HttpCollector()
         protocols = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"} | {variable: "http/protobuf"}
         server = start_server(
-            program=("tests/support/steady_server.py",), cold=True,
-            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{collector.target}", OTEL_BSP_SCHEDULE_DELAY="50",
-            http_proxy="http://127.0.0.1:9", no_proxy="", NO_PROXY="", **protocols,
-        ).wait_until_ready()  # fmt: skip
+            program=("tests/support/steady_server.py",),
+            cold=True,
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{collector.target}",
+            OTEL_BSP_SCHEDULE_DELAY="50",
+            http_proxy="http://127.0.0.1:9",
+            no_proxy="",
+            NO_PROXY="",
+            **protocols,
+        ).wait_until_ready()
         with connect(server) as channel:
             stub = pb_grpc.TextToImageServiceStub(channel)
             stub.Generate(request(), metadata=(TRACEPARENT, ("x-request-id", "by-http")), timeout=PATIENCE)

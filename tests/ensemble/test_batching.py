@@ -1,7 +1,7 @@
 """Images that share network calls: no bit of an image changes, and no failure spreads to a neighbour."""
 
-import itertools
 import contextlib
+import itertools
 import random
 import weakref
 from collections.abc import Iterator

@@ -138,7 +138,7 @@ bench-scale: .venv-ray/.done ## one and two replicas on Ray, failures, a thousan
 ##@ Write
 
 docs: .venv-docs/.done ## build docs/ as a site in out/docs; a broken link or anchor fails
-	.venv-docs/bin/sphinx-build --conf-dir docs --fail-on-warning --keep-going --quiet . out/docs
+	.venv-docs/bin/sphinx-build --fresh-env --conf-dir docs --fail-on-warning --keep-going --quiet . out/docs
 
 docs-serve: docs ## serve that site on http://127.0.0.1:8000
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory out/docs 8000

@@ -20,7 +20,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 CLIENT = "".join(path.read_text("utf-8") for path in (ROOT / "clients/python/text_to_image_client").rglob("*.py"))
 PROSE = [README, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *PAGES]
-PROSE += [ROOT / folder / "README.md" for folder in ("clients/python", "deploy/instill", "training", "weights")]
+PROSE += [
+    ROOT / folder / "README.md" for folder in ("clients/python", "deploy/instill", "examples", "training", "weights")
+]
+PROSE += [ROOT / "CONTRIBUTING.md", ROOT / "findings/README.md"]
 
 
 def read(path: Path) -> str:

@@ -30,7 +30,7 @@ def hang_up(server: Logged) -> None:
     server.process.send_signal(signal.SIGHUP)
 
 
-def test_tokens_and_certificates_are_read_again_at_once_and_a_job_goes_on(start, tmp_path: Path):
+def test_sighup_reloads_tokens_and_certificates_while_a_job_runs(start, tmp_path: Path):
     authority = Authority(tmp_path / "ours")
     certificate, key = authority.issue("server", *LOCAL)
     tokens = tmp_path / "tokens"

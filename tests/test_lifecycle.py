@@ -33,7 +33,7 @@ def test_the_port_is_open_but_not_serving_until_the_first_image_is_made(start_se
         watch.cancel()
 
 
-def test_sigterm_refuses_new_calls_lets_the_running_one_finish_and_exits_with_0(start_server):
+def test_sigterm_rejects_new_calls_finishes_running_ones_and_exits_with_0(start_server):
     server = start_server("--grace-seconds", "600").wait_until_ready()
     with connect(server) as channel:
         stub, health = pb_grpc.TextToImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
@@ -70,7 +70,7 @@ def test_a_call_that_outlives_the_grace_period_hears_unavailable(start_server, h
 
 
 @pytest.mark.parametrize("moment", ["loading the model", "warming up"])
-def test_sigterm_before_it_is_ready_stops_the_server_without_its_ever_serving(start_server, moment: str):
+def test_sigterm_before_ready_stops_without_serving(start_server, moment: str):
     server = start_server(cold=True)
     server.wait_for_log(moment)
     server.terminate()
@@ -132,7 +132,7 @@ def test_two_servers_never_share_a_port(start_server):
 
 
 @pytest.mark.parametrize("kind", ["in no folder", "a folder"])
-def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4_before_it_loads(start_server, tmp_path, kind):
+def test_unwritable_ready_file_exits_with_4_before_loading(start_server, tmp_path, kind):
     path = {"in no folder": tmp_path / "missing" / "ready", "a folder": tmp_path}[kind]
     server = start_server("--ready-file", str(path), program=("tests/support/steady_server.py",), cold=True)
     assert server.wait() == 4
@@ -142,7 +142,7 @@ def test_a_ready_file_that_cannot_be_written_ends_the_server_with_4_before_it_lo
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a link to one"])
-def test_what_is_no_regular_file_is_refused_as_a_ready_file_and_left_as_it_is(start_server, tmp_path, kind):
+def test_ready_file_must_be_a_regular_file_and_others_stay_untouched(start_server, tmp_path, kind):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     path = tmp_path / ("pipe" if kind == "a pipe" else "link")
@@ -161,7 +161,7 @@ def test_a_folder_without_a_checkpoint_ends_the_server_before_it_serves(start_se
     assert "Traceback" not in server.log
 
 
-def test_a_device_that_does_not_answer_ends_the_process_for_an_orchestrator_to_restart(start_server):
+def test_hung_device_exits_with_6(start_server):
     server = start_server(
         "--device-timeout-seconds", "2", program=("tests/support/faulty_server.py",)
     ).wait_until_ready()
@@ -178,7 +178,7 @@ def test_a_device_that_does_not_answer_ends_the_process_for_an_orchestrator_to_r
     assert "Traceback" not in server.log
 
 
-def test_faults_of_the_device_end_the_call_that_met_them_and_no_other(start_server):
+def test_device_errors_end_only_the_call_that_met_them(start_server):
     server = start_server("--max-batch", "4", program=("tests/support/faulty_server.py",)).wait_until_ready()
     with connect(server) as channel:
         stub = pb_grpc.TextToImageServiceStub(channel)

@@ -38,7 +38,7 @@ def picture(choice: pb.Choice) -> Image.Image:
 
 
 class TestStream:
-    def test_tells_every_model_call_of_both_experts_in_order_then_the_image_then_done(self, stub):
+    def test_stream_has_each_model_call_in_order_then_image_then_done(self, stub):
         events = list(stub.StreamGenerate(request(sampling={"steps": 10}), timeout=PATIENCE))
         assert [event.WhichOneof("event") for event in events] == ["queued", *["progress"] * 12, "choice", "done"]
         told = [(e.progress.stage, e.progress.step, e.progress.steps) for e in events if e.HasField("progress")]
@@ -79,7 +79,7 @@ class TestStream:
         image = done.done.metadata.images[0]
         assert image.base_calls + image.refiner_calls == 9  # two a step, but for the last
 
-    def test_reports_the_seed_that_was_drawn_so_that_the_image_can_be_made_again(self, stub):
+    def test_random_seed_is_reported_and_reproduces_the_image(self, stub):
         *_, choice, done = stub.StreamGenerate(request(sampling={"steps": 2}), timeout=PATIENCE)
         seed = done.done.metadata.images[0].seed
         again = stub.Generate(request(parameter={"seed": seed}, sampling={"steps": 2}), timeout=PATIENCE)
@@ -112,7 +112,7 @@ class TestGenerate:
         assert digests(three.data.choices) == [digests(each.data.choices)[0] for each in alone]
         assert len(set(digests(three.data.choices))) == 3
 
-    def test_the_same_request_gives_the_same_bytes_whatever_runs_beside_it(self, stub):
+    def test_same_request_gives_same_bytes_whatever_runs_concurrently(self, stub):
         mine = request("a red apple", parameter={"seed": 3}, sampling={"steps": 6, "scheduler": "euler_ancestral"})
         alone = digests(stub.Generate(mine, timeout=PATIENCE).data.choices)
         others = [
@@ -125,7 +125,7 @@ class TestGenerate:
         assert [digests(answer.data.choices) for answer in answers[1::2]] == [alone] * 4
 
     @pytest.mark.parametrize("ratio", ["16:9", "1:1", "21:9", "2:3", "3:2", "4:5", "5:4", "9:16", "9:21"])
-    def test_makes_every_aspect_ratio_in_the_size_that_get_model_tells(self, stub, ratio: str):
+    def test_every_aspect_ratio_has_the_size_from_get_model(self, stub, ratio: str):
         sizes = {
             size.aspect_ratio: (size.width, size.height)
             for size in stub.GetModel(pb.GetModelRequest(), timeout=9).sizes
@@ -163,7 +163,7 @@ class TestProvenance:
         assert (told, done.done.metadata.environment) == (list(whole.images), whole.environment)
         assert whole.environment == stub.GetModel(pb.GetModelRequest(), timeout=9).environment
 
-    def test_a_request_with_every_option_comes_back_for_each_image_and_makes_it_again(self, stub):
+    def test_returned_request_with_every_option_reproduces_each_image(self, stub):
         answer = stub.Generate(
             request(
                 "a red apple, 50% 🍎 \u2028",
@@ -187,7 +187,7 @@ class TestProvenance:
             assert not repeated.metadata.warnings, "the size is told as it was snapped"
 
     @pytest.mark.parametrize("name", ["JPEG", "PNG"])
-    def test_an_image_that_had_to_be_coded_smaller_is_made_again_without_that_need(self, stub, name: str):
+    def test_image_encoded_smaller_is_reproducible_without_the_limit(self, stub, name: str):
         crowded = request(
             parameter={"n": 3, "seed": 1},
             sampling={"steps": 5, "width": 256, "height": 256, "guidanceScale": 0},
@@ -200,7 +200,7 @@ class TestProvenance:
             assert repeated.images[0].sha256 == image.sha256
             assert not repeated.warnings
 
-    def test_long_prompts_that_leave_no_room_for_images_are_told_what_to_raise(self, stub):
+    def test_long_prompts_that_leave_no_room_for_images_name_the_limit(self, stub):
         crowded = request("x " * 4000, sampling={"steps": 1}, output={"maxMessageBytes": 16384})
         with pytest.raises(grpc.RpcError, match=r"raise output\.maxMessageBytes") as caught:
             stub.Generate(crowded, timeout=PATIENCE)
@@ -240,7 +240,7 @@ class TestWarnings:
         assert {warning.code for warning in answer.metadata.warnings} == {pb.Warning.CODE_IMAGE_RECODED}
         assert "image/png" not in {image.media_type for image in answer.metadata.images}
 
-    def test_an_answer_of_eight_of_the_largest_images_fits_into_a_default_client(self, stub):
+    def test_response_of_eight_largest_images_fits_a_default_client(self, stub):
         answer = stub.Generate(
             request(
                 parameter={"n": 8},
@@ -325,7 +325,7 @@ class TestLettingGo:
             r"the deadline cannot be met: the last image would be ready in \d+\.\d s", caught.value.details()
         )
 
-    def test_a_client_that_does_not_read_is_let_go_and_holds_nobody_up(self, start_server):
+    def test_slow_reader_is_disconnected_and_delays_nobody(self, start_server):
         server = start_server("--slow-reader-seconds", "1").wait_until_ready()
         # Without probing, the client's window stays at the 64 KiB that HTTP/2 begins with.
         with connect(server, ("grpc.http2.bdp_probe", 0)) as channel, connect(server) as other:

@@ -40,7 +40,7 @@ def problems(flags: list[str]) -> list[str]:
         ("model-name", "\udcff", r"give a name of 1 to 128 characters, on one line, is '\udcff'"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag_or_variable(monkeypatch, name, value, words):
+def test_invalid_value_is_rejected_by_its_flag_or_variable(monkeypatch, name, value, words):
     if name not in ("device", "scheduling-policy"):  # argparse itself looks at the choices of a flag
         assert problems([f"--{name}={value}"]) == [f"--{name}: {words}"]
     variable = f"T2I_{name.replace('-', '_').upper()}"
@@ -48,7 +48,7 @@ def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag_or_variable(m
     assert problems([]) == [f"{variable}: {words}"]
 
 
-def test_all_that_is_wrong_is_said_at_once(monkeypatch):
+def test_all_problems_are_reported_at_once(monkeypatch):
     monkeypatch.setenv("T2I_KSERVE", "maybe")
     assert problems(["--max-queue=x", "--listen=nowhere"]) == [
         "--listen: give HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051, with a port of 0 to 65535, is 'nowhere'",
@@ -57,7 +57,7 @@ def test_all_that_is_wrong_is_said_at_once(monkeypatch):
     ]
 
 
-def test_contradictions_are_said_at_once_and_by_the_names_that_were_typed(monkeypatch):
+def test_conflicts_are_reported_at_once_by_the_given_names(monkeypatch):
     monkeypatch.setenv("T2I_REFINER", "somewhere")
     monkeypatch.setenv("t2i_tls_key", "key.pem")
     assert problems(["--plaintext-tokens"]) == [
@@ -67,13 +67,13 @@ def test_contradictions_are_said_at_once_and_by_the_names_that_were_typed(monkey
     ]
 
 
-def test_a_flag_takes_the_place_of_its_variable(monkeypatch):
+def test_flag_overrides_its_variable(monkeypatch):
     monkeypatch.setenv("T2I_MAX_QUEUE", "3")
     assert read(["--max-queue", "5"]).max_queue == 5
     assert problems(["--max-queue", "x"]) == ["--max-queue: must be a whole number, is 'x'"]
 
 
-def test_what_is_no_flag_is_shown_on_one_line():
+def test_unknown_flag_is_shown_on_one_line():
     assert problems(["--no-such-flag", "a\nb\x1b"]) == [
         r"unrecognized arguments: --no-such-flag a\nb\x1b; --help lists the flags"
     ]

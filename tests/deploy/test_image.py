@@ -135,7 +135,7 @@ def test_it_serves_from_a_read_only_root_and_drains_when_it_is_stopped(podman: P
     assert "Traceback" not in podman("logs", container)
 
 
-def test_it_runs_as_nobody_in_particular_and_can_write_nothing_but_its_tmp(podman: Podman, image: str):
+def test_container_runs_unprivileged_and_writes_only_its_tmp(podman: Podman, image: str):
     assert inside(podman, image, "id -u; id -g") == "10001\n10001"
     write = "for folder in / /srv /opt/venv /models /tmp; do touch $folder/x 2> /dev/null && echo $folder; done; true"
     assert inside(podman, image, write) == "/tmp"

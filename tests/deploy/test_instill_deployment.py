@@ -222,7 +222,7 @@ def test_a_call_that_is_given_up_at_its_deadline_frees_the_device(docker: Docker
     docker("exec", core, "sh", "-c", f"until curl -s 127.0.0.1:9464/metrics | grep -F '{ended}'; do sleep 0.1; done")
 
 
-def test_a_service_that_dies_is_replaced_and_callers_may_try_again_meanwhile(docker: Docker, core: str):
+def test_dead_service_is_replaced_and_callers_may_retry(docker: Docker, core: str):
     docker("exec", core, "sh", "-c", "kill -KILL $(pgrep --full '[p]ython.* -m server')")
     until = time.monotonic() + STARTED
     while "task_outputs" not in (found := call(docker, core, task_inputs=[{"data": {"prompt": "x"}}])):

@@ -74,7 +74,7 @@ def occupied(server: ServerProcess, folder: Path) -> Iterator[Path]:
 # Streams in which nothing happens.
 
 
-def test_a_stream_that_waits_longer_than_a_proxy_does_survives_by_its_heartbeats(tmp_path: Path):
+def test_heartbeats_keep_a_stream_open_beyond_the_proxys_timeout(tmp_path: Path):
     def follow(channel: grpc.Channel) -> tuple[list[pb.StreamGenerateResponse], list[pb.StreamGenerateResponse]]:
         """The events until the proxy would long have ended the stream, and those from then on."""
         stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request("waits"), timeout=PATIENCE)
@@ -95,7 +95,7 @@ def test_a_stream_that_waits_longer_than_a_proxy_does_survives_by_its_heartbeats
             assert rest[-1].HasField("done")
 
 
-def test_without_heartbeats_a_proxy_ends_it_and_a_detached_job_goes_on_and_can_be_followed_again(tmp_path: Path):
+def test_proxy_ends_stream_without_heartbeats_but_detached_job_continues(tmp_path: Path):
     def follow(name: str, channel: grpc.Channel) -> tuple[grpc.StatusCode, list[int], list[int]]:
         """The status that the proxy ends the stream with, the numbers of its events and of those after it."""
         stub = pb_grpc.TextToImageServiceStub(channel)
@@ -122,7 +122,7 @@ def test_without_heartbeats_a_proxy_ends_it_and_a_detached_job_goes_on_and_can_b
             assert after[0] > before[-1]
 
 
-def test_the_python_client_attaches_again_by_itself_when_nginx_ends_its_stream(tmp_path: Path):
+def test_python_client_reattaches_when_nginx_ends_its_stream(tmp_path: Path):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving("--heartbeat-seconds", "0"))
         release = stack.enter_context(occupied(server, tmp_path))

@@ -114,7 +114,7 @@ def test_what_ray_does_not_know_is_noticed():
 # Two replicas.
 
 
-def test_events_come_while_the_image_is_made_and_its_bytes_are_those_of_the_bare_server(
+def test_events_stream_and_bytes_equal_the_bare_servers(
     stub: pb_grpc.TextToImageServiceStub, weights: dict[str, str], start_server
 ):
     asked = request("a cat", parameter={"seed": 5}, sampling={"steps": 10}, output={"raw": True})
@@ -175,9 +175,7 @@ def test_a_client_that_vanishes_frees_the_device(ray: RayServe):
     ray.wait_for_log(r"gone: Cancelled after \d+ model calls")
 
 
-def test_streams_that_are_broken_off_at_any_moment_leave_the_ingress_alive(
-    ray: RayServe, stub: pb_grpc.TextToImageServiceStub
-):
+def test_ingress_survives_streams_broken_off_at_any_moment(ray: RayServe, stub: pb_grpc.TextToImageServiceStub):
     ingress = ray.processes("ProxyActor")
     for number in range(60):
         stream = stub.StreamGenerate(request(sampling={"steps": 20}), timeout=PATIENCE)
@@ -189,7 +187,7 @@ def test_streams_that_are_broken_off_at_any_moment_leave_the_ingress_alive(
 
 
 @pytest.mark.smoke
-def test_a_deadline_reaches_the_engine_which_refuses_what_cannot_meet_it(ray: RayServe):
+def test_deadline_reaches_the_engine_which_rejects_jobs_that_miss_it(ray: RayServe):
     with TextToImage(ray.target, retries=0) as client, pytest.raises(DeadlineExceeded, match="cannot be met"):
         client.generate("a cat", n=8, steps=150, timeout=5)
 
@@ -309,7 +307,7 @@ def test_a_lost_replica_is_unavailable_and_another_takes_its_place(ray: RayServe
         assert client.generate("a cat", steps=2).images
 
 
-def test_a_lost_ingress_is_unavailable_and_comes_back_but_its_jobs_run_on_for_nobody(ray: RayServe):
+def test_lost_ingress_is_unavailable_and_returns_while_its_jobs_run_on(ray: RayServe):
     (proxy,) = ray.processes("ProxyActor")
     with grpc.insecure_channel(ray.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request(requestId="cut-off", **LONG_JOB))
@@ -410,9 +408,7 @@ def test_more_than_four_megabytes_pass_both_ways(changed: RayServe):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_device_that_does_not_answer_is_given_up_with_its_replica(
-    changed: RayServe, stub: pb_grpc.TextToImageServiceStub
-):
+def test_hung_device_replaces_its_replica(changed: RayServe, stub: pb_grpc.TextToImageServiceStub):
     faulty = ("application", "faulty")
     before = len(changed.lines)
     with pytest.raises(grpc.RpcError) as caught:

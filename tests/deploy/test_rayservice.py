@@ -151,7 +151,7 @@ def test_an_ingress_sends_calls_to_all_nodes_alike(manifest: Resource):
     assert {environment(group)[ROUTING] for group in groups(manifest)} == {"0"}
 
 
-def test_every_variable_is_a_setting_and_replicas_are_sent_what_they_admit(
+def test_variables_are_settings_and_replicas_receive_what_they_admit(
     manifest: Resource, monkeypatch: pytest.MonkeyPatch
 ):
     (application,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]

@@ -28,7 +28,7 @@ def under_load(targets: list[str]) -> Iterator[Callable[[], dict[str, int]]]:
         client.wait()
 
 
-def test_no_call_fails_while_two_servers_are_restarted_one_after_the_other(
+def test_no_call_fails_while_two_servers_restart_in_turn(
     start_server, folders: tuple[Path, Path], record_property: Callable[[str, int], None]
 ):
     experts = ("--base", str(folders[0]), "--refiner", str(folders[1]))

@@ -82,7 +82,7 @@ def test_lines_of_libraries_threads_finalizers_and_warnings_are_json(start):
     assert {each["logger"] for each in of_grpc} == {"stderr"}
 
 
-def test_below_the_level_they_are_left_out(start):
+def test_library_lines_below_the_level_are_dropped(start):
     server = start("--log-level", "error", program=("-c", NOISE), GRPC_VERBOSITY="debug", GRPC_TRACE="http")
     server.wait_for_log("noise of a finalizer")
     server.stop()
@@ -106,7 +106,7 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_exit_code_1(start,
     assert "noise of a bug" in server.log
 
 
-def test_what_grpc_says_is_taken_as_seriously_as_it_says_it():
+def test_grpc_lines_keep_their_level():
     levels = {"I1201 13:00:00.000000 1 a.cc:1] x": "info", "E1201 13:00:00.0 1 a.cc:1] x": "error", "oops": "warning"}
     assert {text: line_of(text)["level"] for text in levels} == levels
 

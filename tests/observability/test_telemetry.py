@@ -133,7 +133,7 @@ def stub(watched: ServerProcess) -> Iterator[pb_grpc.TextToImageServiceStub]:
 
 
 class TestMetrics:
-    def test_a_request_is_counted_with_its_time_steps_images_and_device_time(self, watched, stub):
+    def test_request_is_counted_with_duration_steps_images_and_device_time(self, watched, stub):
         before = scrape(watched)
         image = stub.Generate(request(**SHORT, output={"raw": True}), timeout=PATIENCE).data.choices[0].raw
         after = scrape(watched)
@@ -171,7 +171,7 @@ class TestMetrics:
                 after = scrape(watched)
             assert after("t2i_requests_total", **labels) - before("t2i_requests_total", **labels) == 1
 
-    def test_what_waits_and_runs_is_told_and_what_is_cancelled_was_wasted(self, watched, stub):
+    def test_waiting_and_running_jobs_are_exported_and_cancelled_time_is_wasted(self, watched, stub):
         before = scrape(watched)
         running = stub.StreamGenerate(request(**LONG_JOB))
         first_step(running)
@@ -220,7 +220,7 @@ class TestMetrics:
         values = {value for _, labels in scrape(watched).samples for _, value in labels}
         assert not [value for value in values if "strange" in value or "127.0.0.1" in value]
 
-    def test_every_metric_that_the_dashboard_and_the_alerts_name_is_told_after_one_request(self, watched, stub):
+    def test_metrics_of_dashboard_and_alerts_are_exported_after_one_request(self, watched, stub):
         stub.Generate(request(**SHORT), timeout=PATIENCE)
         told = scrape(watched)
         expressions = re.findall(r'"(?:expr|query)": "(.*)"', DASHBOARD.read_text())
@@ -241,7 +241,7 @@ class TestMetrics:
 
 
 class TestTraces:
-    def test_a_calls_span_is_its_callers_child_and_has_one_for_each_stage_of_its_job(self, collector, stub):
+    def test_span_of_a_call_has_its_caller_as_parent_and_stages_as_children(self, collector, stub):
         events = stub.StreamGenerate(
             request(requestId="traced-job", parameter={"n": 2}, **SHORT),
             metadata=(TRACEPARENT, ("x-request-id", "traced")),
@@ -272,7 +272,7 @@ class TestTraces:
         for earlier, later in itertools.pairwise(stages):
             assert earlier.end_time_unix_nano <= later.start_time_unix_nano
 
-    def test_a_call_without_a_caller_that_traces_begins_a_trace_and_says_how_it_ended(self, collector, stub):
+    def test_call_of_an_untraced_caller_starts_a_trace_with_its_status(self, collector, stub):
         with pytest.raises(grpc.RpcError):
             list(stub.Attach(pb.AttachRequest(request_id="nobody"), metadata=(("x-request-id", "untraced"),)))
         _, call, children = collector.call("untraced")
@@ -288,7 +288,7 @@ class TestTraces:
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "none"},
         ],
     )
-    def test_there_are_none_where_the_environment_names_no_collector_or_says_so(self, monkeypatch, caplog, environment):
+    def test_no_traces_without_a_collector_or_when_disabled(self, monkeypatch, caplog, environment):
         for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
@@ -297,7 +297,7 @@ class TestTraces:
         assert caplog.text == ""
 
     @pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
-    def test_they_go_by_http_where_the_environment_says_so_and_past_any_proxy(self, start_server, variable):
+    def test_traces_are_sent_by_http_without_a_proxy_if_so_set(self, start_server, variable):
         collector = HttpCollector()
         protocols = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"} | {variable: "http/protobuf"}
         server = start_server(
@@ -334,7 +334,7 @@ class TestTraces:
             ),
         ],
     )
-    def test_what_the_environment_says_wrong_is_one_warning_and_no_end(self, monkeypatch, caplog, variables, words):
+    def test_invalid_variables_are_one_warning(self, monkeypatch, caplog, variables, words):
         for name, value in {"ENDPOINT": "http://127.0.0.1:9", **variables}.items():
             monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{name}", value)
         assert traces_from_environment() is None
@@ -342,7 +342,7 @@ class TestTraces:
         assert record.levelname == "WARNING"
         assert re.search(words, record.getMessage())
 
-    def test_nor_is_a_variable_that_is_read_with_an_import_the_end(self):
+    def test_variable_that_fails_an_import_is_one_warning(self):
         look = "from server.observability.traces import traces_from_environment; print(traces_from_environment())"
         variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_PROPAGATORS": "pigeon"}
         done = subprocess.run(
@@ -356,7 +356,7 @@ class TestTraces:
         assert done.stdout == "None\n"
         assert "OpenTelemetry cannot use its variables: Propagator pigeon not found" in done.stderr
 
-    def test_without_the_packages_that_it_takes_the_log_says_what_to_install(self, monkeypatch, caplog):
+    def test_missing_packages_log_what_to_install(self, monkeypatch, caplog):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.delitem(sys.modules, "server.observability.spans", raising=False)
         monkeypatch.setitem(sys.modules, "opentelemetry", None)
@@ -366,7 +366,7 @@ class TestTraces:
 
 class TestNamesOfCalls:
     @pytest.mark.parametrize("given", ["of-the-caller/1", None, "two words", "x" * 129])
-    def test_a_call_bears_its_callers_id_or_if_that_is_none_a_new_one_and_its_trailers_have_it(self, stub, given):
+    def test_trailers_have_the_callers_request_id_or_a_new_one(self, stub, given):
         metadata = (("x-request-id", given),) if given else ()
         _, call = stub.GetModel.with_call(pb.GetModelRequest(), metadata=metadata)
         with pytest.raises(grpc.RpcError) as caught:
@@ -383,7 +383,7 @@ class TestNamesOfCalls:
 
 
 class TestLog:
-    def test_a_caller_who_goes_in_the_instant_of_the_answer_leaves_no_traceback(self):
+    def test_disconnect_during_the_response_logs_no_traceback(self):
         gone, another = grpc.aio.InternalError('Failed "execute_batch"'), ValueError("a fault")
         records = [
             logging.LogRecord("grpc._cython.cygrpc", logging.ERROR, "", 0, "", None, (type(each), each, None))
@@ -391,7 +391,7 @@ class TestLog:
         ]
         assert list(map(logs._has_caller, records)) == [False, True]
 
-    def test_every_line_is_json_and_those_of_a_call_bear_its_id_its_job_and_its_trace(self, watched, stub):
+    def test_log_lines_are_json_with_request_id_job_and_trace_id(self, watched, stub):
         metadata = (TRACEPARENT, ("x-request-id", "logged"))
         prompt = "a secret " + "and long " * 100 + "wish"
         stub.Generate(request(prompt, requestId="logged-job", **SHORT), metadata=metadata, timeout=PATIENCE)
@@ -406,7 +406,7 @@ class TestLog:
         assert [line for line in lines if "logged-job" in line["message"]] == of_call
         assert "secret" not in watched.log
 
-    def test_a_fault_is_one_line_with_its_traceback_and_the_names_of_its_call(self, start_server):
+    def test_error_is_one_line_with_traceback_and_call_ids(self, start_server):
         server = start_server("--log-format", "json", program=("tests/support/faulty_server.py",)).wait_until_ready()
         with connect(server) as channel, pytest.raises(grpc.RpcError):
             pb_grpc.TextToImageServiceStub(channel).Generate(
@@ -424,7 +424,7 @@ def test_channelz_tells_of_the_servers_connections(watched):
     assert servers.server[0].data.calls_started > 0
 
 
-def test_with_no_flag_there_is_one_port_no_channelz_and_a_log_for_people(server):
+def test_defaults_are_one_port_no_channelz_and_a_text_log(server):
     listening = [each for each in psutil.Process(server.process.pid).net_connections() if each.status == "LISTEN"]
     assert [each.laddr.port for each in listening] == [int(server.target.rpartition(":")[2])]
     with connect(server) as channel:
@@ -440,7 +440,7 @@ def test_with_no_flag_there_is_one_port_no_channelz_and_a_log_for_people(server)
     )
 
 
-def test_a_collector_that_is_not_there_disturbs_neither_calls_nor_the_end_and_draining_is_told(
+def test_absent_collector_affects_neither_calls_nor_shutdown(
     start_server: Callable[..., ServerProcess],
 ):
     server = start_server(

@@ -1,0 +1,42 @@
+"""The steps before the imports: garbage collection pauses and resumes, and torch's libraries load ahead of torch."""
+
+import subprocess
+import sys
+
+from serving import ROOT
+
+
+def run(code: str) -> str:
+    """Run code in a new process and return its output."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_garbage_collection_resumes_after_the_imports_without_their_objects():
+    code = (
+        "import gc; from server import starting\n"
+        "starting.resume_garbage_collection(); print(gc.get_freeze_count(), gc.isenabled())\n"
+        "starting.pause_garbage_collection(); print(gc.isenabled())\n"
+        "starting.resume_garbage_collection(); print(gc.get_freeze_count() > 1000, gc.isenabled())"
+    )
+    assert run(code).splitlines() == ["0 True", "False", "True True"]
+
+
+def test_loading_the_model_resumes_garbage_collection():
+    code = (
+        "import gc; from server import runtime, starting; from server.settings import Settings\n"
+        "starting.pause_garbage_collection()\n"
+        "runtime.load(Settings(device='cpu', compile='off')); print(gc.isenabled())"
+    )
+    assert run(code) == "True"
+
+
+def test_torchs_libraries_are_loaded_before_torch_is_imported():
+    code = (
+        "import sys, threading; from server import starting\n"
+        "starting.preload_torch()\n"
+        "[each.join() for each in threading.enumerate() if each is not threading.current_thread()]\n"
+        "print('libtorch_python' in open('/proc/self/maps').read(), 'torch' in sys.modules)\n"
+        "import torch; print(int(torch.ones(2).sum()))"
+    )
+    assert run(code).splitlines() == ["True False", "2"]

@@ -14,6 +14,4 @@ def test_each_way_is_timed_beside_stock_diffusers_and_draws_its_picture():
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 0, ended.stderr
     stock, off = re.findall(r"\| (?:stock|off) \| .* ([\d.]+|inf) dB \| (\d+) \|", ended.stdout)
-    assert stock == ("inf", "0")
-    assert float(off[0]) > 60
-    assert int(off[1]) <= 1
+    assert stock == off == ("inf", "0")

@@ -203,7 +203,7 @@ def test_unusable_cache_is_a_warning_for_auto_and_an_error_for_blocks(folders, t
     assert ensemble.info.environment.compiled == "blocks for all sizes"
     assert caplog.messages == [
         f"nothing can be written to {cache}: Not a directory; let --compile-cache name a folder that can be written "
-        "to, has room, and is not mounted noexec; what is built is not kept"
+        "to, has room, and is not mounted noexec; the kernels are not cached"
     ]
     cpu_library._load.cache_clear()
     with pytest.raises(CompileError, match=f"nothing can be written to {cache}: Not a directory.; let --compile-cache"):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from serving import ROOT
 
 
@@ -23,6 +24,7 @@ def test_garbage_collection_resumes_after_the_imports_without_their_objects():
 
 
 def test_loading_the_model_resumes_garbage_collection():
+    pytest.importorskip("torch")
     code = (
         "import gc; from server import runtime, starting; from server.settings import Settings\n"
         "starting.pause_garbage_collection()\n"
@@ -32,6 +34,7 @@ def test_loading_the_model_resumes_garbage_collection():
 
 
 def test_torchs_libraries_are_loaded_before_torch_is_imported():
+    pytest.importorskip("torch")
     code = (
         "import sys, threading; from server import starting\n"
         "starting.preload_torch()\n"

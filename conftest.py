@@ -50,12 +50,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List in one line what did not run, by the reason that was given."""
+    """Print one line with the number of skipped tests by reason."""
     reports = terminalreporter.stats.get("skipped", [])
     reasons = Counter(str(each.longrepr[2]).removeprefix("Skipped: ") for each in reports)
     if reasons:
-        told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-        terminalreporter.write_line(f"NOT RUN: {sum(reasons.values())} tests: {told}".replace("\n", " "))
+        counts = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"NOT RUN: {sum(reasons.values())} tests: {counts}".replace("\n", " "))
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def server_target(server: ServerProcess) -> str:
 
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., ServerProcess]]:
-    """Starts servers that a test has for itself, and ends them with it."""
+    """Start servers for one test, and stop them at its end."""
     servers: list[ServerProcess] = []
 
     def start(*flags: str, **environment: str) -> ServerProcess:

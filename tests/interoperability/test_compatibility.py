@@ -1,6 +1,6 @@
-"""Clients that others wrote, from the oldest that is supported to the newest: each does all that a caller may do.
+"""Other gRPC clients, from the oldest supported version to the newest, each with every kind of call.
 
-Their programs are in programs/. A test that lacks something on this machine is skipped, and says what it lacks.
+Their programs are in programs/. A test is skipped, with the reason, where this machine lacks its client.
 """
 
 import base64
@@ -27,10 +27,10 @@ PROGRAMS = ROOT / "tests" / "interoperability" / "programs"
 BUF = GRPCURL.with_name("buf")
 OLDEST = ("grpcio==1.72.2", "grpcio-status==1.72.2", "grpcio-health-checking==1.72.2", "protobuf==6.30.2")
 
-# In the names that the proto file has, which every client takes.
+# Names as in the proto file, which every client accepts.
 APPLE = {"data": {"prompt": "a red apple"}, "parameter": {"seed": 7}, "sampling": {"steps": 5}}
 BAD = {"data": {"prompt": " "}, "sampling": {"steps": 0}}
-LARGE = {  # drawn once: whoever asks for a detached job again gets what is kept of it
+LARGE = {  # drawn once: a detached job that is requested again returns its recording
     "data": {"prompt": "noise"},
     "parameter": {"n": 8, "seed": 1},
     "sampling": {"steps": 1, "width": 512, "height": 512, "guidance_scale": 20},
@@ -42,15 +42,15 @@ LARGE = {  # drawn once: whoever asks for a detached job again gets what is kept
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a client told of a call: messages with all names in snake case, the status, and what was said with it."""
+    """The outcome of a call as a client reports it: messages with names in snake case, the status and its message."""
 
     messages: list[dict[str, Any]]
     code: str
     message: str
 
     @classmethod
-    def told(cls, messages: Iterable[Any], code: str, message: str) -> "Outcome":
-        """In whatever case the names came, and with one L as with two."""
+    def parse(cls, messages: Iterable[Any], code: str, message: str) -> "Outcome":
+        """Accept names in any case, and CANCELED with one L."""
         status = _snake_name(code).upper().replace("CANCELED", "CANCELLED")
         return cls([_snake(each) for each in messages], status, message)
 
@@ -61,10 +61,10 @@ class Outcome:
         ]
 
 
-def _snake(told: Any) -> Any:
-    if isinstance(told, dict):
-        return {_snake_name(name): _snake(value) for name, value in told.items()}
-    return [_snake(each) for each in told] if isinstance(told, list) else told
+def _snake(reported: Any) -> Any:
+    if isinstance(reported, dict):
+        return {_snake_name(name): _snake(value) for name, value in reported.items()}
+    return [_snake(each) for each in reported] if isinstance(reported, list) else reported
 
 
 def _snake_name(name: str) -> str:
@@ -72,7 +72,7 @@ def _snake_name(name: str) -> str:
 
 
 class Client:
-    """One that calls by `command TARGET SERVICE/METHOD REQUEST [--cancel]`, as the programs say."""
+    """A client that is run as `command TARGET SERVICE/METHOD REQUEST [--cancel]`."""
 
     def __init__(self, *command: str | Path) -> None:
         self.command = [str(each) for each in command]
@@ -81,7 +81,7 @@ class Client:
         return self._outcome(self._run([*self.command, server.target, method, json.dumps(asked)]))
 
     def cancel(self, server: ServerProcess, method: str, asked: dict[str, Any]) -> None:
-        """Give the call up once a step has been told."""
+        """Cancel the call after its first step."""
         ended = self._outcome(self._run([*self.command, server.target, method, json.dumps(asked), "--cancel"]))
         assert ended.code == "CANCELLED"
         assert "progress" in ended.events
@@ -91,12 +91,12 @@ class Client:
 
     def _outcome(self, ended: subprocess.CompletedProcess[str]) -> Outcome:
         assert ended.returncode == 0, ended.stderr
-        *told, last = map(json.loads, ended.stdout.splitlines())
-        return Outcome.told(told, last["code"], last["message"])
+        *reported, last = map(json.loads, ended.stdout.splitlines())
+        return Outcome.parse(reported, last["code"], last["message"])
 
 
 class Tool(Client):
-    """A command-line tool: it prints messages as JSON, and is cancelled as people do that, by SIGINT."""
+    """A command-line tool that prints messages as JSON and is cancelled by SIGINT."""
 
     def __init__(self, command: Callable[[str, str, str], list[str | Path]], error: str) -> None:
         self._command = command
@@ -105,10 +105,10 @@ class Tool(Client):
     def call(self, server: ServerProcess, method: str, asked: dict[str, Any]) -> Outcome:
         ended = self._run(list(map(str, self._command(server.target, method, json.dumps(asked)))))
         if ended.returncode == 0:
-            return Outcome.told(messages(ended.stdout), "OK", "")
+            return Outcome.parse(messages(ended.stdout), "OK", "")
         found = re.search(self._error, ended.stderr, re.DOTALL)
         assert found, ended.stderr
-        return Outcome.told(messages(ended.stdout), found["code"], found["message"])
+        return Outcome.parse(messages(ended.stdout), found["code"], found["message"])
 
     def cancel(self, server: ServerProcess, method: str, asked: dict[str, Any]) -> None:
         command = self._command(server.target, method, json.dumps(asked))
@@ -144,7 +144,7 @@ def newest_python(folder: Path) -> Client:
 
 
 def _python(folder: Path, *pins: str) -> Client:
-    """Generated code in an environment of its own, with the newest packages that the client allows but for `pins`."""
+    """Generated code in its own environment, with the newest packages that the client allows, except `pins`."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     install = [folder / "bin" / "pip", "install", "--quiet", *pins, ROOT / "clients" / "python"]
     subprocess.run(install, check=True)
@@ -163,7 +163,7 @@ def node(folder: Path) -> Client:
 
 def go(folder: Path) -> Client:
     _needs("go", "golang-go")
-    gopath = os.environ.get("GOPATH", "/usr/share/gocode")  # where Debian has its packages
+    gopath = os.environ.get("GOPATH", "/usr/share/gocode")  # the folder of Debian's packages
     for package, path in {
         "golang-google-grpc-dev": "google.golang.org/grpc",
         "golang-github-golang-protobuf-1-5-dev": "google.golang.org/protobuf/types/dynamicpb",
@@ -204,7 +204,7 @@ def test_health_is_serving(client: Client, server: ServerProcess, service: str):
     )
 
 
-def test_unary_gives_the_image_that_everybody_else_gets(client: Client, server: ServerProcess):
+def test_generate_returns_the_same_image_to_every_client(client: Client, server: ServerProcess):
     outcome = client.call(server, f"{SERVICE}/Generate", APPLE)
     assert outcome.code == "OK", outcome.message
     (answer,) = outcome.messages
@@ -216,7 +216,7 @@ def test_unary_gives_the_image_that_everybody_else_gets(client: Client, server: 
     assert answer["metadata"]["images"][0]["seed"] == 7
 
 
-def test_a_stream_tells_every_step_then_the_image_then_that_it_is_done(client: Client, server: ServerProcess):
+def test_a_stream_has_every_step_then_the_image_then_done(client: Client, server: ServerProcess):
     outcome = client.call(server, f"{SERVICE}/StreamGenerate", APPLE)
     assert outcome.code == "OK", outcome.message
     assert outcome.events == ["queued", *["progress"] * 7, "choice", "done"]
@@ -231,7 +231,7 @@ def test_a_cancelled_call_frees_the_device(client: Client, server: ServerProcess
     server.wait_for_log(f"{name}: Cancelled after")
 
 
-def test_bad_input_is_told_by_every_field(client: Client, server: ServerProcess):
+def test_an_error_names_every_bad_field(client: Client, server: ServerProcess):
     for method in ("Generate", "StreamGenerate"):
         outcome = client.call(server, f"{SERVICE}/{method}", BAD)
         assert outcome == Outcome(
@@ -246,11 +246,9 @@ def test_a_large_answer_arrives_whole(client: Client, server: ServerProcess):
     assert outcome.code == "OK", outcome.message
     (answer,) = outcome.messages
     files = [choice["image"].removeprefix("data:image/png;base64,") for choice in answer["data"]["choices"]]
-    assert (
-        2 * 1024 * 1024 < sum(map(len, files)) < 4 * 1024 * 1024
-    )  # which is what a client takes unless told otherwise
-    told = [each["sha256"] for each in answer["metadata"]["images"]]
-    assert [hashlib.sha256(base64.b64decode(file)).hexdigest() for file in files] == told
+    assert 2 * 1024 * 1024 < sum(map(len, files)) < 4 * 1024 * 1024  # the default limit of a gRPC client
+    reported = [each["sha256"] for each in answer["metadata"]["images"]]
+    assert [hashlib.sha256(base64.b64decode(file)).hexdigest() for file in files] == reported
 
 
 def _options(asked: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +256,7 @@ def _options(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("client", [pytest.param(oldest_python, id="oldest Python", marks=_slow)], indirect=True)
-def test_t2i_draws_with_the_oldest_packages_too(client: Client, server: ServerProcess, tmp_path: Path):
+def test_t2i_works_with_the_oldest_packages(client: Client, server: ServerProcess, tmp_path: Path):
     binaries = Path(client.command[0]).parent
     listed = subprocess.run([binaries / "pip", "list", "--format=json"], check=True, capture_output=True, text=True)
     assert set(OLDEST) <= {f"{each['name']}=={each['version']}" for each in json.loads(listed.stdout)}

@@ -1,7 +1,7 @@
-"""Decoders that others wrote show a picture in its own colours: libraries of Python and Node, ffmpeg, a browser.
+"""Image decoders show the right colours: libraries of Python and Node, ffmpeg, a browser.
 
-What a decoder needs and this machine lacks is the reason to skip it. The programs of Node's libraries and the browser's
-page are in tests/interoperability/programs/decoders.
+A test is skipped, with the reason, where this machine lacks its decoder. The programs of Node's libraries and the page
+of the browser are in tests/interoperability/programs/decoders.
 """
 
 import base64
@@ -154,7 +154,7 @@ def difference(ours: Pixels, theirs: Pixels) -> float:
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp_lossless", "jpeg_rgb"])
-def test_pillow_shows_the_colours_that_were_coded(files: dict[str, Path], name: str):
+def test_pillow_shows_the_encoded_colours(files: dict[str, Path], name: str):
     (shown,) = pillow([files[name]])
     assert difference(PICTURE, shown) < 1
 
@@ -170,7 +170,7 @@ def test_pillow_shows_the_colours_that_were_coded(files: dict[str, Path], name: 
         pytest.param(chromium, (*JPEG, "png", *WEBP), id="Chromium", marks=pytest.mark.slow),
     ],
 )
-def test_a_decoder_shows_the_colours_that_pillow_shows(
+def test_a_decoder_shows_the_same_colours_as_pillow(
     files: dict[str, Path],
     request: pytest.FixtureRequest,
     decoder: Callable[[pytest.FixtureRequest], Decode],
@@ -185,7 +185,7 @@ def test_a_decoder_shows_the_colours_that_pillow_shows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["jpeg-js", "jimp"])
-def test_an_rgb_jpeg_is_not_the_default_since_some_show_it_in_wrong_colours(
+def test_some_decoders_show_an_rgb_jpeg_in_wrong_colours(
     files: dict[str, Path], request: pytest.FixtureRequest, library: str
 ):
     (shown,) = node(library)(request)([files["jpeg_rgb"]])

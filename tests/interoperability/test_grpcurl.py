@@ -26,7 +26,7 @@ def test_list_and_describe_show_the_contract(server):
     assert 'json_name = "negative-prompt"' in grpcurl(server, "describe", "text_to_image.v1.TaskParameter").stdout
 
 
-def test_generate_answers_instills_json_with_an_image(server):
+def test_generate_returns_instills_json_with_an_image(server):
     asked = {"data": {"prompt": "cat napping"}, "parameter": {"aspect-ratio": "1:1", "n": 1, "seed": 1}}
     answer = grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked))
     assert answer.returncode == 0, answer.stderr
@@ -37,7 +37,7 @@ def test_generate_answers_instills_json_with_an_image(server):
     assert base64.b64decode(image).startswith(b"\xff\xd8\xff\xe0\x00\x10JFIF")
 
 
-def test_the_request_that_it_prints_with_an_image_makes_the_image_again(server):
+def test_the_request_printed_with_an_image_reproduces_it(server):
     asked = {"data": {"prompt": 'a "red" apple\n🍎'}, "parameter": {"n": 2}, "sampling": {"steps": 2, "width": 67}}
     asked["sampling"]["height"] = 128
     printed = json.loads(grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked)).stdout)
@@ -47,7 +47,7 @@ def test_the_request_that_it_prints_with_an_image_makes_the_image_again(server):
         assert again["metadata"]["images"] == [image]
 
 
-def test_an_answer_that_it_printed_is_what_t2i_makes_again(server, tmp_path: Path):
+def test_t2i_reproduces_an_image_from_a_printed_response(server, tmp_path: Path):
     asked = {"data": {"prompt": "pizza"}, "parameter": {"n": 2}, "sampling": {"steps": 2}}
     printed = grpcurl(server, f"{SERVICE}/Generate", data=json.dumps(asked)).stdout
     (tmp_path / "answer.json").write_text(printed)

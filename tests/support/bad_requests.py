@@ -1,4 +1,4 @@
-"""Requests in which all is wrong, and long."""
+"""Long requests in which every field is invalid."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Calls the servers at TARGET, as many at once as WORKERS, until its input ends; then tells how it went, as JSON.
+"""Call the servers at TARGET from WORKERS threads until standard input ends; then print the outcomes as JSON.
 
-A process of its own, since a client under load is not to share an interpreter with the test that watches it.
+It is a process of its own: a client under load must not share an interpreter with the test that watches it.
 """
 
 import json
@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from text_to_image_client import TextToImage, TextToImageError
 
-PAUSE_SECONDS = 0.05  # of each worker between its calls, or servers that start beside it get no processor
+PAUSE_SECONDS = 0.05  # between the calls of a worker, which leaves the processor to servers that start at the same time
 stopping = threading.Event()
 
 
 def call(client: TextToImage, worker: int) -> Counter[str]:
-    """Whole answers and streams in turn; how they ended, by outcome."""
+    """Make unary and streaming calls in turn; count their outcomes."""
     outcomes: Counter[str] = Counter()
     while not stopping.wait(PAUSE_SECONDS):
         try:

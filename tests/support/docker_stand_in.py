@@ -1,4 +1,4 @@
-"""What Instill's SDK uses of `docker`, for where there is no engine: the commands are run for real, without an image.
+"""The part of `docker` that Instill's SDK uses, where there is no engine: it runs the commands without an image.
 
 An image is the folder $STAND_IN/image with the environment in $STAND_IN/environment.json. A container is a network and
 a process namespace of its own, so that all that is in it has its usual ports and ends with it. As root, on Linux.

@@ -1,7 +1,7 @@
 """Start Python programs by a fork of one process that has imported torch and diffusers, which takes seconds of a core.
 
-multiprocessing's fork server is that process. A program that it starts is a process of its own, with its own flags,
-environment, log and exit code; only its imports are shared.
+multiprocessing's fork server is that process. Each program that it starts is a process with its own flags,
+environment, log and exit code; it shares only the imports.
 """
 
 import multiprocessing

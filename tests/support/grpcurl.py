@@ -1,4 +1,4 @@
-"""Call a server by grpcurl, as a person does."""
+"""Call a server with grpcurl."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def grpcurl(server: ServerProcess, *arguments: str, data: str | None = None) -> 
 
 
 def messages(output: str) -> list[dict[str, Any]]:
-    """The JSON messages that grpcurl prints one after the other."""
+    """Parse the JSON messages that grpcurl prints one after the other."""
     decoder, found = json.JSONDecoder(), []
     while output := output.lstrip():
         message, end = decoder.raw_decode(output)

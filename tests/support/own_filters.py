@@ -1,4 +1,4 @@
-"""Content filters such as an operator may bring, as plain as can be: what they object to is blue."""
+"""Minimal content filters of an operator, which reject blue images."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class Blueness:
-    """Objects to images with more blue in them than red."""
+    """Reject images with more blue than red."""
 
     name = "blueness 1.0"
 
@@ -20,7 +20,7 @@ class Blueness:
 
 
 class Patience(Blueness):
-    """As Blueness, but a blue image has to wait until the file in $PATIENCE is there."""
+    """Reject like Blueness, and hold blue images until the file named by $PATIENCE exists."""
 
     def score(self, pixels: NDArray[np.uint8]) -> float:
         found = super().score(pixels)
@@ -30,14 +30,14 @@ class Patience(Blueness):
 
 
 class NoNumber(Blueness):
-    """Does not know what to make of blue images."""
+    """Return NaN for blue images."""
 
     def score(self, pixels: NDArray[np.uint8]) -> float:
         return math.nan if super().score(pixels) else 0.0
 
 
 class Broken(Blueness):
-    """Fails on blue images."""
+    """Fail on blue images."""
 
     def score(self, pixels: NDArray[np.uint8]) -> float:
         if super().score(pixels):
@@ -46,14 +46,14 @@ class Broken(Blueness):
 
 
 class BrokenFromTheStart(Blueness):
-    """Fails on every image."""
+    """Fail on every image."""
 
     def score(self, pixels: NDArray[np.uint8]) -> float:
         raise RuntimeError("the weights are for another size")
 
 
 class Nameless:
-    """Is no filter."""
+    """Lack the attribute `name`, so that it is no filter."""
 
     def score(self, pixels: NDArray[np.uint8]) -> float:
         return 0.0

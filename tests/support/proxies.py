@@ -53,7 +53,7 @@ backend service
 
 
 class Proxy:
-    """A proxy that runs, and the address that it listens on, `target`. End it with `stop`."""
+    """A running proxy that listens on `target`. Stop it with `stop`."""
 
     def __init__(self, name: str, folder: Path, targets: list[str], settings: str = "") -> None:
         program = _PROGRAMS[name]

@@ -16,7 +16,7 @@ class Replicas:
         self._seeds = itertools.count(100, 100)
 
     def fresh_seed(self) -> int:
-        """Return a seed that no test has used: the servers' logs tell requests apart by their seeds."""
+        """Return a seed that no test has used: the servers' logs identify requests by their seeds."""
         return next(self._seeds)
 
     def replace(self) -> None:

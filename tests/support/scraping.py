@@ -9,7 +9,7 @@ from serving import PATIENCE, ServerProcess
 
 @dataclass(frozen=True)
 class Scrape:
-    """What a server told at one moment: samples by name and labels, and the names of all families."""
+    """A server's metrics at one moment: samples by name and labels, and the names of all families."""
 
     samples: dict[tuple[str, frozenset[tuple[str, str]]], float]
     families: set[str]

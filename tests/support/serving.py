@@ -1,4 +1,4 @@
-"""Real server processes, and the few words in which the tests talk to them."""
+"""Real server processes, requests, and channels."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from google.protobuf import json_format
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 180  # seconds to wait for anything that must happen; reached only when something is broken
+PATIENCE = 180  # seconds to wait for an event; reached only when something is broken
 SERVICE = "text_to_image.v1.TextToImageService"
 
 # As long as the limits allow, so that a test can act while it runs: 8 images of 150 steps and as many decodes.
@@ -42,7 +42,7 @@ def request(prompt: str = "a cat", **fields: object) -> pb.GenerateRequest:
 
 
 def connect(server: "ServerProcess", *options: tuple[str, int]) -> grpc.Channel:
-    """A channel with a connection of its own."""
+    """Open a channel with its own connection."""
     return grpc.insecure_channel(
         server.target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), *options]
     )
@@ -53,28 +53,28 @@ def digests(choices: list[pb.Choice]) -> list[str]:
 
 
 def first_step(stream: Iterable[pb.StreamGenerateResponse]) -> pb.Progress:
-    """Read on until the base has made a step: from then on the job is on the device."""
+    """Read until the first step of the base; the job is then on the device."""
     return next(
         event.progress for event in stream if event.HasField("progress") and event.progress.stage == pb.STAGE_BASE
     )
 
 
 class Logged:
-    """A process whose log is read line by line, from its stream `told`."""
+    """A process whose log is read line by line, from its stream `output`."""
 
     patience = PATIENCE
 
-    def __init__(self, process: "subprocess.Popen[str] | forking.ForkedProcess", told: IO[str] | None) -> None:
-        assert told is not None
+    def __init__(self, process: "subprocess.Popen[str] | forking.ForkedProcess", output: IO[str] | None) -> None:
+        assert output is not None
         self.process = process
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._reader = threading.Thread(target=self._read, args=(told,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
 
-    def _read(self, told: IO[str]) -> None:
-        for line in told:
+    def _read(self, output: IO[str]) -> None:
+        for line in output:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
@@ -87,22 +87,22 @@ class Logged:
         return "\n".join(self.lines)
 
     def wait_for_log(self, pattern: str, after: int = 0) -> re.Match[str]:
-        """Wait until the lines after so many hold the pattern."""
+        """Wait until the lines after the first `after` match the pattern."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or re.search(pattern, "\n".join(self.lines[after:])), self.patience
             )
             log = "\n".join(self.lines[after:])
             found = re.search(pattern, log)
-            assert found, f"{pattern!r} never came in:\n{log}"
+            assert found, f"{pattern!r} was not logged in:\n{log}"
             return found
 
 
 class ServerProcess(Logged):
     """`python -m server`, or another program around it, on a free port of this machine, its log line by line.
 
-    Unless it is to start `cold`, or a variable of its environment matters to what Python imports, it is forked from a
-    process that has imported torch. One of the server in another folder, `cwd`, is cold.
+    It is forked from a process that has imported torch, unless `cold` is set, `cwd` is another folder, or a variable of
+    its environment affects imports.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ServerProcess(Logged):
 
     @property
     def target(self) -> str:
-        """HOST:PORT, as soon as the port is open."""
+        """Wait until the port is open; HOST:PORT."""
         return self.wait_for_log(r"listening on (\S+);")[1]
 
     def wait_until_ready(self) -> "ServerProcess":
@@ -138,7 +138,7 @@ class ServerProcess(Logged):
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Wait for the end of the process; its exit code."""
+        """Wait for the end of the process; return its exit code."""
         code = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return code

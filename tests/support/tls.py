@@ -1,4 +1,4 @@
-"""An authority for a test, certificates of its own in files, and channels that use them."""
+"""A certificate authority for a test, its certificates in files, and channels that use them."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Authority:
         self.file.write_bytes(self._ca.cert_pem.bytes())
 
     def issue(self, name: str, *identities: str) -> tuple[Path, Path]:
-        """A new certificate and its key in files of this name, in place of those that are there."""
+        """Write a new certificate and its key to files of this name, replacing existing ones."""
         issued = self._ca.issue_cert(*identities)
         paths = self.folder / f"{name}.crt", self.folder / f"{name}.key"
         exchange(paths[0], b"".join(each.bytes() for each in issued.cert_chain_pems))
@@ -30,14 +30,14 @@ class Authority:
 
 
 def exchange(path: Path, content: bytes) -> None:
-    """Put another file in the place of this one, as whoever renews certificates does."""
+    """Replace this file by another one, as tools that renew certificates do."""
     new = path.with_suffix(".new")
     new.write_bytes(content)
     os.replace(new, path)
 
 
 def channel(target: str, authority: Path, own: Sequence[Path] = ()) -> grpc.Channel:
-    """A channel with a connection of its own, with a certificate and a key of the client if given."""
+    """Open a channel with its own connection, with the client's certificate and key if given."""
     certificate, key = (path.read_bytes() for path in own) if own else (None, None)
     credentials = grpc.ssl_channel_credentials(authority.read_bytes(), key, certificate)
     return grpc.secure_channel(target, credentials, options=[("grpc.use_local_subchannel_pool", 1)])

@@ -1,9 +1,9 @@
-"""A call by Python's generated code, which is all that this needs of ours: run in environments of old and new gRPC.
+"""Make a call with the generated Python code, in environments with old and new gRPC.
 
     python generated.py TARGET SERVICE/METHOD REQUEST [--cancel]
 
-Prints each message as one line of JSON, then {"code": ..., "message": ...}. With --cancel, the call is given up once a
-step has been told.
+Prints each message as one line of JSON, then {"code": ..., "message": ...}. With --cancel, the call is cancelled
+after its first step.
 """
 
 import json

@@ -25,8 +25,8 @@ if __name__ == "__main__":
         [[choice["finish-reason"] for choice in each] for each in choices],
         [[choice["image"].removeprefix("data:image/jpeg;base64,") for choice in each] for each in choices],
     )
-    told = {
+    found = {
         "read": [{field: getattr(each, field) for field in FIELDS} for each in read],
         "written": [json_format.MessageToDict(each) for each in written.task_outputs],
     }
-    print(json.dumps(told))
+    print(json.dumps(found))

@@ -3,7 +3,7 @@
     echo '{"model": ..., "task_inputs": [...]}' | python instill_public.py TARGET [TOKEN]
 
 Prints one line of JSON: {"live", "ready", "outputs": [those of trigger, those of trigger_latest], "tasks"}. Of an error
-the SDK itself tells in its log, and ends the program with exit code 1.
+the SDK itself logs, and ends the program with exit code 1.
 """
 
 import json
@@ -16,12 +16,12 @@ from instill.protogen.common.task.v1alpha.task_pb2 import Task
 
 target, token = sys.argv[1], "".join(sys.argv[2:])
 asked = json.loads(sys.stdin.readline())
-told = {"outputs": [], "tasks": []}
+found = {"outputs": [], "tasks": []}
 client = ModelClient(token, lambda owner: "", url=target, secure=False)
-told["live"] = HealthCheckResponse.ServingStatus.Name(client.liveness().health_check_response.status)
-told["ready"] = HealthCheckResponse.ServingStatus.Name(client.readiness().health_check_response.status)
+found["live"] = HealthCheckResponse.ServingStatus.Name(client.liveness().health_check_response.status)
+found["ready"] = HealthCheckResponse.ServingStatus.Name(client.readiness().health_check_response.status)
 named = {"namespace_id": "instill-ai", "model_id": asked["model"], "task_inputs": asked["task_inputs"]}
 for response in (client.trigger(version="v1", **named), client.trigger_latest(**named)):
-    told["outputs"].append([json_format.MessageToDict(each) for each in response.task_outputs])
-    told["tasks"].append(Task.Name(response.task))
-print(json.dumps(told))
+    found["outputs"].append([json_format.MessageToDict(each) for each in response.task_outputs])
+    found["tasks"].append(Task.Name(response.task))
+print(json.dumps(found))

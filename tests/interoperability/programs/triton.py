@@ -1,8 +1,8 @@
-"""What NVIDIA's tritonclient, which knows nothing of us, makes of `--kserve`: run in an environment of its own.
+"""Call a server with `--kserve` through NVIDIA's tritonclient, in an environment of its own.
 
     python triton.py TARGET MODEL CASE
 
-Prints what came of the case as one line of JSON.
+Print the outcome of the case as one line of JSON.
 """
 
 import base64
@@ -30,7 +30,7 @@ def numbers(name: str, *values: float, datatype: str = "UINT32") -> triton.Infer
     return tensor
 
 
-def told(result: triton.InferResult) -> dict[str, object]:
+def summary(result: triton.InferResult) -> dict[str, object]:
     images = result.as_numpy("image")
     return {
         "id": result.get_response().id,
@@ -60,12 +60,12 @@ def look(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
 def draw(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
     inputs = [texts("prompt", "a red apple", shape=(1, 1)), texts("negative_prompt", "blue"), numbers("seed", 7)]
     inputs += [numbers("guidance_scale", 4.2, datatype="FP32"), numbers("steps", 3, datatype="INT64")]
-    return told(client.infer(model, inputs, request_id="from-triton", parameters={"format": "png"}))
+    return summary(client.infer(model, inputs, request_id="from-triton", parameters={"format": "png"}))
 
 
 def batch(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
     inputs = [texts("prompt", "a red apple", "a blue heart"), numbers("seed", 7, 40)]
-    return told(client.infer(model, inputs, parameters={"n": 2, "steps": 2, "format": "webp"}))
+    return summary(client.infer(model, inputs, parameters={"n": 2, "steps": 2, "format": "webp"}))
 
 
 def choose(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
@@ -75,10 +75,10 @@ def choose(client: triton.InferenceServerClient, model: str) -> dict[str, object
 
 
 def policy(client: triton.InferenceServerClient, model: str) -> dict[str, object]:
-    """What `infer` sends of its own arguments, as parameters of Triton's."""
+    """Pass the arguments of `infer` that Triton sends as parameters."""
     prompt = [texts("prompt", "x")]
     options = {"request_id": "my req #1", "priority": 1, "timeout": 600_000_000, "parameters": {"steps": 1}}
-    drawn = told(client.infer(model, prompt, **options))
+    drawn = summary(client.infer(model, prompt, **options))
     warnings = [warning["message"] for each in drawn["metadata"] for warning in each.get("warnings", [])]
     late = failed(lambda: client.infer(model, prompt, timeout=200_000, parameters={"steps": 150}))
     sequence = failed(lambda: client.infer(model, prompt, sequence_id=7, sequence_start=True))

@@ -1,9 +1,9 @@
-// A call by Go, which has the contract from reflection: no proto file, no generated code.
+// Make a call from Go, with the contract from reflection: no proto file, no generated code.
 //
 //	call TARGET SERVICE/METHOD REQUEST [--cancel]
 //
-// Prints each message as one line of JSON, then {"code": ..., "message": ...}. With --cancel, the call is given up once
-// a step has been told. It needs nothing but Debian's packages, which are of 2020 to 2022.
+// Prints each message as one line of JSON, then {"code": ..., "message": ...}. With --cancel, the call is cancelled
+// after its first step. It needs only Debian's packages, which date from 2020 to 2022.
 package main
 
 import (

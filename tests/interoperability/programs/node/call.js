@@ -1,9 +1,9 @@
-// A call by Node.js, which has the contract from reflection: no proto file, no generated code.
+// Make a call from Node.js, with the contract from reflection: no proto file, no generated code.
 //
 //     node call.js TARGET SERVICE/METHOD REQUEST [--cancel]
 //
-// Prints each message as one line of JSON, then {"code": ..., "message": ...}. With --cancel, the call is given up once
-// a step has been told.
+// Prints each message as one line of JSON, then {"code": ..., "message": ...}. With --cancel, the call is cancelled
+// after its first step.
 const grpc = require("@grpc/grpc-js");
 const { GrpcReflection } = require("grpc-js-reflection-client");
 

@@ -74,7 +74,7 @@ def occupied(server: ServerProcess, folder: Path) -> Iterator[Path]:
 # Streams in which nothing happens.
 
 
-def test_heartbeats_keep_a_stream_open_beyond_the_proxys_timeout(tmp_path: Path):
+def test_heartbeats_keep_a_stream_open_beyond_the_timeout_of_the_proxy(tmp_path: Path):
     def follow(channel: grpc.Channel) -> tuple[list[pb.StreamGenerateResponse], list[pb.StreamGenerateResponse]]:
         """The events until the proxy would long have ended the stream, and those from then on."""
         stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request("waits"), timeout=PATIENCE)

@@ -126,7 +126,7 @@ def test_the_log_says_of_device_time_what_the_metric_says(start):
             (wasted,) = (line.split()[1] for line in answer.read().decode().splitlines() if 'use="wasted"' in line)
     assert float(wasted) > 0
     assert server.stop() == 0
-    assert f"{float(wasted):.3f} s of them wasted" in server.log
+    assert f"{float(wasted):.3f} s of it wasted" in server.log
     assert "nobody" not in server.log
 
 

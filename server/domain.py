@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass
 _TALL = {"9:21": (672, 1600), "9:16": (768, 1344), "2:3": (768, 1152), "4:5": (912, 1136), "1:1": (1024, 1024)}
 ASPECT_RATIOS = _TALL | {":".join(reversed(name.split(":"))): size[::-1] for name, size in _TALL.items()}
 
+CODING_VERSION = "2"
+"""The version of the codings in api/images.py, a part of an image's environment."""
+
 _REQUEST_ID_CHARACTERS = "A-Za-z0-9._:/-"
 
 

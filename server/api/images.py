@@ -20,9 +20,7 @@ class Coding:
     options: Mapping[str, Any] = field(default_factory=dict)  # of Pillow's
 
 
-CODING_VERSION = "2"
-"""Part of an image's environment. Raise it when a coding below changes, since a request then gets other bytes."""
-
+# Raise domain.CODING_VERSION when a coding changes, since a request then gets other bytes.
 JPEG = Coding("image/jpeg", options={"subsampling": "4:4:4"})  # YCbCr in a JFIF file, which every decoder reads
 JPEG_SUBSAMPLED = Coding("image/jpeg", options={"subsampling": "4:2:0"})
 # RGB with Adobe's marker, like Instill's own answers, whose base64 begins `/9j/7gAOQWRvY`. Some decoders (jpeg-js, and

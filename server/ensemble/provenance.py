@@ -15,8 +15,7 @@ import torch
 from PIL import features
 
 from server import __version__
-from server.api import images
-from server.domain import Environment
+from server.domain import CODING_VERSION, Environment
 
 _PACKAGES = ("diffusers", "transformers", "tokenizers", "pillow")
 _CODECS = ("libjpeg_turbo", "webp", "zlib", "zlib_ng")
@@ -40,7 +39,7 @@ def _versions(device: str) -> dict[str, str]:
     versions = {"server": __version__, "torch": str(torch.__version__)}
     versions |= {package: version(package) for package in _PACKAGES}
     versions |= {codec: found for codec in _CODECS if (found := features.version(codec))}
-    versions["coding"] = images.CODING_VERSION
+    versions["coding"] = CODING_VERSION
     if device == "cuda":
         cudnn: Any = torch.backends.cudnn
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn.version())}

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from server.api import images
+from server.domain import CODING_VERSION
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
 RAMP = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3)).copy()
@@ -48,7 +49,7 @@ def test_an_rgb_jpeg_has_adobes_marker_like_instills():
 def test_the_coding_version_changes_with_the_codings():
     """Raise the version after a change, for `t2i generate --like` to name the cause of different bytes."""
     codings = {name: dict(coding.options) for name, coding in CODINGS.items()}
-    assert (images.CODING_VERSION, codings) == (
+    assert (CODING_VERSION, codings) == (
         "2",
         {
             "jpeg": {"subsampling": "4:4:4"},

@@ -9,7 +9,7 @@ from serving import connect
 
 from server import __version__
 from server.acceleration.kernels import cpu
-from server.api import images
+from server.domain import CODING_VERSION
 from server.ensemble import provenance
 from text_to_image_client.v1 import text_to_image_pb2 as pb
 from text_to_image_client.v1 import text_to_image_pb2_grpc as pb_grpc
@@ -30,7 +30,7 @@ def test_versions_are_those_of_the_installed_packages():
     for package in ("diffusers", "transformers", "tokenizers", "pillow"):
         assert versions[package] == version(package)
     assert "libjpeg_turbo" in versions or "zlib" in versions
-    assert versions["coding"] == images.CODING_VERSION
+    assert versions["coding"] == CODING_VERSION
 
 
 def test_tf32_changes_the_environment():

@@ -60,7 +60,7 @@ def test_the_first_tool_that_works_is_taken_and_named(build, tools: dict[str, st
 def test_a_machine_where_none_works_is_said_so(build, tools: dict[str, str]):
     built = build(tools)
     assert built.returncode == 1
-    assert built.stderr == "none of docker, podman, buildah is installed and works here; `TOOL info` says why\n"
+    assert built.stderr == "none of docker, podman, buildah is installed and works here; run `TOOL info` to see why\n"
 
 
 def test_a_build_that_fails_is_a_failure(build):

@@ -58,6 +58,9 @@ class SteppedModel:
         if name == self.fails_on:
             raise RuntimeError("a bug at /secret/path")
 
+    def set_info(self, info: ModelInfo) -> None:
+        self.info = info
+
     def encode(self, request: ImageRequest) -> SteppedConditioning:
         self._call("encode", request.seeds[0])
         return SteppedConditioning()

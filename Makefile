@@ -230,7 +230,8 @@ $(VENV)/.runtime: requirements.lock
 		echo "No GPU: installing the CPU build of torch and the packages in requirements.lock, about 260 MB in all"; \
 		torch=$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock); \
 		$(PIP) install --no-deps "torch==$$torch+cpu" 2> /dev/null || \
-		$(PIP) install --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$$torch+cpu"; \
+		$(PIP) install --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$$torch+cpu" || \
+		echo "There is no CPU build to be had: the torch of requirements.lock may take several GB more"; \
 	else \
 		echo "Installing torch and the packages in requirements.lock: several GB where torch holds CUDA"; \
 	fi

@@ -130,8 +130,8 @@ class Planner:
 
         The base owns the steps that begin at or above timestep (1 - high_noise_frac) * 1000, like diffusers'
         `denoising_end`, and always the first. The refiner has a scheduler of its own and so an empty multistep history,
-        like the stock two-pipeline recipe. A second-order step is never split: both its calls belong to the expert that
-        began it.
+        like the stock two-pipeline recipe. Both calls of a step of Heun, which makes two in every step but the last,
+        belong to the expert that began it.
         """
         scheduler = self._scheduler(request.scheduler, request.steps, begin=0)
         starts = scheduler.timesteps[:: scheduler.order]

@@ -286,7 +286,8 @@ class Sampling(google.protobuf.message.Message):
     HEIGHT_FIELD_NUMBER: builtins.int
     steps: builtins.int
     """Denoising steps of both experts together, 1 to `GetModelResponse.limits.max_steps`. Default: the model's own
-    (40 for Stable Diffusion XL). A second-order scheduler calls the network twice in a step.
+    (40 for Stable Diffusion XL). Heun calls the network twice in every step but the last,
+    all other schedulers once.
     """
     guidance_scale: builtins.float
     """Weight of classifier-free guidance, 0 to 50. 1 or less turns guidance off, which halves the cost of a step.
@@ -525,8 +526,8 @@ class Progress(google.protobuf.message.Message):
     """The index of the image, from 0."""
     stage: global___Stage.ValueType
     step: builtins.int
-    """Network calls made for the image in this stage, 1 to `steps`: one per step with a first-order scheduler, nearly two
-    with a second-order one.
+    """Network calls made for the image in this stage, 1 to `steps`: one per step, and with Heun two in every step but
+    the image's last.
     """
     steps: builtins.int
     """Network calls of the image in this stage."""

@@ -99,7 +99,8 @@ class Recording:
 
     def cancel(self) -> None:
         """End the job, if it still runs, after the network call in flight."""
-        self._engine.cancel(self._job)
+        by_name = f"the job {self.parsed.request_id} was cancelled by another call"
+        self._engine.cancel(self._job, by_name if self.parsed.detached else "the call was cancelled")
 
     def forget(self) -> None:
         """Note that nobody can find this recording any more."""
@@ -278,7 +279,7 @@ class Recordings:
         if known is not None and known.error is None:
             if known.parsed.message != parsed.message:
                 raise JobAlreadyExists(
-                    f"{parsed.request_id} is another request; Cancel it, or give this one another requestId"
+                    f"another job has the name {parsed.request_id}; cancel it, or use another requestId"
                 )
             return known
         recording = Recording(self._engine, parsed, self._observe, self._screening)

@@ -132,10 +132,10 @@ class Engine:
             self._changed.notify_all()
         return job
 
-    def cancel(self, job: Job) -> None:
-        """End a job after the call in flight, if it has not ended yet."""
+    def cancel(self, job: Job, message: str = "the call was cancelled") -> None:
+        """End a job with Cancelled(message) after the call in flight, if it has not ended yet."""
         with self._changed:
-            self._request_end(job, Cancelled("the call was cancelled"))
+            self._request_end(job, Cancelled(message))
             self._changed.notify_all()
 
     def drain(self) -> None:

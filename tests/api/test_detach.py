@@ -98,7 +98,10 @@ for event in TextToImage("{server.target}").stream("pizza", seed=3, n=2, request
         assert (begun.returncode, begun.stdout) == (0, "by-hand\n"), begun.stderr
         other = t2i("generate", "a dog", "--detach", "--request-id", "by-hand")
         assert other.returncode == 10
-        assert "by-hand is another request" in other.stderr
+        assert other.stderr == (
+            f"Error: another job has the name by-hand; end it with `t2i --target {server.target} cancel by-hand`, "
+            "or use another --request-id\n"
+        )
         brought = t2i("attach", "by-hand", "-o", str(tmp_path / "cat.jpg"))
         assert brought.returncode == 0, brought.stderr
         drawn = stub.Generate(request(parameter={"seed": 7}, output={"raw": True}), timeout=PATIENCE)
@@ -161,7 +164,7 @@ class TestJoin:
         list(stream(stub, detached("taken", sampling={"steps": 1})))
         other = detached("taken", sampling={"steps": 2})
         assert code_of(stream(stub, other)) == grpc.StatusCode.ALREADY_EXISTS
-        with pytest.raises(grpc.RpcError, match="taken is another request") as caught:
+        with pytest.raises(grpc.RpcError, match="another job has the name taken; cancel it") as caught:
             stub.Generate(other, timeout=PATIENCE)
         assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
 
@@ -177,7 +180,9 @@ class TestEnd:
         following = stream(stub, detached("unwanted", **LONG_JOB))
         first_step(following)
         cancel(stub, "unwanted")
-        assert code_of(following) == grpc.StatusCode.CANCELLED
+        with pytest.raises(grpc.RpcError, match="the job unwanted was cancelled by another call") as ended:
+            list(following)
+        assert ended.value.code() == grpc.StatusCode.CANCELLED
         assert int(server.wait_for_log(r"unwanted: Cancelled after (\d+) model calls")[1]) < 100  # of 1209
         assert code_of(attach(stub, "unwanted")) == grpc.StatusCode.NOT_FOUND
         list(stream(stub, detached("unwanted", sampling={"steps": 1})))

@@ -59,6 +59,7 @@ class Submitted:
     deliver: Callable[[Event], None]
     submission: Submission
     cancelled: bool = False
+    cancel_message: str = ""
     task: ImageTask = field(default_factory=lambda: ImageTask("", [], used=1.25))
 
 
@@ -70,8 +71,9 @@ class ScriptedEngine:
         self.jobs.append(Submitted(deliver, submission))
         return self.jobs[-1]
 
-    def cancel(self, job: Submitted) -> None:
+    def cancel(self, job: Submitted, message: str) -> None:
         job.cancelled = True
+        job.cancel_message = message
 
 
 @dataclass
@@ -275,7 +277,9 @@ class TestOwnership:
     async def test_the_same_request_joins_and_another_is_rejected(self, scenario):
         first = scenario.begin(**DETACH)
         assert scenario.begin(**DETACH) is first
-        with pytest.raises(errors.JobAlreadyExists, match="mine is another request"):
+        with pytest.raises(
+            errors.JobAlreadyExists, match="another job has the name mine; cancel it, or use another requestId"
+        ):
             scenario.begin(prompt="a dog", **DETACH)
         assert len(scenario.engine.jobs) == 1
         await deliver(first, scenario.engine, image(0), DONE)
@@ -318,6 +322,7 @@ class TestOwnership:
         following = asyncio.create_task(listen(first))
         scenario.recordings.cancel("mine", ME)
         assert scenario.engine.jobs[0].cancelled
+        assert scenario.engine.jobs[0].cancel_message == "the job mine was cancelled by another call"
         with pytest.raises(errors.UnknownJob, match="no detached job is named mine here"):
             scenario.recordings.cancel("mine", ME)
         second = scenario.begin(prompt="a dog", **DETACH)

@@ -70,7 +70,7 @@ def test_generate_saves_the_image_and_reports_to_stderr(service, answer, tmp_pat
     assert path.read_bytes() == b"image 0"
     assert result.stdout == ""
     assert result.stderr.splitlines()[:2] == ["queued, 1 ahead", "base 2/2"]
-    assert f"{path}  128x96  seed 7  base 16 + refiner 4 steps" in result.stderr
+    assert f"{path}  128x96  seed 7  base 16 + refiner 4 calls" in result.stderr
     assert "Warning: sampling.width: 100 pixels became 96" in result.stderr
 
 
@@ -183,7 +183,8 @@ def test_a_timeout_exits_with_6(service, tmp_path):
     arguments = ("-o", str(tmp_path / "cat.jpg"), "--timeout", "0.5", "--target", service.target)
     result = t2i("generate", "cat", *arguments)
     assert result.exit_code == 6
-    assert "Error: the timeout passed before the answer was complete" in result.stderr
+    hint = "give --timeout more seconds, or fewer --steps"
+    assert f"Error: the timeout passed before the answer was complete; {hint}\n" in result.stderr
 
 
 def test_a_message_too_large_for_grpc_exits_with_12(service, tmp_path):
@@ -388,7 +389,7 @@ def test_an_unknown_job_exits_with_9(service, status, command):
                 ]
             ),
             3,
-            "\n  data.prompt: is blank\n  parameter.n: is 9",
+            "\n  PROMPT (data.prompt): is blank\n  -n (parameter.n): is 9",
         ),
         ("RESOURCE_EXHAUSTED", RetryInfo(retry_delay=Duration(seconds=3)), 5, "words (try again in 3 s)"),
         ("RESOURCE_EXHAUSTED", None, 5, "Error: words"),
@@ -406,17 +407,69 @@ def test_each_kind_of_failure_has_its_exit_code(service, status, tmp_path, code,
 
 def test_a_job_that_another_caller_cancels_has_the_exit_code_of_an_interrupt(service, status, tmp_path):
     queued = pb.StreamGenerateResponse(number=1, queued=pb.Queued())
-    service.answer([queued, status(grpc.StatusCode.CANCELLED, "cancelled by Cancel")])
+    service.answer([queued, status(grpc.StatusCode.CANCELLED, "the job mine was cancelled by another call")])
     result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 130
-    assert "Error: cancelled by Cancel" in result.stderr
+    assert "Error: the job mine was cancelled by another call" in result.stderr
 
 
 def test_a_negative_seed_is_an_invalid_request(service, status, tmp_path):
     service.answer(status(grpc.StatusCode.INVALID_ARGUMENT))
     result = t2i("generate", "cat", "--seed=-1", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
     assert result.exit_code == 3
-    assert "parameter.seed" in result.stderr
+    assert "Error: --seed (parameter.seed): seed must be a whole number" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [
+        ("sampling.steps", "--steps (sampling.steps)"),
+        ("sampling.guidanceScale", "--guidance-scale (sampling.guidanceScale)"),
+        ("parameter.aspect-ratio", "--aspect-ratio (parameter.aspect-ratio)"),
+        ("output.format", "--format (output.format)"),
+        ("output.previewInterval", "--preview-interval (output.previewInterval)"),
+        ("requestId", "--request-id (requestId)"),
+        ("data.model", "data.model"),
+        ("of.a.newer.server", "of.a.newer.server"),
+    ],
+)
+def test_a_bad_field_is_shown_with_its_flag_if_it_has_one(service, status, tmp_path, field, shown):
+    details = BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description="is bad")])
+    service.answer(status(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: is bad", details))
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--target", service.target)
+    assert result.stderr == f"Error: {shown}: is bad\n"
+
+
+def test_a_rejected_deadline_has_a_hint(service, status, tmp_path):
+    message = "the deadline cannot be met: the last image would be ready in 3.0 s, even on an idle server"
+    service.answer(status(grpc.StatusCode.DEADLINE_EXCEEDED, message))
+    result = t2i("generate", "cat", "-o", str(tmp_path / "cat.jpg"), "--timeout", "9", "--target", service.target)
+    assert result.stderr == f"Error: {message}; give --timeout more seconds, or fewer --steps\n"
+
+
+def test_a_taken_job_name_has_the_commands_that_help(service, status):
+    service.answer(status(grpc.StatusCode.ALREADY_EXISTS, "another job has the name mine; use another requestId"))
+    result = t2i("generate", "cat", "--detach", "--request-id", "mine", "--target", service.target)
+    assert result.exit_code == 10
+    end = f"end it with `t2i --target {service.target} cancel mine`"
+    assert result.stderr == f"Error: another job has the name mine; {end}, or use another --request-id\n"
+
+
+def test_model_sorts_sizes_from_tall_to_wide(service):
+    sizes = {"16:9": (64, 36), "1:1": (64, 64), "3:4": (48, 64), "9:16": (36, 64)}
+    service.answer(
+        pb.GetModelResponse(
+            sizes=[
+                pb.GetModelResponse.Size(aspect_ratio=ratio, width=width, height=height)
+                for ratio, (width, height) in sizes.items()
+            ],
+            environment=pb.Environment(hardware="a CPU", threads=1),
+        )
+    )
+    result = t2i("model", "--target", service.target)
+    assert result.exit_code == 0, result.output
+    assert "9:16 36x64, 3:4 48x64, 1:1 64x64, 16:9 64x36" in result.stdout
+    assert [line for line in result.stdout.splitlines() if line.rstrip().endswith("a CPU, 1 thread")]
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this machine has no /dev/full")

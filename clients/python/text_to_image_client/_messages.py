@@ -189,6 +189,12 @@ def read_request(message: pb.GenerateRequest) -> Request:
     return cast("Request", request)
 
 
+def option_of(field: str) -> str | None:
+    """Return the prompt or the option that sets the field of this JSON path, None if there is none."""
+    names = {_json_path(path): name for name, path in (*_FIELDS.items(), ("prompt", "data.prompt"))}
+    return names.get(field)
+
+
 def _set(message: Any, path: str, value: object) -> None:
     parent, name = _parent(message, path)
     setattr(parent, name, value)

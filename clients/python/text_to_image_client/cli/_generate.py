@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import click
 
+from .._exceptions import AlreadyExists
 from .._provenance import Provenance
 from .._types import Format, OnDisconnect, Request
 from ._group import NotReproduced, Seconds, connect, say, target_option
@@ -127,7 +128,14 @@ def _start_detached(target: str, timeout: float | None, request: Request, output
     name = request.get("request_id") or str(uuid.uuid4())
     detached = cast("Request", {**request, "request_id": name, "on_disconnect": OnDisconnect.DETACH})
     with connect(target) as client, client.stream(timeout=timeout, **detached) as events:
-        next(events)  # the first event follows admission
+        try:
+            next(events)  # the first event follows admission
+        except AlreadyExists as error:
+            raise AlreadyExists(
+                f"another job has the name {name}; end it with `t2i --target {target} cancel {name}`, "
+                "or use another --request-id",
+                error.code,
+            ) from error
     click.echo(name)
     say(f"t2i --target {target} attach {name} -o {output or 'FILE'}  # follows it and saves its images")
     say(f"t2i --target {target} cancel {name}  # ends it")

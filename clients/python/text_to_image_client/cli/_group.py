@@ -2,7 +2,7 @@
 
 import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from .._exceptions import (
     AlreadyExists,
     Cancelled,
     DeadlineExceeded,
+    FieldViolation,
     InvalidRequest,
     MessageTooLarge,
     NotFound,
@@ -23,6 +24,7 @@ from .._exceptions import (
     Unauthenticated,
     Unavailable,
 )
+from .._messages import option_of
 from .._sync import TextToImage
 from ..launcher import ServerStartError
 
@@ -76,7 +78,8 @@ class _CommandGroup(click.Group):
         except (TextToImageError, ServerStartError, NotReproduced) as error:
             if isinstance(error, ServerStartError):
                 click.echo(error.log, err=True, nl=False)
-            say(f"Error: {_explain(error)}", "red")
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            say(f"Error: {_explain(error, _flags(command))}", "red")
             ctx.exit(EXIT_CODES.get(type(error), 1))
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -89,12 +92,35 @@ class _CommandGroup(click.Group):
             ctx.exit(EXIT_CODES[Cancelled])
 
 
-def _explain(error: Exception) -> str:
+def _flags(command: click.Command | None) -> dict[str, str]:
+    """Return the flags of a command, and "PROMPT", by the names of the options of a request that they set."""
+    flags = {}
+    for parameter in command.params if command else ():
+        for spelling in parameter.opts:
+            flags[spelling.removeprefix("--").replace("-", "_")] = parameter.opts[0]
+    return flags | ({"prompt": "PROMPT"} if "prompt" in flags else {})
+
+
+def _explain(error: Exception, flags: Mapping[str, str]) -> str:
+    """Return the message of an error, with the flags of the command that can avoid it."""
     if isinstance(error, InvalidRequest) and len(error.violations) > 1:
-        return "\n  ".join(["the request has more than one bad field", *map(str, error.violations)])
+        violations = (_with_flag(each, flags) for each in error.violations)
+        return "\n  ".join(["the request has more than one bad field", *violations])
+    if isinstance(error, InvalidRequest):
+        text = str(error)
+        for each in error.violations:
+            text = text.replace(str(each), _with_flag(each, flags), 1)
+        return text
+    if isinstance(error, DeadlineExceeded) and "steps" in flags:
+        return f"{error}; give --timeout more seconds, or fewer --steps"
     if isinstance(error, ResourceExhausted) and error.retry_after is not None and "try again in" not in str(error):
         return f"{error} (try again in {error.retry_after:g} s)"
     return str(error)
+
+
+def _with_flag(violation: FieldViolation, flags: Mapping[str, str]) -> str:
+    flag = flags.get(option_of(violation.field) or "")
+    return f"{flag} ({violation.field}): {violation.description}" if flag else str(violation)
 
 
 class Seconds(click.FloatRange):

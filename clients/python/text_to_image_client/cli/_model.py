@@ -21,6 +21,8 @@ def model(target: str, timeout: float) -> None:
 
 def _table(model: ModelInfo) -> Table:
     defaults, limits, environment, filter_ = model.defaults, model.limits, model.environment, model.content_filter
+    sizes = sorted(model.sizes.items(), key=lambda size: size[1][0] / size[1][1])  # from tall to wide
+    threads = f"{environment.threads} thread{'s' * (environment.threads != 1)}" if environment.threads else ""
     rows = {
         "model": model.name,
         "experts": "base and refiner" if model.has_refiner else "base",
@@ -29,7 +31,7 @@ def _table(model: ModelInfo) -> Table:
         "schedulers": ", ".join(model.schedulers),
         "defaults": f"{defaults.steps} steps, guidance scale {defaults.guidance_scale:g}, "
         f"high noise frac {defaults.high_noise_frac:g}, {defaults.scheduler}, {defaults.aspect_ratio}",
-        "sizes": ", ".join(f"{ratio} {width}x{height}" for ratio, (width, height) in model.sizes.items()),
+        "sizes": ", ".join(f"{ratio} {width}x{height}" for ratio, (width, height) in sizes),
         "sides": f"{limits.min_side} to {limits.max_side} pixels in steps of {limits.side_multiple}, "
         f"{limits.max_pixels} pixels in all",
         "limits": f"{limits.max_images} images, {limits.max_steps} steps, {limits.max_prompt_characters} characters, "
@@ -38,7 +40,7 @@ def _table(model: ModelInfo) -> Table:
         if filter_
         else "none",
         "detached jobs": f"kept for {limits.retention:g} s after their end, as long as there is room",
-        "hardware": environment.hardware + (f", {environment.threads} threads" if environment.threads else ""),
+        "hardware": ", ".join(filter(None, (environment.hardware, threads))),
         "fp32 math": environment.fp32_math,
         "versions": ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
         "environment": environment.fingerprint,

@@ -85,7 +85,7 @@ def _save(image: Image, path: Path, seconds: float) -> str:
     with _writing(path):
         path = write_atomically(path, image.data, overwrite=name_fits)
     calls = f"base {image.base_calls}" + (f" + refiner {image.refiner_calls}" if image.refiner_calls else "")
-    parts = [str(path), f"{image.width}x{image.height}", f"seed {image.seed}", f"{calls} steps", f"{seconds:.1f} s"]
+    parts = [str(path), f"{image.width}x{image.height}", f"seed {image.seed}", f"{calls} calls", f"{seconds:.1f} s"]
     if image.finish_reason != "success":
         parts.append(image.finish_reason)
     return "  ".join(parts)

@@ -388,7 +388,7 @@ def test_replicas_come_and_go_with_the_calls_and_none_fails(changed: RayServe, s
         calls += [pool.submit(draw, number) for number in range(8)]
         # and while one of them goes, with fewer callers
         trickle = 0
-        while not came("service: stopped"):
+        while not came("runtime: stopped"):
             assert draw(trickle) == 1
             trickle += 1
         assert {call.result() for call in calls} == {1}

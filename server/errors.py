@@ -89,7 +89,7 @@ class CheckpointError(StartupError):
     """The weights cannot be served."""
 
     exit_code = 10
-    reason = "an incomplete checkpoint"
+    reason = "a missing or incomplete checkpoint"
 
 
 class MissingPart(CheckpointError):

@@ -1,8 +1,8 @@
-"""The ensemble of experts: load it, encode a prompt, plan an image, make one step, decode the latents.
+"""The ensemble of experts: load it, encode a prompt, plan an image, make one network call, decode the latents.
 
 Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", 2023: the base denoises
 the high-noise share of a schedule, and the refiner, an expert of the low-noise share, finishes the same schedule in the
-same latent space. One step here is one network call, so the caller can decide between any two which image continues.
+same latent space. The networks run one call at a time, so the caller can decide between any two which image continues.
 """
 
 import contextlib

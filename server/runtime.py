@@ -34,6 +34,7 @@ from server.engine.engine import Engine
 from server.engine.events import Event, Failed, Finished, ImageReady, Observation
 from server.engine.interface import AnyServedModel, Submission
 from server.engine.scheduling import Order
+from server.engine.totals import Statistics
 from server.ensemble import checkpoint
 from server.errors import DeviceHung, StartupError, WarmUpError
 from server.observability.interceptor import TelemetryInterceptor
@@ -94,6 +95,7 @@ class Runtime:
         self._compiling: asyncio.Task[None] | None = None
         self._compiler: threading.Thread | None = None
         self._lost = False
+        self._warm_up_totals: Statistics | None = None
 
     def _observe(self, observation: Observation) -> None:
         self.metrics.observe(observation)
@@ -119,6 +121,7 @@ class Runtime:
         self.metrics.set_state("warming_up")
         log.info("loaded %s on %s in %s; warming up", info.name, info.device, info.precision)
         first = await self._warm_up(_reference_request(info))
+        self._warm_up_totals = self.engine.statistics()
         info = await self._serve(model.set_info, info, first)
         self.metrics.set_state("serving")
         if self._settings.compile_while_serving:
@@ -221,19 +224,26 @@ class Runtime:
         ended = await asyncio.to_thread(self.engine.join, 0 if self._lost else _DEVICE_SECONDS)
         if self._compiler is not None:
             ended = ended and not self._compiler.is_alive()
-        totals = self.engine.statistics()
-        eta = f", ETA off by {100 * totals.eta_error:.0f} % (median)" if totals.eta_error >= 0 else ""
-        jobs = ", ".join(f"{count} {outcome}" for outcome, count in sorted(totals.outcomes.items())) or "none"
-        log.info(
-            "stopped; jobs: %s; device time %.1f s, %.3f s of it wasted%s",
-            jobs,
-            totals.device,
-            self.metrics.wasted_seconds,
-            eta,
-        )
+        self._log_totals()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
         return ended
+
+    def _log_totals(self) -> None:
+        """Log the totals of all jobs but the warm-up, if the server came so far."""
+        if self._warm_up_totals is None:
+            return
+        totals = self.engine.statistics()
+        outcomes = totals.outcomes - self._warm_up_totals.outcomes
+        eta = f", ETA off by {100 * totals.eta_error:.0f} % (median)" if totals.eta_error >= 0 else ""
+        jobs = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "none"
+        log.info(
+            "stopped; jobs: %s; device time %.1f s, %.3f s of it wasted%s",
+            jobs,
+            totals.device - self._warm_up_totals.device,
+            self.metrics.wasted_seconds,
+            eta,
+        )
 
 
 def _reference_request(info: ModelInfo) -> ImageRequest:

@@ -49,7 +49,8 @@ def test_sigterm_rejects_new_calls_finishes_running_ones_and_exits_with_0(start_
         assert [event.WhichOneof("event") for event in running][-2:] == ["choice", "done"]
     assert server.wait() == 0
     assert "Traceback" not in server.log
-    assert re.search(r"stopped; jobs: 2 finished; device time \d+\.\d s, 0\.000 s of it wasted, ETA off by", server.log)
+    assert re.search(r"warm-up: finished after .* s of it after the cancellation; took \d+\.\d\d s$", server.log, re.M)
+    assert re.search(r"stopped; jobs: 1 finished; device time \d+\.\d s, 0\.000 s of it wasted, ETA off by", server.log)
 
 
 @pytest.mark.parametrize("how", ["the grace period ends", "a second signal comes"])
@@ -122,8 +123,15 @@ def test_a_taken_port_ends_the_server_with_3(start_server):
         port = taken.getsockname()[1]
         server = start_server("--listen", f"127.0.0.1:{port}")
         assert server.wait() == 3
-    assert f"cannot listen on 127.0.0.1:{port}" in server.log
+    assert f"cannot listen on 127.0.0.1:{port}: it is in use; stop the other process or give another port" in server.log
     assert "Traceback" not in server.log
+
+
+def test_a_missing_checkpoint_ends_the_server_with_10_and_one_line(start_server, tmp_path):
+    server = start_server("--base", str(tmp_path / "absent"))
+    assert server.wait() == 10
+    assert "absent does not exist; give the folder that `hf download`" in server.log
+    assert "stopped;" not in server.log
 
 
 def test_two_servers_never_share_a_port(start_server):

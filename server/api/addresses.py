@@ -100,8 +100,8 @@ def literal_addresses(address: str) -> list[tuple[str, int]]:
     """
     host, port = host_and_port(address)
     if host in WILDCARDS:
-        if port and (reason := _first_reason([each for each in WILDCARDS if not _is_absent(each)], port)):
-            raise BindError(f"cannot listen on {address}: {reason}")
+        if port:
+            _check_free(address, [each for each in WILDCARDS if not _is_absent(each)], port)
         return [(host, port)]
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -113,8 +113,7 @@ def literal_addresses(address: str) -> list[tuple[str, int]]:
         raise BindError(f"cannot listen on {address}: no address of this machine")
     if port == 0 and len(hosts) > 1:
         port = _free_port(hosts)
-    if reason := _first_reason(hosts, port):
-        raise BindError(f"cannot listen on {address}: {reason}")
+    _check_free(address, hosts, port)
     return [(each, port) for each in hosts]
 
 
@@ -130,7 +129,7 @@ def _bind_name(address: str, add: Callable[[str], int]) -> str:
         except RuntimeError:  # older versions of gRPC return port 0 instead
             bound = 0
         if bound == 0:
-            raise BindError(f"cannot listen on {address}: {join(host, port)} is in use")
+            raise _in_use(address, join(host, port))
     return f"{address.rpartition(':')[0]}:{bound}"
 
 
@@ -161,7 +160,7 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:  # it listens, and its queue is full
             pass
-    raise OSError(errno.EADDRINUSE, "in use")
+    raise OSError(errno.EADDRINUSE, "it is in use; stop the other process or give another path")
 
 
 def _bind_failure(path: Path) -> str:
@@ -176,12 +175,18 @@ def _bind_failure(path: Path) -> str:
     return "gRPC could not bind it"
 
 
-def _first_reason(hosts: Sequence[str], port: int) -> str | None:
-    """Return the reason why one of the hosts cannot be bound to this port, None if all can."""
+def _check_free(address: str, hosts: Sequence[str], port: int) -> None:
+    """Raise BindError if one of the hosts of an address cannot be bound to this port."""
     for host in hosts:
         if (error := _bind_error(host, port)) is not None:
-            return f"{join(host, port)} is in use" if error.errno == errno.EADDRINUSE else error.strerror
-    return None
+            if error.errno == errno.EADDRINUSE:
+                raise _in_use(address, join(host, port))
+            raise BindError(f"cannot listen on {address}: {error.strerror}")
+
+
+def _in_use(address: str, bound: str) -> BindError:
+    taken = "it" if bound == address else bound
+    return BindError(f"cannot listen on {address}: {taken} is in use; stop the other process or give another port")
 
 
 def _is_absent(host: str) -> bool:
@@ -219,6 +224,6 @@ def _free_port(hosts: Sequence[str]) -> int:
     for _ in range(_PORT_ATTEMPTS):
         with _socket(hosts[0], 0) as first:
             port: int = first.getsockname()[1]
-            if _first_reason(hosts[1:], port) is None:
+            if all(_bind_error(host, port) is None for host in hosts[1:]):
                 break
     return port

@@ -12,11 +12,11 @@ from server.engine.scheduling import Reason, Refusal, Schedule
 from server.engine.task import ImageTask
 
 OOM_BACKOFF_SECONDS = 60.0  # after the device ran out of memory, until the same is tried again
-_MIN_RETRY_SECONDS = 0.1  # of a refused caller: less would be a busy loop over the network
+_MIN_RETRY_SECONDS = 0.1  # of a rejected caller: less would be a busy loop over the network
 
 
 class Admission:
-    """Turns submissions into tasks, and refuses those that the schedule has no room or no time for.
+    """Turns submissions into tasks, and rejects those that the schedule has no room or no time for.
 
     It learns how many network calls a scheduler's steps need, and which sizes do not fit in the device's memory.
     """
@@ -42,7 +42,8 @@ class Admission:
     def check(self, task: ImageTask, request: ImageRequest, now: float) -> None:
         """Check that a task can be admitted now.
 
-        Raises ResourceExhausted if it may be admitted later, DeadlineExceeded if it can never meet its deadline.
+        Raises ResourceExhausted if the queue has no room or no time for it, with an infinite `retry_after` if it is too
+        large even for an empty queue; DeadlineExceeded if it cannot meet its deadline even on an idle device.
         """
         size, until = self._too_large
         if now < until and _size(request) >= size:
@@ -53,6 +54,8 @@ class Admission:
             )
         if (refusal := self._schedule.refusal(task, now)) is not None:
             retry_after = max(_MIN_RETRY_SECONDS, refusal.retry_after)
+            if retry_after == math.inf and (too_large := self._too_large_for_queue(refusal.reason, task)):
+                raise ResourceExhausted(too_large, retry_after)
             when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", even on an idle server"
             if refusal.reason is Reason.DEADLINE and retry_after == math.inf:
                 raise DeadlineExceeded(self._explain(refusal, task) + when)  # waiting for a free device would not help
@@ -63,7 +66,7 @@ class Admission:
         self._calls_per_step[request.scheduler] = sum(expert_calls.values()) / request.steps
 
     def record_out_of_memory(self, request: ImageRequest, now: float) -> None:
-        """Refuse requests for images of this size or larger for a while: one did not fit in the device's memory."""
+        """Reject requests for images of this size or larger for a while: one did not fit in the device's memory."""
         self._too_large = (_size(request), now + OOM_BACKOFF_SECONDS)
 
     def _explain(self, refusal: Refusal, task: ImageTask) -> str:
@@ -82,6 +85,17 @@ class Admission:
             case Reason.OTHERS:
                 count = len(refusal.late)
                 return f"{count} admitted request{'s' * (count > 1)} would miss a deadline because of this one"
+
+    def _too_large_for_queue(self, reason: Reason, task: ImageTask) -> str | None:
+        limits = self._schedule.limits
+        match reason:
+            case Reason.PIXELS:
+                needs = f"the images have {task.pixels} pixels, more than --max-queue-pixels {limits.pixels:.0f}"
+            case Reason.BYTES:
+                needs = f"the request needs {task.bytes} bytes, more than --max-queue-bytes {limits.bytes:.0f}"
+            case _:
+                return None
+        return f"{needs} allows even in an empty queue; ask for fewer or smaller images"
 
     def _expected_calls(self, request: ImageRequest, max_batch: int) -> list[tuple[CallKind, int]]:
         """Return the calls of a job after the first, as far as known before it is planned."""

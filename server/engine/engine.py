@@ -524,14 +524,14 @@ class Engine:
         admitted = job.task.admitted
         job.run_in_context(
             log.info,
-            "%s: %s after %d model calls, %.3f s of device time, %.3f s of it wasted; took %.2f s, predicted %.2f s",
+            "%s: %s after %d model calls, %.3f s of device time, %.3f s of it after the cancellation; took %.2f s%s",
             job.submission.name,
             outcome,
             job.calls_made,
             job.task.used,
-            job.wasted,
+            job.seconds_after_cancel,
             now - admitted,
-            job.predicted_end - admitted,
+            f", predicted {job.predicted_end - admitted:.2f} s" if job.has_prediction else "",
         )
         ended = JobEnded(outcome, admitted, job.started, now, job.predicted_end, tuple(job.spans))
         job.run_in_context(self._observe, ended)

@@ -25,11 +25,14 @@ class DeviceLost(EngineError):
 
 
 class DeviceUnavailable(EngineError):
-    """The device no longer answers, and the job is not part of the cause: it is refused, or waits between calls."""
+    """The device no longer answers, and the job is not part of the cause: it is rejected, or waits between calls."""
 
 
 class ResourceExhausted(EngineError):
-    """The queue has no room or no time for the job. `retry_after` seconds later it should; infinity means never."""
+    """The queue has no room or no time for the job.
+
+    It should after `retry_after` seconds. Infinity means never: the job is too large even for an empty queue.
+    """
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)

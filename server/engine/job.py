@@ -51,7 +51,7 @@ class Job:
     started: float | None = None
     error: EngineError | None = None  # with which the job ends after the call in flight
     error_time: float = math.inf
-    wasted: float = 0.0  # device seconds after `error_time`
+    seconds_after_cancel: float = 0.0  # of device time, after `error_time`
     calls_made: int = 0
     batch_reduced: bool = False  # while it ran
     predicted_end: float = 0.0  # at admission
@@ -59,6 +59,11 @@ class Job:
     last_queued_time: float = 0.0
     spans: list[StageSpan] = field(default_factory=list)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def has_prediction(self) -> bool:
+        """Whether call times were known at admission; they are not for the first job, the warm-up."""
+        return self.predicted_end > self.task.admitted
 
     def run_in_context(self, function: Callable[..., None], *args: Any, **options: Any) -> None:
         """Call a function in the context (contextvars) of the job's submission."""
@@ -68,7 +73,7 @@ class Job:
         """Record a model call of this job, which so many jobs shared."""
         self.calls_made += 1
         if self.error is not None:
-            self.wasted += (ended - max(began, self.error_time)) / jobs
+            self.seconds_after_cancel += (ended - max(began, self.error_time)) / jobs
         if self.call is None:  # the engine abandoned the job during the call
             return
         stage, index = self.call.stage, self.call.index

@@ -15,16 +15,17 @@ _ETA_ERRORS = 1000  # finished jobs over which the error of predictions is taken
 class Statistics:
     """A snapshot of an engine's counters.
 
-    Of the admitted jobs, `waiting` have not had their first call and `running` have. `device` and `wasted` are seconds;
-    calls that ran at the same time count in full. `eta_error` is the median over the last thousand finished jobs of the
-    error of the predicted end, relative to the time that the job took.
+    Of the admitted jobs, `waiting` have not had their first call and `running` have. `device` is the device
+    time in seconds, `after_cancel` the part of it after the cancellation of its job; calls that ran at the same time
+    count in full. `eta_error` is the median over the last thousand finished jobs of the error of the predicted end,
+    relative to the time that the job took. Jobs without a prediction, such as the first one, are left out.
     """
 
     waiting: int = 0
     running: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     device: float = 0.0
-    wasted: float = 0.0
+    after_cancel: float = 0.0
     eta_error: float = math.nan
 
 
@@ -33,7 +34,7 @@ class Totals:
 
     def __init__(self) -> None:
         self.device_seconds = 0.0
-        self._wasted_seconds = 0.0
+        self._seconds_after_cancel = 0.0
         self._outcomes: Counter[str] = Counter()
         self._eta_errors: deque[float] = deque(maxlen=_ETA_ERRORS)
 
@@ -41,9 +42,9 @@ class Totals:
         """Count a job that ends now and return its outcome: "finished" or the class name of its error."""
         outcome = "finished" if isinstance(terminal, Finished) else type(terminal.error).__name__
         self._outcomes[outcome] += 1
-        self._wasted_seconds += job.wasted
+        self._seconds_after_cancel += job.seconds_after_cancel
         took = now - job.task.admitted
-        if isinstance(terminal, Finished) and took > 0:
+        if isinstance(terminal, Finished) and took > 0 and job.has_prediction:
             self._eta_errors.append(abs(job.predicted_end - now) / took)
         return outcome
 
@@ -54,6 +55,6 @@ class Totals:
             running=running,
             outcomes=self._outcomes.copy(),
             device=self.device_seconds,
-            wasted=self._wasted_seconds,
+            after_cancel=self._seconds_after_cancel,
             eta_error=median(self._eta_errors) if self._eta_errors else math.nan,
         )

@@ -209,9 +209,10 @@ def _explain_default(error: ErrorDetails) -> str:
 def _index(folder: Path) -> dict[str, Any]:
     file = folder / "model_index.json"
     if not file.is_file():
+        problem = "is no checkpoint, since it has no model_index.json" if folder.exists() else "does not exist"
         raise MissingPart(
-            f"{folder} is no checkpoint, since it has no model_index.json; give the folder that `git clone` of a model "
-            "in the diffusers layout leaves"
+            f"{folder} {problem}; give the folder that `hf download` or `git clone` of a model in the diffusers layout "
+            "leaves"
         )
     return _json(file)
 

@@ -55,7 +55,7 @@ _COUNTERS = (
     ("t2i_requests_total", "Calls ended, by status. CANCELLED includes disconnected clients.", ("method", "code")),
     ("t2i_retries_total", "Calls that are retries by a client's gRPC library.", ("method",)),
     ("t2i_jobs_total", "Jobs ended, by outcome, including the warm-up job.", ("outcome",)),
-    ("t2i_steps_total", "Denoising steps of images, by expert.", ("stage",)),
+    ("t2i_steps_total", "Network calls of images, by expert. Heun makes two for most steps.", ("stage",)),
     (
         "t2i_device_seconds_total",
         "Device time of ended jobs. delivered: a client received all images. wasted: the job failed, expired or was "

@@ -84,9 +84,9 @@ class TestHostWithTwoAddresses:
     @pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "[::]"])
     def test_is_not_bound_if_one_address_is_in_use(self, taken, host):
         bound: list[str] = []
-        with pytest.raises(BindError, match=rf"cannot listen on .*:{taken}: .*:{taken} is in use"):
+        with pytest.raises(BindError, match=rf"cannot listen on .*:{taken}: .* is in use; stop the other process"):
             addresses.bind(f"{host}:{taken}", bound.append)
-        with pytest.raises(BindError, match=f":{taken} is in use"):
+        with pytest.raises(BindError, match=f":{taken}: .* is in use; "):
             Metrics(1).listen(f"{host}:{taken}")
         assert bound == []
 
@@ -95,7 +95,7 @@ class TestHostWithTwoAddresses:
         server = start(flag, f"[::]:{taken}")
         assert server.wait() == 3
         assert f"cannot listen on [::]:{taken}: " in server.log
-        assert f":{taken} is in use" in server.log
+        assert " is in use; stop the other process or give another port" in server.log
         assert "Traceback" not in server.log
 
     async def test_both_addresses_are_served_at_the_same_port(self):
@@ -156,7 +156,7 @@ class TestSocketFiles:
         running = start("--listen", f"unix:{path}").wait_until_ready()
         third = start("--listen", f"unix:{path}")
         assert third.wait() == 3
-        assert f"cannot listen on unix:{path}: in use" in third.log
+        assert f"cannot listen on unix:{path}: it is in use; stop the other process or give another path" in third.log
         assert health(running.target) == SERVING
 
     def test_the_umask_decides_who_may_call(self, tmp_path: Path):
@@ -196,7 +196,7 @@ def test_a_server_that_cannot_bind_all_addresses_leaves_no_file(start, tmp_path:
         )
         server = start(*flags)
         assert server.wait() == 3
-    assert f"{taken} is in use" in server.log
+    assert f"cannot listen on {taken}: it is in use; stop the other process or give another port" in server.log
     assert list(tmp_path.iterdir()) == []
 
 

@@ -217,6 +217,20 @@ def test_queue_bounds_pixels_bytes_and_jobs_per_caller(model: SteppedModel, cloc
             events.to_the_end()
 
 
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (QueueLimits(9, pixels=10), "pixels, more than --max-queue-pixels 10 allows even in an empty queue; ask for"),
+        (QueueLimits(9, bytes=10), "bytes, more than --max-queue-bytes 10 allows even in an empty queue; ask for"),
+    ],
+)
+def test_request_larger_than_the_queue_is_never_admitted(model: SteppedModel, clock: Clock, limits, words):
+    with running(Engine(limits, clock=clock), model) as engine:
+        with pytest.raises(ResourceExhausted, match=words) as rejected:
+            engine.submit(Submission("job", REQUEST), Events())
+        assert rejected.value.retry_after == math.inf
+
+
 def test_unmeetable_deadline_is_refused_with_the_predicted_time(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, even on an idle server"):
@@ -286,7 +300,7 @@ def test_queued_is_reported_again_when_position_or_eta_changes(engine: Engine, m
     assert isinstance(second.to_the_end()[-1], Finished)
 
 
-def test_device_time_after_a_cancel_counts_as_wasted(engine: Engine, model: SteppedModel, clock: Clock):
+def test_device_time_after_a_cancel_is_counted(engine: Engine, model: SteppedModel, clock: Clock):
     events = Events()
     job = engine.submit(Submission("job", REQUEST), events)
     model.calls.get(timeout=60)
@@ -296,7 +310,7 @@ def test_device_time_after_a_cancel_counts_as_wasted(engine: Engine, model: Step
     model.allow(100)
     events.to_the_end()
     done = engine.statistics()
-    assert (done.wasted, done.device) == (2.0, 3.0)
+    assert (done.after_cancel, done.device) == (2.0, 3.0)
     assert done.outcomes == {"Cancelled": 1}
 
 

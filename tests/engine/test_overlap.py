@@ -232,7 +232,7 @@ def test_job_cancelled_during_its_decode_ends_after_that_call(engine: Engine, mo
     assert isinstance(reported[-1], Failed)
     assert isinstance(reported[-1].error, Cancelled)
     assert decoding.is_over()
-    assert engine.statistics().wasted == pytest.approx(2)
+    assert engine.statistics().after_cancel == pytest.approx(2)
     model.allow(1000)
     model.allow_on_side(1)
     assert isinstance(stepping.to_the_end()[-1], Finished)

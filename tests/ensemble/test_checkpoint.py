@@ -104,7 +104,8 @@ def grow(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "error", "words"),
     [
-        (remove("base/model_index.json"), MissingPart, "has no model_index.json; give the folder"),
+        (remove("base/model_index.json"), MissingPart, "has no model_index.json; give the folder that `hf download`"),
+        (lambda folder: shutil.rmtree(folder / "base"), MissingPart, "base does not exist; give the folder that `hf"),
         (write("base/model_index.json", "{"), MissingPart, "cannot be read as JSON"),
         (write("base/model_index.json", "[]"), MissingPart, "holds no JSON object"),
         (remove(f"base/{UNET}"), MissingPart, "has no safetensors weights; fetch the checkpoint again"),

@@ -4,10 +4,11 @@
 loads the embedded ensemble; with `--base` alone, the base without a refiner.
 """
 
+import difflib
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -63,8 +64,8 @@ class Settings(BaseSettings):
     Each flag is also an environment variable: --max-queue is T2I_MAX_QUEUE. SIGTERM drains and stops. SIGHUP reloads
     tokens and certificates, or drains if the terminal is gone. Exit codes: 0 stopped when asked, 1 unexpected error, 2
     bad flags, 3 cannot listen, 4 cannot write the ready file, 5 the model makes no image, 6 the device does not answer
-    any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 an incomplete checkpoint, 11 a
-    checkpoint cloned without its weights, 12 a truncated weights file, 13 base and refiner mixed up, 14 not enough
+    any more, 7 certificates or tokens cannot be used, 8 no such content filter, 10 a missing or incomplete checkpoint,
+    11 a checkpoint cloned without its weights, 12 a truncated weights file, 13 base and refiner mixed up, 14 not enough
     memory, 15 no such device, 16 other weights than named, 17 networks that cannot be compiled.
     """
 
@@ -118,7 +119,10 @@ class Settings(BaseSettings):
         description="Age at which the server asks a client to reconnect. Calls in flight may go on for a day.",
     )
     keepalive_seconds: float = Field(
-        60, ge=1, le=7200, description="Idle time after which a connection is pinged. It is closed without an answer."
+        60,
+        ge=1,
+        le=7200,
+        description="Idle time after which a connection is pinged. It is closed if the ping is not answered.",
     )
     slow_reader_seconds: float = Field(
         30, gt=0, le=3600, description="Time a client may leave its stream unread before the call ends."
@@ -203,7 +207,11 @@ class Settings(BaseSettings):
         "CUDA.",
     )
     max_batch: int = Field(
-        1, ge=1, le=64, description="Maximum number of images per network call. Every call then costs a full one."
+        1,
+        ge=1,
+        le=64,
+        description="Maximum number of images per network call. With more than 1, every call is padded to that many "
+        "images and costs as much.",
     )
     device_timeout_seconds: float = Field(
         300, gt=0, le=86_400, description="Time after which a model call counts as hung and the server exits."
@@ -355,7 +363,8 @@ def read(arguments: Sequence[str] = ()) -> Settings:
         words = "".join(
             c if c.isprintable() else ascii(c)[1:-1] for c in str(error).removeprefix("error parsing CLI: ")
         )
-        raise InvalidSettings([f"{_shortened(words, 4 * _LONGEST_ECHO)}; --help lists the flags"]) from error
+        words = _shortened(words, 4 * _LONGEST_ECHO)
+        raise InvalidSettings([f"{words}{_unknown_flags(arguments)}; --help lists the flags"]) from error
     except ValidationError as error:
         raise InvalidSettings([words for each in error.errors() for words in _words(each, arguments)]) from error
 
@@ -368,9 +377,33 @@ def _grouped() -> Callable[..., None]:
         nonlocal group
         if title := GROUPS.get(options.get("dest", "")):
             group = parser.add_argument_group(title)
+        if field := Settings.model_fields.get(options.get("dest", "")):
+            default = default_text(field.default)
+            options["help"] = f"{field.description} Default: {default}." if default else field.description
+            if metavar := options.get("metavar"):
+                options["metavar"] = _metavar(options["dest"], metavar)
         (group or parser).add_argument(*names, **options)
 
     return add_argument
+
+
+def default_text(default: Any) -> str:
+    """Return a default as the help text and the documentation show it; empty for None."""
+    match default:
+        case None:
+            return ""
+        case bool():
+            return "on" if default else "off"
+        case _:
+            return str(default)
+
+
+def _metavar(field: str, kind: str) -> str:
+    """Return the placeholder of a flag's value for --help, or `kind` if that lists the choices."""
+    if kind not in ("int", "float", "str", "Path"):
+        return kind
+    last_word = field.rpartition("_")[2].upper()
+    return {"int": "N", "Path": "PATH"}.get(kind, "ADDRESS" if last_word == "LISTEN" else last_word)
 
 
 # Variables of the client, which has the same prefix.
@@ -380,9 +413,27 @@ _CLIENT_VARIABLES = frozenset(
 
 
 def unknown_variables() -> list[str]:
-    """Return the T2I_... variables that are set and that neither the server nor the client reads, sorted."""
+    """Return the T2I_... variables that are set and that neither the server nor the client reads, sorted.
+
+    Each comes with the name that was probably meant, if one is near.
+    """
     known = {f"T2I_{field.upper()}" for field in Settings.model_fields} | _CLIENT_VARIABLES
-    return sorted(name for name in os.environ if name.upper().startswith("T2I_") and name.upper() not in known)
+    unknown = sorted(name for name in os.environ if name.upper().startswith("T2I_") and name.upper() not in known)
+    return [f"{name}{_suggestion(name.upper(), known)}" for name in unknown]
+
+
+def _unknown_flags(arguments: Sequence[str]) -> str:
+    """Return suggestions for flags that are near a known one."""
+    flags = {_flag(field) for field in Settings.model_fields}
+    flags |= {f"--no-{flag.removeprefix('--')}" for flag in flags}
+    typed = (each.partition("=")[0] for each in arguments if each.startswith("--"))
+    return "".join(_suggestion(each, flags) for each in typed if each not in flags)
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the name that was probably meant, as an insertion for a message; empty if none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _words(error: Any, arguments: Sequence[str]) -> list[str]:

@@ -79,6 +79,26 @@ def test_unknown_flag_is_shown_on_one_line():
     ]
 
 
+def test_unknown_flag_comes_with_the_nearest_one():
+    assert problems(["--max-qeue", "3"]) == [
+        "unrecognized arguments: --max-qeue 3 (did you mean --max-queue?); --help lists the flags"
+    ]
+    assert problems(["--no-reflexion"]) == [
+        "unrecognized arguments: --no-reflexion (did you mean --no-reflection?); --help lists the flags"
+    ]
+
+
+def test_help_shows_placeholders_and_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        read(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag in ("--listen ADDRESS", "--base PATH", "--max-queue N", "--grace-seconds SECONDS", "--model-name NAME"):
+        assert f"{flag} " in shown
+    assert "Default: the embedded ensemble. --refiner" in shown
+    assert "so that grpcurl needs no proto files. Default: on." in shown
+    assert "(default" not in shown
+
+
 def test_help_groups_the_flags(capsys):
     with pytest.raises(SystemExit):
         read(["--help"])
@@ -96,7 +116,7 @@ def test_unknown_variables_are_found_unless_the_client_reads_them(monkeypatch):
     assert unknown_variables() == []
     for name in ("T2I_MAX_QEUE", "t2i_warm_up", "T2I_MAX_QUEUE", "t2i_listen", "T2I_TOKEN", "T2IX"):
         monkeypatch.setenv(name, "1")
-    assert unknown_variables() == ["T2I_MAX_QEUE", "t2i_warm_up"]
+    assert unknown_variables() == ["T2I_MAX_QEUE (did you mean T2I_MAX_QUEUE?)", "t2i_warm_up"]
 
 
 def test_the_clients_variables_are_known(monkeypatch):

@@ -1,7 +1,8 @@
-"""`python -m server.verify`: check that the weights are whole, and the expected ones, without loading them.
+"""Check that the weights are whole, and the expected ones, without loading them.
 
-For a step before the server starts, for example an init container. It takes the server's own --base and --refiner, or
-T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints (server/errors.py).
+`python -m server.verify` is for a step before the server starts, for example an init container. It takes the server's
+own --base and --refiner, or T2I_BASE and T2I_REFINER, and ends with the server's exit codes for checkpoints
+(server/errors.py).
 """
 
 import argparse

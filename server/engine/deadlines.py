@@ -1,4 +1,7 @@
-"""The deadlines that can still be met, and when a task must run to meet its own."""
+"""The deadlines that can still be met, and when a task must run to meet its own.
+
+DeadlineSet computes the impact of another task on the others. Schedule.refusal decides whether that task is admitted.
+"""
 
 import math
 from bisect import bisect_left, bisect_right

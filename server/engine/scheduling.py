@@ -20,9 +20,9 @@ its last one left.
 
 Deadlines. A job with a deadline runs by its rank like all others, until one call of another job would make some
 deadline late. Then the earliest deadline runs first, which meets all deadlines if any order does (Liu and Layland,
-1973). If not all can be met, the longest of the jobs concerned loses its deadline, until the others can be met (Moore,
-1968); it stays admitted as a job without a deadline. The safety margin follows the recent deviation of calls from their
-expected times.
+1973). If not all can be met, the longest of the jobs concerned is no longer run early for its deadline, until the
+others can be met (Moore, 1968); it still ends when its deadline passes. The safety margin follows the recent deviation
+of calls from their expected times.
 """
 
 import enum
@@ -70,7 +70,7 @@ class QueueLimits:
 
 
 class Reason(enum.StrEnum):
-    """Why a task is refused: the limit that it exceeds, or the deadlines that would be missed."""
+    """Why a task is rejected: the limit that it exceeds, or the deadlines that would be missed."""
 
     JOBS = "jobs"
     JOBS_PER_CALLER = "jobs per caller"

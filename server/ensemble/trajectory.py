@@ -41,8 +41,8 @@ class Conditioning:
     """The encoded prompts of one request, for each expert in the form that its U-Net takes.
 
     `hidden` has shape (rows, 77, width). `added` has "text_embeds" (rows, width) and "time_ids" (rows, 5 or 6). With
-    guidance there are two rows, the negative prompt's first; otherwise one. `environment` makes all images of the
-    request, and `compiled` says whether all their calls are compiled ones.
+    guidance there are two rows, the negative prompt's first; otherwise one. `environment` is that of all
+    images of the request, and `compiled` says whether all their calls are compiled ones.
     """
 
     hidden: Mapping[Stage, torch.Tensor]

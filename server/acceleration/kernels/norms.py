@@ -152,6 +152,7 @@ def group_norm(
         return _group_norm_cpp(images, shift, groups, weight, bias, eps, silu)
     if runs_triton(images):
         return _group_norm_triton(images, shift, groups, weight, bias, eps, silu, scale, padded, skip)
+    # PyTorch's own operators, the reference of both kernels.
     shifted = images if shift is None else images + shift[:, :, None, None]
 
     def apply(rows: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ async def _call(channel: grpc.aio.Channel, choose: random.Random, record: Record
     stream = pb_grpc.TextToImageServiceStub(channel).StreamGenerate(request)
     images, done = 0, False
     try:
-        async with asyncio.timeout(_HUNG_SECONDS):  # not a deadline: the server would refuse one that it cannot meet
+        async with asyncio.timeout(_HUNG_SECONDS):  # not a deadline: the server would reject one that it cannot meet
             async for event in stream:  # type: ignore[attr-defined]
                 if cancels and event.HasField("queued"):
                     stream.cancel()

@@ -88,14 +88,14 @@ def make_trace(jobs: int, load: float, bursty: bool, seed: int, callers: int = 2
 
 @dataclass
 class Outcome:
-    """The end of each job, NaN if it was refused, and the errors of forecasts, relative to the time that was left."""
+    """The end of each job, NaN if it was rejected, and the errors of forecasts, relative to the time that was left."""
 
     finishes: Floats
     first_errors: Floats
     later_errors: Floats
 
 
-def run_schedule(trace: Trace, order: Order, refuse: bool = False, sample: int = 50) -> Outcome:
+def run_schedule(trace: Trace, order: Order, reject: bool = False, sample: int = 50) -> Outcome:
     """Run the scheduler. Consecutive calls of one job are made in one go where the choice cannot change between them.
 
     At one in `sample` arrivals the forecasts of all jobs are recorded, of the new job and of the others apart.
@@ -112,7 +112,7 @@ def run_schedule(trace: Trace, order: Order, refuse: bool = False, sample: int =
     while True:
         while arrival <= now:
             task = trace.task(number)
-            if not (refuse and schedule.refusal(task, arrival)):
+            if not (reject and schedule.rejection(task, arrival)):
                 schedule.add(task, arrival)
                 numbers[task] = number
                 if rng.random() < 1 / sample:
@@ -171,7 +171,7 @@ def round_robin(trace: Trace) -> Outcome:
 
 
 def summary(trace: Trace, outcome: Outcome) -> dict[str, float]:
-    """Summarize latencies in seconds. Slowdown is latency over device time; a refused job misses its deadline."""
+    """Summarize latencies in seconds. Slowdown is latency over device time; a rejected job misses its deadline."""
     arrivals, sizes, deadlines = (np.array(each) for each in (trace.arrivals, trace.sizes, trace.deadlines))
     latency = outcome.finishes - arrivals
     slowdown = latency / sizes
@@ -194,7 +194,7 @@ POLICIES: dict[str, Callable[[Trace], Outcome]] = {
     "first come": lambda trace: run_schedule(trace, Order.FIRST_COME),
     "round robin": round_robin,
     "shortest": lambda trace: run_schedule(trace, Order.SHORTEST),
-    "shortest, refusing": lambda trace: run_schedule(trace, Order.SHORTEST, refuse=True),
+    "shortest, rejecting": lambda trace: run_schedule(trace, Order.SHORTEST, reject=True),
 }
 
 
@@ -258,7 +258,7 @@ def print_costs(waiting: int) -> None:
             schedule.add(tight, 0.0)
         for number, task in enumerate(tasks):
             arriving = trace.task(waiting + number)
-            timed("refusal", schedule.refusal, arriving, 0.0)
+            timed("rejection", schedule.rejection, arriving, 0.0)
             timed("add", schedule.add, arriving, 0.0)
             batch = timed("choose" + urgency, schedule.choose, 0.0)
             timed(f"choose up to {BATCH}" + urgency, schedule.choose, 0.0, BATCH)

@@ -161,7 +161,7 @@ def print_table(outcomes: dict[str, list[Outcome]]) -> None:
     deadlines = sum(each.arrival.deadline < math.inf for each in outcomes[SHORTEST])
     both = [ours.code is theirs.code is grpc.StatusCode.OK for ours, theirs in zip(*outcomes.values(), strict=True)]
     print(f"\n{len(both)} requests, {deadlines} with a deadline; times of the {sum(both)} that both orders finished:\n")
-    columns = "order, mean slowdown, p50, p95, mean time, p95, p99, longest, deadlines missed, refused, ETA error"
+    columns = "order, mean slowdown, p50, p95, mean time, p95, p99, longest, deadlines missed, rejected, ETA error"
     print(f"| {columns.replace(', ', ' | ')} |\n|{' --- |' * 11}")
     for order in ORDERS:
         print(row(order, outcomes[order], both), flush=True)
@@ -172,9 +172,9 @@ def row(order: str, outcomes: list[Outcome], counted: list[bool]) -> str:
     slowdowns = np.array([each.took / each.arrival.alone for each in done])
     took = np.array([each.took for each in done])
     errors = [abs(each.eta - each.took) / each.took for each in done if each.eta is not None]
-    refused = sum(each.code is grpc.StatusCode.RESOURCE_EXHAUSTED for each in outcomes)
+    rejected = sum(each.code is grpc.StatusCode.RESOURCE_EXHAUSTED for each in outcomes)
     missed = sum(each.code is grpc.StatusCode.DEADLINE_EXCEEDED for each in outcomes)
-    assert sum(each.code is grpc.StatusCode.OK for each in outcomes) + missed + refused == len(outcomes)
+    assert sum(each.code is grpc.StatusCode.OK for each in outcomes) + missed + rejected == len(outcomes)
     cells = [
         order,
         f"{slowdowns.mean():.2f}",
@@ -183,7 +183,7 @@ def row(order: str, outcomes: list[Outcome], counted: list[bool]) -> str:
         *(f"{value:.2f} s" for value in np.percentile(took, (95, 99))),
         f"{took.max():.2f} s",
         f"{sum(each.arrival.deadline < math.inf and not each.in_time for each in outcomes)}",
-        f"{refused}",
+        f"{rejected}",
         f"{100 * statistics.median(errors):.0f} %",
     ]
     return f"| {' | '.join(cells)} |"

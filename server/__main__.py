@@ -2,12 +2,12 @@
 
 # Signals come first, since the imports take a second or two.
 
-from server import starting
+from server import before_imports
 
 if __name__ == "__main__":
-    starting.exit_on_signals()
-    starting.pause_garbage_collection()
-    starting.preload_torch()
+    before_imports.exit_on_signals()
+    before_imports.pause_garbage_collection()
+    before_imports.preload_torch()
 
 import asyncio
 import faulthandler

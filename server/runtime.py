@@ -23,7 +23,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from server import starting
+from server import before_imports
 from server.acceleration.kernels import cpu_library
 from server.acceleration.kernels.cpu_library import BuildError
 from server.api import auth, content_filter
@@ -289,7 +289,7 @@ def load(settings: Settings) -> AnyServedModel:
         # Imported on the device thread, since torch takes seconds and the port is open by then.
         from server import model
 
-        starting.resume_garbage_collection()
+        before_imports.resume_garbage_collection()
         return model.load(
             experts,
             settings.device,

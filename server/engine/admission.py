@@ -8,7 +8,7 @@ from server.engine.call_times import CallKind
 from server.engine.events import DeadlineExceeded, ResourceExhausted
 from server.engine.interface import Submission
 from server.engine.job import call_kind, calls_after_encoding, memory_bytes, rows
-from server.engine.scheduling import Reason, Refusal, Schedule
+from server.engine.scheduling import Reason, Rejection, Schedule
 from server.engine.task import ImageTask
 
 OOM_BACKOFF_SECONDS = 60.0  # after the device ran out of memory, until the same is tried again
@@ -52,14 +52,14 @@ class Admission:
                 f"fewer, or try again in {until - now:.0f} s",
                 until - now,
             )
-        if (refusal := self._schedule.refusal(task, now)) is not None:
-            retry_after = max(_MIN_RETRY_SECONDS, refusal.retry_after)
-            if retry_after == math.inf and (too_large := self._too_large_for_queue(refusal.reason, task)):
+        if (rejection := self._schedule.rejection(task, now)) is not None:
+            retry_after = max(_MIN_RETRY_SECONDS, rejection.retry_after)
+            if retry_after == math.inf and (too_large := self._too_large_for_queue(rejection.reason, task)):
                 raise ResourceExhausted(too_large, retry_after)
             when = f"; try again in {retry_after:.1f} s" if retry_after < math.inf else ", even on an idle server"
-            if refusal.reason is Reason.DEADLINE and retry_after == math.inf:
-                raise DeadlineExceeded(self._explain(refusal, task) + when)  # waiting for a free device would not help
-            raise ResourceExhausted(self._explain(refusal, task) + when, retry_after)
+            if rejection.reason is Reason.DEADLINE and retry_after == math.inf:
+                raise DeadlineExceeded(self._explain(rejection, task) + when)  # waiting would not help
+            raise ResourceExhausted(self._explain(rejection, task) + when, retry_after)
 
     def record_plan(self, request: ImageRequest, expert_calls: Mapping[Stage, int]) -> None:
         """Learn from a plan how many network calls the scheduler's steps need."""
@@ -69,9 +69,9 @@ class Admission:
         """Reject requests for images of this size or larger for a while: one did not fit in the device's memory."""
         self._too_large = (_size(request), now + OOM_BACKOFF_SECONDS)
 
-    def _explain(self, refusal: Refusal, task: ImageTask) -> str:
+    def _explain(self, rejection: Rejection, task: ImageTask) -> str:
         limits, work = self._schedule.limits, f"{self._schedule.work:.1f} s of device time"
-        match refusal.reason:
+        match rejection.reason:
             case Reason.JOBS:
                 return f"{limits.jobs} requests are waiting already, for {work}"
             case Reason.JOBS_PER_CALLER:
@@ -81,9 +81,9 @@ class Admission:
             case Reason.BYTES:
                 return f"the requests in the queue would need more than {limits.bytes:.0f} bytes with this one"
             case Reason.DEADLINE:
-                return f"the deadline cannot be met: the last image would be ready in {refusal.finish:.1f} s"
+                return f"the deadline cannot be met: the last image would be ready in {rejection.finish:.1f} s"
             case Reason.OTHERS:
-                count = len(refusal.late)
+                count = len(rejection.late)
                 return f"{count} admitted request{'s' * (count > 1)} would miss a deadline because of this one"
 
     def _too_large_for_queue(self, reason: Reason, task: ImageTask) -> str | None:

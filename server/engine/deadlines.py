@@ -1,6 +1,6 @@
 """The deadlines that can still be met, and when a task must run to meet its own.
 
-DeadlineSet computes the impact of another task on the others. Schedule.refusal decides whether that task is admitted.
+DeadlineSet computes the impact of another task on the others. Schedule.rejection decides whether that task is admitted.
 """
 
 import math

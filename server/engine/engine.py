@@ -88,7 +88,7 @@ class Engine:
         self._jobs: dict[ImageTask, Job] = {}
         self._timeouts = Timeouts(lambda job: job.task in self._jobs)
         self._ending: set[Job] = set()  # jobs with an error that end after the call in flight
-        self._refusing: EngineError | None = None
+        self._rejecting: EngineError | None = None
         self._stopping = False
         self._max_batch = 1
         self._in_flight = CallsInFlight()
@@ -117,8 +117,8 @@ class Engine:
         Raises Draining, DeviceUnavailable, ResourceExhausted or DeadlineExceeded; later errors arrive as Failed.
         """
         with self._changed:
-            if self._refusing is not None:
-                raise self._refusing
+            if self._rejecting is not None:
+                raise self._rejecting
             now = self._clock()
             task = self._admission.task(submission, self._max_batch, now)
             self._admission.check(task, submission.request, now)
@@ -141,7 +141,7 @@ class Engine:
     def drain(self) -> None:
         """Admit no more jobs; admitted ones continue."""
         with self._changed:
-            self._refusing = self._refusing or Draining(
+            self._rejecting = self._rejecting or Draining(
                 "the server is shutting down; try another one, or again when it is back"
             )
 
@@ -162,13 +162,13 @@ class Engine:
         """
         with self._changed:
             self._stopping = True
-            self._refusing = DeviceUnavailable("the device does not answer; this server is about to end")
+            self._rejecting = DeviceUnavailable("the device does not answer; this server is about to end")
             suspects = self._in_flight.jobs
             for job in list(self._jobs.values()):
                 lost = DeviceLost(
                     "the device does not answer since a call for this request; this server is about to end"
                 )
-                self._end(job, Failed(lost if job in suspects else self._refusing))
+                self._end(job, Failed(lost if job in suspects else self._rejecting))
 
     def join(self, timeout: float) -> bool:
         """Wait for the device thread to end. Returns False if it still runs after `timeout` seconds."""
@@ -179,7 +179,7 @@ class Engine:
     @property
     def admits(self) -> bool:
         """Whether jobs are admitted, as far as there is room."""
-        return self._refusing is None
+        return self._rejecting is None
 
     @property
     def busy(self) -> float:

@@ -81,7 +81,7 @@ class Reason(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """Why and until when a task should not be admitted.
 
     `finish` is the earliest end of the task, in seconds from now. After `retry_after` seconds there should be room for
@@ -147,7 +147,7 @@ class Schedule:
         """Return how many jobs the task's caller may have admitted at once."""
         return self.limits.jobs_per_caller if task.jobs_per_caller is None else task.jobs_per_caller
 
-    def refusal(self, task: ImageTask, now: float) -> Refusal | None:
+    def rejection(self, task: ImageTask, now: float) -> Rejection | None:
         """Return why the task should not be added now, if there is a reason. Changes nothing."""
         self._adopt_call_times()
         size = self._expected_seconds(task)
@@ -165,15 +165,15 @@ class Schedule:
             (Reason.BYTES, self.bytes + task.bytes, self.limits.bytes),
         ):
             if taken > limit:
-                return Refusal(reason, finish, self._seconds_until_free(reason, task.caller, taken - limit, now))
+                return Rejection(reason, finish, self._seconds_until_free(reason, task.caller, taken - limit, now))
         over = now + self._deadlines.safety_factor * finish - task.deadline
         if over > 0:
             alone = now + self._deadlines.safety_factor * size > task.deadline
-            return Refusal(Reason.DEADLINE, finish, math.inf if alone else over)
-        return Refusal(Reason.OTHERS, finish, size, late) if late else None
+            return Rejection(Reason.DEADLINE, finish, math.inf if alone else over)
+        return Rejection(Reason.OTHERS, finish, size, late) if late else None
 
     def add(self, task: ImageTask, now: float) -> None:
-        """Admit a task, even one that `refusal` advises against."""
+        """Admit a task, even one that `rejection` advises against."""
         self._adopt_call_times()
         caller = self._callers.setdefault(task.caller, _CallerQueue(turn=now))
         caller.jobs += 1

@@ -185,7 +185,7 @@ def test_expired_deadline_ends_running_and_waiting_jobs_after_the_call_in_flight
     assert {model.calls.get_nowait()[1] for _ in range(5)} == {9}
 
 
-def test_full_queue_refuses_with_retry_after(engine: Engine, model: SteppedModel, clock: Clock):
+def test_full_queue_rejects_with_retry_after(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     jobs = [Events() for _ in range(3)]
     for events in jobs:
@@ -193,9 +193,9 @@ def test_full_queue_refuses_with_retry_after(engine: Engine, model: SteppedModel
     assert [events.next() for events in jobs] == [Queued(0, 5.0), Queued(1, 10.0), Queued(2, 15.0)]
     with pytest.raises(
         ResourceExhausted, match=r"3 requests are waiting already, for 15\.0 s.*; try again in 5\.0 s"
-    ) as refused:
+    ) as rejected:
         engine.submit(Submission("job", REQUEST), Events())
-    assert refused.value.retry_after == pytest.approx(5.0)
+    assert rejected.value.retry_after == pytest.approx(5.0)
     model.allow(100)
     for events in jobs:
         assert isinstance(events.to_the_end()[-1], Finished)
@@ -231,14 +231,14 @@ def test_request_larger_than_the_queue_is_never_admitted(model: SteppedModel, cl
         assert rejected.value.retry_after == math.inf
 
 
-def test_unmeetable_deadline_is_refused_with_the_predicted_time(engine: Engine, model: SteppedModel, clock: Clock):
+def test_unmeetable_deadline_is_rejected_with_the_predicted_time(engine: Engine, model: SteppedModel, clock: Clock):
     measure(engine, model, clock)
     with pytest.raises(DeadlineExceeded, match=r"deadline cannot be met.* 5\.0 s, even on an idle server"):
         engine.submit(Submission("job", REQUEST, timeout=3), Events())
     engine.submit(Submission("job", REQUEST, timeout=6), Events())
-    with pytest.raises(ResourceExhausted, match=r"10\.0 s") as refused:
+    with pytest.raises(ResourceExhausted, match=r"10\.0 s") as rejected:
         engine.submit(Submission("job", REQUEST, timeout=7), Events())
-    assert 0 < refused.value.retry_after < 5
+    assert 0 < rejected.value.retry_after < 5
     with pytest.raises(ResourceExhausted, match="1 admitted request would miss a deadline"):
         engine.submit(Submission("job", replace(REQUEST, seeds=(7,)), timeout=5.9), Events())
 
@@ -408,7 +408,7 @@ def test_batch_is_halved_after_out_of_memory_and_stays_smaller(model: SteppedMod
     assert (finished.environment.max_batch, unaffected.environment.max_batch) == (2, 2)
 
 
-def test_too_large_job_fails_and_equal_sizes_are_refused_for_a_while(engine: Engine, model: SteppedModel, clock: Clock):
+def test_too_large_job_fails_and_equal_sizes_are_rejected_a_while(engine: Engine, model: SteppedModel, clock: Clock):
     model.allow(1000)
     model.fitting = 0
     events = Events()
@@ -416,14 +416,14 @@ def test_too_large_job_fails_and_equal_sizes_are_refused_for_a_while(engine: Eng
     terminal = events.to_the_end()[-1]
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, DeviceFull)
-    with pytest.raises(ResourceExhausted, match="did not fit in the device's memory") as refused:
+    with pytest.raises(ResourceExhausted, match="did not fit in the device's memory") as rejected:
         engine.submit(Submission("job", replace(REQUEST, width=16)), Events())
-    assert 0 < refused.value.retry_after <= 60
+    assert 0 < rejected.value.retry_after <= 60
     model.fitting = 64
     smaller = Events()
     engine.submit(Submission("job", replace(REQUEST, guidance_scale=1.0)), smaller)
     assert isinstance(smaller.to_the_end()[-1], Finished)
-    clock.now += refused.value.retry_after
+    clock.now += rejected.value.retry_after
     engine.submit(Submission("job", REQUEST), events)
     assert isinstance(events.to_the_end()[-1], Finished)
 
@@ -542,7 +542,7 @@ def test_model_error_fails_one_job_and_its_cause_stays_in_the_log(
     assert isinstance(after.to_the_end()[-1], Finished)
 
 
-def test_drain_refuses_new_jobs_and_finishes_admitted_ones(engine: Engine, model: SteppedModel):
+def test_drain_rejects_new_jobs_and_finishes_admitted_ones(engine: Engine, model: SteppedModel):
     events = Events()
     engine.submit(Submission("job", REQUEST), events)
     engine.drain()

@@ -254,7 +254,7 @@ def test_failure_on_the_side_thread_fails_one_job(
     assert isinstance(terminal, Failed)
     assert isinstance(terminal.error, reported)
     model.fails_on = None
-    clock.now += 60  # the size that did not fit is refused until then
+    clock.now += 60  # the size that did not fit is rejected until then
     engine.submit(Submission("after", request(20)), after)
     assert isinstance(after.to_the_end()[-1], Finished)
 

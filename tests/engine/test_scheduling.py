@@ -265,8 +265,8 @@ def test_deadlines_run_earlier_when_call_times_vary_more(seconds: tuple[float, .
     schedule.remove(before, 0.0)
     short, long = added(schedule, steps(6), steps(20, deadline=26.0))
     assert schedule.choose(0.0) == [long if urgent else short]
-    refused = schedule.refusal(steps(5, deadline=5.5), 0.0)
-    assert (refused is not None and refused.reason is Reason.DEADLINE) == urgent
+    rejected = schedule.rejection(steps(5, deadline=5.5), 0.0)
+    assert (rejected is not None and rejected.reason is Reason.DEADLINE) == urgent
 
 
 def test_earliest_deadline_runs_first():
@@ -293,34 +293,34 @@ def test_as_many_deadlines_as_possible_are_met():
 def test_meetable_deadline_is_admitted():
     schedule = schedule_of()
     added(schedule, steps(10, deadline=20.0), steps(100))
-    assert schedule.refusal(steps(5, deadline=6.0), 0.0) is None
+    assert schedule.rejection(steps(5, deadline=6.0), 0.0) is None
 
 
-def test_unmeetable_deadline_is_refused_until_it_can_be_met():
+def test_unmeetable_deadline_is_rejected_until_it_can_be_met():
     schedule = schedule_of()
     added(schedule, steps(10, deadline=10.6))
-    refused = steps(5, deadline=12.0)
-    refusal = schedule.refusal(refused, 0.0)
-    assert refusal is not None
-    assert (refusal.reason, refusal.finish) == (Reason.DEADLINE, 15.0)
-    assert 3 <= refusal.retry_after < 5
-    run(schedule, until=math.ceil(refusal.retry_after))
-    refused.deadline += math.ceil(refusal.retry_after)
-    assert schedule.refusal(refused, math.ceil(refusal.retry_after)) is None
+    rejected = steps(5, deadline=12.0)
+    rejection = schedule.rejection(rejected, 0.0)
+    assert rejection is not None
+    assert (rejection.reason, rejection.finish) == (Reason.DEADLINE, 15.0)
+    assert 3 <= rejection.retry_after < 5
+    run(schedule, until=math.ceil(rejection.retry_after))
+    rejected.deadline += math.ceil(rejection.retry_after)
+    assert schedule.rejection(rejected, math.ceil(rejection.retry_after)) is None
 
 
 def test_job_longer_than_its_deadline_has_infinite_retry_after():
-    refusal = schedule_of().refusal(steps(5, deadline=4.0), 0.0)
-    assert refusal is not None
-    assert (refusal.reason, refusal.retry_after) == (Reason.DEADLINE, math.inf)
+    rejection = schedule_of().rejection(steps(5, deadline=4.0), 0.0)
+    assert rejection is not None
+    assert (rejection.reason, rejection.retry_after) == (Reason.DEADLINE, math.inf)
 
 
-def test_job_that_would_make_admitted_jobs_late_is_refused():
+def test_job_that_would_make_admitted_jobs_late_is_rejected():
     schedule = schedule_of()
     admitted = added(schedule, steps(10, deadline=12.0), steps(5, deadline=100.0))[0]
-    refusal = schedule.refusal(steps(5, deadline=6.0), 0.0)
-    assert refusal is not None
-    assert (refusal.reason, refusal.late) == (Reason.OTHERS, (admitted,))
+    rejection = schedule.rejection(steps(5, deadline=6.0), 0.0)
+    assert rejection is not None
+    assert (rejection.reason, rejection.late) == (Reason.OTHERS, (admitted,))
 
 
 def test_batch_makes_no_deadline_late():
@@ -399,29 +399,29 @@ def test_batched_call_counts_for_each_job_and_its_time_is_shared():
         (QueueLimits(jobs=9, bytes=299), Reason.BYTES),
     ],
 )
-def test_job_over_a_limit_is_refused_until_another_leaves(limits: QueueLimits, reason: Reason):
+def test_job_over_a_limit_is_rejected_until_another_leaves(limits: QueueLimits, reason: Reason):
     schedule = schedule_of(limits=limits)
     added(schedule, steps(4, pixels=10, bytes=100), steps(6, pixels=10, bytes=100))
-    refusal = schedule.refusal(steps(1, pixels=10, bytes=100), 0.0)
-    assert refusal is not None
-    assert refusal.reason == reason
-    assert refusal.retry_after == pytest.approx(4, abs=1)
+    rejection = schedule.rejection(steps(1, pixels=10, bytes=100), 0.0)
+    assert rejection is not None
+    assert rejection.reason == reason
+    assert rejection.retry_after == pytest.approx(4, abs=1)
     run(schedule, until=4.0)
-    assert schedule.refusal(steps(1, pixels=10, bytes=100), 4.0) is None
+    assert schedule.rejection(steps(1, pixels=10, bytes=100), 4.0) is None
 
 
 def test_caller_at_its_limit_leaves_room_for_others():
     schedule = schedule_of(limits=QueueLimits(jobs=9, jobs_per_caller=1))
     added(schedule, steps(4, "many"))
-    assert schedule.refusal(steps(4, "many"), 0.0) is not None
-    assert schedule.refusal(steps(4, "other"), 0.0) is None
+    assert schedule.rejection(steps(4, "many"), 0.0) is not None
+    assert schedule.rejection(steps(4, "other"), 0.0) is None
 
 
 def test_job_larger_than_a_limit_has_infinite_retry_after():
     schedule = schedule_of(limits=QueueLimits(jobs=9, pixels=10))
-    refusal = schedule.refusal(steps(1, pixels=11), 0.0)
-    assert refusal is not None
-    assert refusal.retry_after == math.inf
+    rejection = schedule.rejection(steps(1, pixels=11), 0.0)
+    assert rejection is not None
+    assert rejection.retry_after == math.inf
 
 
 @pytest.mark.parametrize("order", list(Order))
@@ -524,7 +524,7 @@ def test_every_admitted_deadline_is_met(arrivals: list[tuple[int, int, float]]):
         ends += run(schedule, now, until=now + gap)
         now += gap
         task = steps(count, deadline=now + slack * count)
-        if schedule.refusal(task, now) is None:
+        if schedule.rejection(task, now) is None:
             schedule.add(task, now)
     for task, end in ends + run(schedule, now):
         assert end <= task.deadline
@@ -558,7 +558,7 @@ class RandomSchedule(RuleBasedStateMachine):
     def arrive(self, caller, calls, slack, priority, pixels):
         seconds = sum(count * (1.0 if kind is STEP else 0.25) for kind, count in calls)
         task = ImageTask(caller, list(calls), self.now + slack * seconds, priority, pixels)
-        if self.schedule.refusal(task, self.now) is None:
+        if self.schedule.rejection(task, self.now) is None:
             self.schedule.add(task, self.now)
             self.waiting.append(task)
             self.planned[task] = sum(count for _, count in calls)

@@ -8,10 +8,10 @@ that file; "broken" raises in a step, and the images of "loud" are noise of 1000
 
 # As in server/__main__.py.
 
-from server import starting
+from server import before_imports
 
 if __name__ == "__main__":
-    starting.exit_on_signals()
+    before_imports.exit_on_signals()
 
 import hashlib
 import logging

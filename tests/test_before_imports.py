@@ -15,10 +15,10 @@ def run(code: str) -> str:
 
 def test_garbage_collection_resumes_after_the_imports_without_their_objects():
     code = (
-        "import gc; from server import starting\n"
-        "starting.resume_garbage_collection(); print(gc.get_freeze_count(), gc.isenabled())\n"
-        "starting.pause_garbage_collection(); print(gc.isenabled())\n"
-        "starting.resume_garbage_collection(); print(gc.get_freeze_count() > 1000, gc.isenabled())"
+        "import gc; from server import before_imports\n"
+        "before_imports.resume_garbage_collection(); print(gc.get_freeze_count(), gc.isenabled())\n"
+        "before_imports.pause_garbage_collection(); print(gc.isenabled())\n"
+        "before_imports.resume_garbage_collection(); print(gc.get_freeze_count() > 1000, gc.isenabled())"
     )
     assert run(code).splitlines() == ["0 True", "False", "True True"]
 
@@ -26,8 +26,8 @@ def test_garbage_collection_resumes_after_the_imports_without_their_objects():
 def test_loading_the_model_resumes_garbage_collection():
     pytest.importorskip("torch")
     code = (
-        "import gc; from server import runtime, starting; from server.settings import Settings\n"
-        "starting.pause_garbage_collection()\n"
+        "import gc; from server import before_imports, runtime; from server.settings import Settings\n"
+        "before_imports.pause_garbage_collection()\n"
         "runtime.load(Settings(device='cpu', compile='off')); print(gc.isenabled())"
     )
     assert run(code) == "True"
@@ -36,8 +36,8 @@ def test_loading_the_model_resumes_garbage_collection():
 def test_torchs_libraries_are_loaded_before_torch_is_imported():
     pytest.importorskip("torch")
     code = (
-        "import sys, threading; from server import starting\n"
-        "starting.preload_torch()\n"
+        "import sys, threading; from server import before_imports\n"
+        "before_imports.preload_torch()\n"
         "[each.join() for each in threading.enumerate() if each is not threading.current_thread()]\n"
         "print('libtorch_python' in open('/proc/self/maps').read(), 'torch' in sys.modules)\n"
         "import torch; print(int(torch.ones(2).sum()))"

@@ -22,15 +22,27 @@ ME = Caller("me", "me")
 
 
 @pytest.fixture
-async def frontend() -> AsyncIterator[Frontend]:
-    """A frontend over a model that never waits, with room for two jobs."""
-    engine, model = Engine(QueueLimits(jobs=2)), SteppedModel()
-    model.allow(1000)
+def model() -> SteppedModel:
+    return SteppedModel()
+
+
+@pytest.fixture
+async def blocked_frontend(model: SteppedModel) -> AsyncIterator[Frontend]:
+    """A frontend with room for two jobs, over a model that makes a call only when a test allows it."""
+    engine = Engine(QueueLimits(jobs=2))
     frontend = Frontend(engine, Settings())
     frontend.open((await asyncio.wrap_future(engine.start(lambda: model))).info)
     yield frontend
+    model.allow(1000)
     engine.stop()
     assert await asyncio.to_thread(engine.join, 60)
+
+
+@pytest.fixture
+def frontend(blocked_frontend: Frontend, model: SteppedModel) -> Frontend:
+    """A frontend with room for two jobs, over a model that never waits."""
+    model.allow(1000)
+    return blocked_frontend
 
 
 def request(seed: int = 7, **fields: object) -> pb.GenerateRequest:
@@ -73,8 +85,8 @@ async def test_an_answer_has_all_images_in_the_order_of_the_requests(frontend: F
     assert [answer.metadata.request_id for answer in answers] == ["id-1", "id-2"]
 
 
-async def test_on_admitted_is_awaited_only_if_all_jobs_are_admitted(frontend: Frontend):
-    calls = []
+async def test_on_admitted_is_awaited_only_if_all_jobs_are_admitted(blocked_frontend: Frontend, model: SteppedModel):
+    frontend, calls = blocked_frontend, []
 
     async def on_admitted() -> None:
         calls.append("admitted")
@@ -83,6 +95,7 @@ async def test_on_admitted_is_awaited_only_if_all_jobs_are_admitted(frontend: Fr
     with pytest.raises(ResourceExhausted):
         await frontend.answer(batch, on_admitted)
     assert calls == []
+    model.allow(1000)
     await frontend.wait_until_idle()
     await frontend.answer(batch[:1], on_admitted)
     assert calls == ["admitted"]

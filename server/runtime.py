@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import platform
 import tempfile
 import threading
 import time
@@ -262,7 +261,7 @@ def _prepare_cpu_kernels(settings: Settings) -> None:
     """Find or build the C++ kernels in a thread, if the model probably needs them; importing torch takes longer."""
     is_cpu = settings.device == "cpu" or (settings.device == "auto" and not Path("/dev/nvidiactl").exists())
     is_fp32 = settings.precision in ("auto", "fp32")
-    if is_cpu and is_fp32 and settings.compile != "off" and not settings.offload and platform.machine() == "x86_64":
+    if is_cpu and is_fp32 and settings.compile != "off" and not settings.offload and cpu_library.can_run_here():
 
         def prepare() -> None:
             with contextlib.suppress(BuildError):  # which the model's own attempt reports

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -49,6 +50,20 @@ _STALE_SECONDS = 600  # after which no process is still at work on an unfinished
 _UNWRITABLE = [os.strerror(each) for each in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)]
 
 _lock = threading.Lock()
+
+
+def can_run_here() -> bool:
+    """Return whether Linux reports AVX2 and FMA, and ATEN_CPU_CAPABILITY does not keep PyTorch from using them.
+
+    Needs no torch. `cpu.is_supported` asks torch itself.
+    """
+    if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() == "default":
+        return False
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return found is not None and {"avx2", "fma"} <= set(found[1].split())
 
 
 class BuildError(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from serving import ROOT
 
-from server.acceleration.kernels import cpu_library
+from server.acceleration.kernels import cpu, cpu_library
 from server.acceleration.kernels.cpu_library import BuildError
 
 pytestmark = pytest.mark.skipif(
@@ -195,3 +195,8 @@ def test_command_builds_into_the_named_folder_or_prints_the_reason(tmp_path: Pat
     assert failed.returncode == 1
     assert failed.stderr.endswith("no-such-compiler: No such file or directory; install a C++ compiler\n")
     assert Path(run().stdout.strip()).read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
+def test_the_guess_without_torch_agrees_with_torch():
+    assert cpu_library.can_run_here() == cpu.is_supported()

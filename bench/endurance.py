@@ -58,7 +58,7 @@ async def main() -> None:
 
 
 async def endure(target: str, server: psutil.Process, streams: int, seconds: float) -> Record:
-    """Keep so many streams open for so many seconds, then let them end."""
+    """Keep a number of streams open for a number of seconds, then let them end."""
     record = Record()
     watching = asyncio.create_task(_watch(server, record))
     channels = [

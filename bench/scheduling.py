@@ -228,7 +228,7 @@ def comparison(rows: dict[str, dict[str, float]]) -> str:
 
 
 def print_costs(waiting: int) -> None:
-    """Print the cost of each operation with so many jobs waiting, half of them with deadlines."""
+    """Print the cost of each operation with a number of jobs waiting, half of them with deadlines."""
     trace = make_trace(2 * waiting, 1.0, False, seed=0)
     trace.deadlines = [math.inf if number % 2 else 10 * sum(trace.sizes) + number for number in range(2 * waiting)]
     times = CallTimes()

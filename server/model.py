@@ -273,7 +273,7 @@ class Ensemble:
             raise
 
     def limit_batch(self, images: int) -> None:
-        """Let at most so many images share a call from now on, at most as many as the ensemble was loaded for.
+        """Limit the images that share a call from now on, to at most the `max_batch` of `load`.
 
         Every later call has the bytes of an ensemble that was loaded with this `max_batch`, and needs as much memory.
         """

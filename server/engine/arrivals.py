@@ -25,7 +25,7 @@ class Arrivals:
         self._rates = Rates([], 1.0)
 
     def add(self, now: float, seconds: float, length: float) -> None:
-        """Record a task of so many device seconds; its priority makes its `length` differ from them."""
+        """Record a task by its device seconds; its priority makes its `length` differ from them."""
         self._recent.append((now, seconds, length))
         self._fresh += 1
 

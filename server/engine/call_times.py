@@ -43,7 +43,7 @@ class CallTimes:
         self._seconds_of_version: dict[CallKind, float] = {}
 
     def record(self, kind: CallKind, seconds: float, jobs: int = 1) -> None:
-        """Record the time of one call that so many jobs of this kind shared."""
+        """Record the time of one call that a number of jobs of this kind shared."""
         call = _batched(kind, jobs)
         if expected := self._seconds.get(call):
             self._compared = min(self._compared + 1, _COMPARED_CALLS)
@@ -57,7 +57,7 @@ class CallTimes:
             self.version += 1
 
     def expect(self, kind: CallKind, jobs: int = 1) -> float:
-        """Return the expected seconds of one call that so many jobs of this kind share.
+        """Return the expected seconds of one call that a number of jobs of this kind share.
 
         A kind that was never measured is scaled, by pixels and rows, from the nearest measured size of the same stage,
         or else of the other expert. The result is 0 before there is a measurement.

@@ -147,7 +147,7 @@ class JobStarted:
 
 @dataclass(frozen=True)
 class ModelCall:
-    """A call of the model for so many images has ended, whether or not it failed."""
+    """A call of the model for one or more images has ended, whether or not it failed."""
 
     stage: Stage
     images: int

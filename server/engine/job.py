@@ -70,7 +70,7 @@ class Job:
         self.context.copy().run(function, *args, **options)  # a copy: only one thread at a time can enter a context
 
     def record_call(self, began: float, ended: float, jobs: int) -> None:
-        """Record a model call of this job, which so many jobs shared."""
+        """Record a model call of this job and the number of jobs that shared it."""
         self.calls_made += 1
         if self.error is not None:
             self.seconds_after_cancel += (ended - max(began, self.error_time)) / jobs
@@ -122,7 +122,7 @@ def script(
 def calls_after_encoding(
     request: ImageRequest, expert_calls: Mapping[Stage, int], images: int, batch: int
 ) -> list[tuple[CallKind, int]]:
-    """Return all calls that so many images need after the prompt's, if `batch` of them share the calls of experts."""
+    """Return all calls for a number of images after the prompt's, if `batch` of them share the calls of experts."""
     planned = []
     for group in [batch] * (images // batch) + [images % batch]:
         counts = {**expert_calls, Stage.DECODE: group} if group else {}

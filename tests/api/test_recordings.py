@@ -139,7 +139,7 @@ async def deliver(recording: Recording, engine: ScriptedEngine, *events: Event) 
     for event in events:
         engine.jobs[-1].deliver(event)
     await recording.ended
-    await asyncio.sleep(0)  # let whoever waits for the end see it
+    await asyncio.sleep(0)  # let the tasks that wait for the end see it
 
 
 async def listen(recording: Recording, after: int = 0) -> list[pb.StreamGenerateResponse]:

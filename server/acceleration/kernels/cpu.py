@@ -72,7 +72,7 @@ def is_active() -> bool:
 
 
 def can_run(values: torch.Tensor, channels: int) -> bool:
-    """Return whether this thread computes by the C++ kernels and they accept these values of so many channels."""
+    """Return whether this thread computes by the C++ kernels and they accept these values and channels."""
     return is_active() and values.device.type == "cpu" and values.dtype == torch.float32 and channels % LANES == 0
 
 

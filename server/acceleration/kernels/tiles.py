@@ -53,7 +53,7 @@ def step_count(tile: Tile, channels: int, kernel_size: int) -> int:
 
 
 def tile_count(tile: Tile, pixels: int, outputs: int, kernel_size: int) -> int:
-    """Return the number of tiles that so many pixels and output channels take."""
+    """Return the number of tiles for a number of pixels and of output channels."""
     down, across = _ceil_div(pixels, tile.rows), _ceil_div(outputs, sum(tile.columns))
     return down * across * phase_count(kernel_size)
 
